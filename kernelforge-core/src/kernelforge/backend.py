@@ -1,0 +1,124 @@
+"""What a backend implements: devices, buffers and executables. Structural types; nothing here needs to be inherited."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from kernelforge.errors import PluginError
+from kernelforge.variant import DeviceInfo
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from kernelforge.op import OpDef
+    from kernelforge.plan import Plan
+    from kernelforge.variant import KernelVariant
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Measured seconds of repeated runs. A sample that is not positive is refused: no path can report 0.0 ms."""
+
+    samples: tuple[float, ...]
+    """Seconds of one run, one entry a repeat."""
+    source: str
+    """How they were taken: "host-clock", "timestamp-query", "host-slope"."""
+
+    def __post_init__(self) -> None:
+        if not self.samples or min(self.samples) <= 0.0:
+            raise PluginError(f"a timing needs positive samples, got {self.samples}")
+
+
+@runtime_checkable
+class TensorSource(Protocol):
+    """Named constant tensors, read when they are needed: a checkpoint, random weights, a dict of arrays."""
+
+    def names(self) -> Sequence[str]: ...
+
+    def tensor(self, name: str) -> Array:
+        """The array, read-only. Raises AssetError for an unknown name."""
+        ...
+
+
+class Catalog(Protocol):
+    """Ops and kernel variants by name; the plugin registry is one."""
+
+    @property
+    def ops(self) -> Mapping[str, OpDef]:
+        """By full name."""
+        ...
+
+    def variant(self, target: str, op: str, name: str) -> KernelVariant:
+        """Raises UsageError when there is none of that name."""
+        ...
+
+
+class Buffer(Protocol):
+    """Memory on a device."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    def numpy(self) -> Array:
+        """The contents as an array on the host."""
+        ...
+
+    def write(self, array: Array) -> None:
+        """Replace the contents. Raises UsageError when shape or dtype differ."""
+        ...
+
+
+class Executable(Protocol):
+    """A compiled plan."""
+
+    @property
+    def plan(self) -> Plan: ...
+
+    def run(self, inputs: Mapping[str, Array | Buffer]) -> tuple[Array | Buffer, ...]:
+        """Run once. `inputs` by name, any strides; donated inputs given as Buffer are updated in place.
+
+        Returns the outputs in the function's order: arrays, or the Buffer itself for an output that is a donated input.
+        Raises UsageError for a missing or unknown name, or a shape or dtype that does not fit.
+        """
+        ...
+
+    def measure(self, inputs: Mapping[str, Array | Buffer], *, repeats: int) -> Timing:
+        """Run `repeats` times back to back and time each run, without the cost of moving inputs and outputs."""
+        ...
+
+
+class Device(Protocol):
+    """An opened device."""
+
+    @property
+    def info(self) -> DeviceInfo: ...
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """A zeroed buffer."""
+        ...
+
+    def compile(self, plan: Plan, constants: TensorSource, catalog: Catalog) -> Executable:
+        """Build every kernel of the plan, pack its constants. Packed constants are shared between executables that are
+        compiled with the same `constants` object."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Backend(Protocol):
+    """A target: what `BackendSpec.load` resolves to (an instance, or a class without arguments)."""
+
+    def devices(self) -> Sequence[DeviceInfo]:
+        """The devices that are here; empty when there is none."""
+        ...
+
+    def open(self, device: str | None = None, *, threads: int | None = None) -> Device:
+        """Open a device by name or the default one. Raises DeviceError when there is none, UsageError for a bad name."""
+        ...

@@ -1,0 +1,40 @@
+"""From what `--model` names to modules: core verbs work on models without knowing any model format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kernelforge.backend import TensorSource
+
+
+@dataclass(frozen=True)
+class Program:
+    """One module to be compiled: its text and what is known of its dynamic dimensions."""
+
+    name: str
+    """What it is for: "prefill", "decode"."""
+    module: str
+    """MLIR text of the `transformer` stage: before any pass."""
+    dims: Mapping[str, int] = field(default_factory=dict)
+    """Sizes of dynamic dimensions that are fixed in this program (`{"tokens": 1}` for a decode step)."""
+    max_dims: Mapping[str, int] = field(default_factory=dict)
+    """Upper bounds of the others, for which memory is reserved at once; larger ones still run."""
+
+
+@dataclass(frozen=True)
+class ImportedModel:
+    name: str
+    programs: tuple[Program, ...]
+    constants: TensorSource
+
+
+class Importer(Protocol):
+    def claims(self, source: str) -> bool:
+        """Whether this importer reads `source` (a path, a repository name, a named shape); cheap, reads no weights."""
+        ...
+
+    def load(self, source: str, *, weights: str = "native") -> ImportedModel:
+        """Read it. `weights`: "native" or the dtype to convert weights to. Raises AssetError for what is broken."""
+        ...

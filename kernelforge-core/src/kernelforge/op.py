@@ -1,0 +1,236 @@
+"""What an op is: operands, attributes, type inference, a numpy reference, a workload sampler, a cost model.
+
+One `OpDef` is the single source of truth for an op. Its MLIR class and verifier, the graph builder's checks, the reference
+backend, the tests and the tuner's inputs all come from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from kernelforge.errors import PluginError
+from kernelforge.lazy import Ref, resolve
+from kernelforge.problem import Attr, Problem, TensorType
+
+if TYPE_CHECKING:
+    import random
+
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+UNKNOWN = "?"
+"""A dynamic dimension whose name is not known (types read from MLIR): it agrees with every other dimension."""
+
+Attrs = Mapping[str, Attr]
+OperandTypes = Sequence["TensorType | None"]
+
+
+class OpError(ValueError):
+    """Operands or attributes that an op refuses; the message starts with what is wrong: "operand 'rhs' ..."."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    name: str
+    optional: bool = False
+    """Optional operands come last."""
+    variadic: bool = False
+    """Only the last operand, and then not optional: one or more tensors."""
+
+
+@dataclass(frozen=True)
+class Attribute:
+    name: str
+    kind: Literal["bool", "int", "float", "str", "ints"]
+    default: Attr | None = None
+    """None: the attribute is required."""
+    choices: tuple[str, ...] = ()
+    """For `str`: the values allowed."""
+    doc: str = ""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of a static problem: floating-point operations, and bytes that must move (each operand and result once)."""
+
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class View:
+    """A result that is its first operand's memory, seen otherwise: strides and offset in elements."""
+
+    shape: tuple[int | str, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True)
+class OpDef:
+    """An op of a dialect. The callables may be given as "module:attr" and are imported on first use."""
+
+    name: str
+    """Short name, without the dialect."""
+    summary: str
+    operands: tuple[Operand, ...]
+    results: tuple[str, ...]
+    """Names of the results; a single "*name" stands for one or more."""
+    infer: Ref
+    """`(operand_types, attrs) -> tuple[TensorType, ...]`: the result types. Raises OpError."""
+    reference: Ref
+    """`(arrays, attrs) -> tuple[ndarray, ...]`, float operands given and results returned as float64; pure."""
+    sample: Ref
+    """`(rng: random.Random) -> Iterator[Problem]`: static problems as they occur in transformers, small first."""
+    cost: Ref
+    """`(static problem) -> Cost`."""
+    attributes: tuple[Attribute, ...] = ()
+    inputs: Ref | None = None
+    """`(static problem, numpy Generator) -> list[ndarray | None]`: valid inputs; None: normal floats, small integers."""
+    view: Ref | None = None
+    """`(operand_types, attrs) -> tuple[View, ...] | None`: how the results view the first operand; None: a copy is needed."""
+    exact: bool = False
+    """It only moves values (layout, gathering): the reference then runs in the operands' own dtypes."""
+    in_place: tuple[tuple[int, int], ...] = ()
+    """(result, operand) pairs: the result overwrites that operand's buffer (destination passing)."""
+    dialect: str = ""
+    """Filled in by the dialect that owns the op."""
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise PluginError(f"op name '{self.name}' is not an identifier")
+        kinds = [(o.optional, o.variadic) for o in self.operands]
+        if kinds != sorted(kinds) or (len(kinds) > 1 and any(v for _, v in kinds[:-1])):
+            raise PluginError(f"op '{self.name}': optional operands come last, and only the last operand is variadic")
+        if not self.results:
+            raise PluginError(f"op '{self.name}' has no results")
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.dialect}.{self.name}"
+
+    @property
+    def variadic(self) -> bool:
+        return bool(self.operands) and self.operands[-1].variadic
+
+    @property
+    def variadic_results(self) -> bool:
+        return self.results[0].startswith("*")
+
+    def complete_attrs(self, attrs: Attrs) -> dict[str, Attr]:
+        """`attrs` with defaults filled in, sorted by name. Raises OpError for unknown, missing or ill-typed ones."""
+        known = {a.name: a for a in self.attributes}
+        for name in attrs:
+            if name not in known:
+                allowed = ", ".join(known) or "none"
+                raise OpError(f"attribute '{name}' is unknown to {self.name} (it has: {allowed})")
+        complete: dict[str, Attr] = {}
+        for name, spec in sorted(known.items()):
+            value = attrs.get(name, spec.default)
+            if value is None:
+                raise OpError(f"attribute '{name}' is required")
+            complete[name] = _checked_attr(spec, value)
+        return complete
+
+    def problem(self, operands: OperandTypes, attrs: Attrs) -> Problem:
+        """The problem for these operand types: attributes completed, results inferred. Raises OpError."""
+        self.check_count(operands)
+        complete = self.complete_attrs(attrs)
+        results = self.infer_types(operands, complete)
+        padded = (*operands, *([None] * (len(self.operands) - len(operands))))
+        return Problem(self.full_name, padded, results, tuple(complete.items()))
+
+    def check_count(self, operands: OperandTypes) -> None:
+        """Raises OpError unless the required operands are there and no more than the op has."""
+        least = sum(not o.optional for o in self.operands)
+        if len(operands) < least or (len(operands) > len(self.operands) and not self.variadic):
+            names = ", ".join(f"{o.name}{'?' if o.optional else '...' if o.variadic else ''}" for o in self.operands)
+            raise OpError(f"takes operands ({names}), got {len(operands)}")
+        for spec, given in zip(self.operands, operands, strict=False):
+            if given is None and not spec.optional:
+                raise OpError(f"operand '{spec.name}' is required")
+
+    def infer_types(self, operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ...]:
+        results: tuple[TensorType, ...] = resolve(self.infer)(operands, attrs)
+        return results
+
+    def views(self, operands: OperandTypes, attrs: Attrs) -> tuple[View, ...] | None:
+        """How the results view the first operand, or None when they cannot."""
+        if self.view is None:
+            return None
+        found: tuple[View, ...] | None = resolve(self.view)(operands, attrs)
+        return found
+
+    def problem_cost(self, problem: Problem) -> Cost:
+        found: Cost = resolve(self.cost)(problem)
+        return found
+
+    def samples(self, rng: random.Random) -> Iterator[Problem]:
+        yield from resolve(self.sample)(rng)
+
+    def evaluate(self, problem: Problem, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+        """Run the reference in float64 and round once to the result types.
+
+        `arrays` are the operands (None where absent), in any float dtype and layout; shapes of dynamic dimensions come
+        from the arrays.
+        """
+        import numpy as np
+
+        from kernelforge.dtype import FLOATS, to_numpy
+
+        wide = [
+            a if a is None or self.exact or t is None or t.dtype not in FLOATS else a.astype(np.float64)
+            for a, t in zip(arrays, problem.operands, strict=True)
+        ]
+        with np.errstate(all="ignore"):
+            outputs = resolve(self.reference)(wide, dict(problem.attrs))
+            return tuple(
+                np.asarray(o).astype(to_numpy(t.dtype), order="C")
+                for o, t in zip(outputs, problem.results, strict=True)
+            )
+
+    def make_inputs(self, problem: Problem, rng: np.random.Generator) -> list[Array | None]:
+        """Valid inputs for a static problem: the op's own, else normal floats and integers in 0..7."""
+        from kernelforge.dtype import FLOATS, to_numpy
+
+        if self.inputs is not None:
+            made: list[Array | None] = resolve(self.inputs)(problem, rng)
+            return made
+        arrays: list[Array | None] = []
+        for t in problem.operands:
+            if t is None:
+                arrays.append(None)
+            elif t.dtype in FLOATS:
+                arrays.append(rng.standard_normal(t.static_shape()).astype(to_numpy(t.dtype)))
+            else:
+                arrays.append(rng.integers(0, 8, t.static_shape()).astype(to_numpy(t.dtype)))
+        return arrays
+
+
+def _checked_attr(spec: Attribute, value: Attr) -> Attr:
+    ok = {
+        "bool": isinstance(value, bool),
+        "int": isinstance(value, int) and not isinstance(value, bool),
+        "float": isinstance(value, (int, float)) and not isinstance(value, bool),
+        "str": isinstance(value, str),
+        "ints": isinstance(value, (tuple, list)) and all(isinstance(v, int) for v in value),
+    }[spec.kind]
+    if not ok:
+        raise OpError(f"attribute '{spec.name}' must be of kind {spec.kind}, got {value!r}")
+    if spec.choices and value not in spec.choices:
+        raise OpError(f"attribute '{spec.name}' is '{value}', must be one of {', '.join(spec.choices)}")
+    if spec.kind == "float" and not isinstance(value, (str, tuple, list)):
+        return float(value)
+    return tuple(value) if isinstance(value, (tuple, list)) else value
+
+
+def same_dim(a: int | str, b: int | str) -> bool:
+    """Whether two dimensions may be equal: an unknown one agrees with all."""
+    return a == b or UNKNOWN in (a, b)
+
+
+def same_shape(a: Sequence[int | str], b: Sequence[int | str]) -> bool:
+    return len(a) == len(b) and all(map(same_dim, a, b))

@@ -1,0 +1,184 @@
+"""Module in, executable out: lower with the pass pipeline, select kernels, plan, compile for a target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from kernelforge.constant import ArraySource, Named
+from kernelforge.module import Function, Module
+from kernelforge.passes import Pipeline, default_pipeline
+from kernelforge.plan import Plan, Step, Value
+from kernelforge.planning import make_plan
+from kernelforge.problem import Problem
+from kernelforge.selection import Lookup, Selection, select
+from kernelforge.tune.records import RecordStore
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from kernelforge.backend import Device, Executable, TensorSource
+    from kernelforge.registry import Registry
+    from kernelforge.variant import Config
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Session:
+    """An opened device of a target, with the plugins and records that decide what runs on it.
+
+    `variants` forces variants by op name (`{"transformer.matmul": "blocked"}`); `pipeline` is a pass pipeline's text, the
+    default one when None; `records` answers for measurements, by default the user's own file.
+    """
+
+    def __init__(
+        self,
+        target: str = "cpu",
+        *,
+        device: str | None = None,
+        threads: int | None = None,
+        registry: Registry | None = None,
+        records: Lookup | None = None,
+        variants: Mapping[str, str] | None = None,
+        pipeline: str | None = None,
+    ) -> None:
+        from kernelforge.plugins import default_registry
+
+        self.registry = registry if registry is not None else default_registry()
+        self.target = target
+        self.device: Device = self.registry.backend(target).open(device, threads=threads)
+        self.records = records if records is not None else RecordStore.default()
+        self.variants = dict(variants or {})
+        self.pipeline = Pipeline.parse(pipeline, self.registry) if pipeline is not None else default_pipeline(self.registry)
+        self._selections: dict[Problem, Selection] = {}
+        self._functions: dict[str, Function] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the device. Executables of this session must not be run afterwards."""
+        self.device.close()
+
+    def select(self, problem: Problem) -> Selection:
+        """The kernel for `problem` on this session's device, with the reasons. Raises UsageError when there is none."""
+        problem = problem.canonical()
+        if problem not in self._selections:
+            self._selections[problem] = select(
+                problem,
+                self.registry.variants(problem.op, self.target),
+                self.device.info,
+                self.records,
+                variant=self.variants.get(problem.op),
+            )
+        return self._selections[problem]
+
+    def lower(self, module: str | Module) -> Module:
+        """Parse `module` if it is text, and run the pass pipeline over it."""
+        parsed = Module.parse(module, self.registry) if isinstance(module, str) else module
+        return self.pipeline.run(parsed)
+
+    def _function(self, module: str | Module) -> Function:
+        if not isinstance(module, str):
+            return self.lower(module).function()
+        if module not in self._functions:  # one text is planned several times: for one token, for many
+            self._functions[module] = self.lower(module).function()
+        return self._functions[module]
+
+    def plan(
+        self,
+        module: str | Module,
+        *,
+        dims: Mapping[str, int] | None = None,
+        max_dims: Mapping[str, int] | None = None,
+    ) -> Plan:
+        """Lower `module` and plan it. `dims` fixes dynamic dimensions; `max_dims` bounds the others for the arena."""
+        function = self._function(module)
+        return make_plan(function, self.registry.ops, self.select, target=self.target, dims=dims, max_dims=max_dims)
+
+    def compile(
+        self,
+        module: str | Module,
+        *,
+        constants: TensorSource | Mapping[str, Array] | None = None,
+        dims: Mapping[str, int] | None = None,
+        max_dims: Mapping[str, int] | None = None,
+    ) -> Executable:
+        """Lower, plan and build `module`. `constants` holds the tensors that its constant arguments name."""
+        return self.build(self.plan(module, dims=dims, max_dims=max_dims), constants)
+
+    def build(self, plan: Plan, constants: TensorSource | Mapping[str, Array] | None = None) -> Executable:
+        """Build a plan that was made for this session's target."""
+        source = ArraySource(constants or {}) if constants is None or isinstance(constants, Mapping) else constants
+        return self.device.compile(plan, source, self.registry)
+
+    def compile_problem(
+        self,
+        problem: Problem,
+        *,
+        constants: Mapping[str, Array] | None = None,
+        variant: str | None = None,
+        config: Config | None = None,
+    ) -> Executable:
+        """An executable of one op: inputs and constants are named by the op's operands, outputs by its results.
+
+        `variant` and `config` force the kernel. Operands whose type says `constant` are taken from `constants`.
+        """
+        problem = problem.canonical()
+        forced = variant if variant is not None else self.variants.get(problem.op)
+        selection = select(
+            problem,
+            self.registry.variants(problem.op, self.target),
+            self.device.info,
+            self.records,
+            variant=forced,
+            config=config,
+        )
+        return self.build(problem_plan(problem, selection, self.registry), constants)
+
+
+def operand_names(problem: Problem, registry: Registry) -> tuple[str, ...]:
+    """The names of a problem's operands as `compile_problem` uses them; variadic ones are numbered."""
+    op = registry.ops[problem.op]
+    names = [o.name for o in op.operands]
+    if op.variadic:
+        names = names[:-1] + [f"{names[-1]}{i}" for i in range(len(problem.operands) - len(names) + 1)]
+    return tuple(names)
+
+
+def problem_plan(problem: Problem, selection: Selection, registry: Registry) -> Plan:
+    """A plan of one step. Results that the op writes in place are the donated inputs themselves."""
+    op = registry.ops[problem.op]
+    names = operand_names(problem, registry)
+    aliases = dict(op.in_place)
+    values: list[Value] = []
+    operands: list[int | None] = []
+    for i, (name, t) in enumerate(zip(names, problem.operands, strict=True)):
+        if t is None:
+            operands.append(None)
+            continue
+        operands.append(len(values))
+        if t.constant:
+            values.append(Value(t, "constant", name, constant=Named(name, t)))
+        else:
+            values.append(Value(t, "input", name, donated=i in aliases.values()))
+    inputs = tuple(i for i, v in enumerate(values) if v.place == "input")
+    results: list[int] = []
+    for i, t in enumerate(problem.results):
+        destination = operands[aliases[i]] if i in aliases else None
+        if destination is not None:
+            results.append(destination)
+        else:
+            results.append(len(values))
+            name = op.results[i] if not op.variadic_results else f"{op.results[0][1:]}{i}"
+            values.append(Value(t, "output", name))
+    step = Step(
+        problem, problem.dims, tuple(operands), tuple(results), selection.variant.name, dict(selection.config), 0, "problem"
+    )
+    return Plan(selection.variant.target, tuple(values), (step,), inputs, tuple(results))

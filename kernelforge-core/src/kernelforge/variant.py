@@ -1,0 +1,170 @@
+"""A kernel variant: one way to run a problem on a target, with the configurations it can be tuned over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from math import prod
+from typing import Any
+
+from kernelforge.errors import PluginError, UsageError
+from kernelforge.lazy import Ref, resolve
+from kernelforge.problem import Problem
+from kernelforge.provenance import BUILTIN, Provenance
+
+Config = Mapping[str, int | str]
+"""A point of a config space: parameter name to value."""
+
+
+def config_key(config: Config) -> str:
+    """Canonical text of a config: JSON with sorted keys."""
+    return json.dumps(dict(config), sort_keys=True, separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class Accept:
+    """The variant can run the problem."""
+
+
+@dataclass(frozen=True)
+class Reject:
+    """The variant cannot run the problem, and why, in words for `kernelforge why`."""
+
+    reason: str
+
+
+Verdict = Accept | Reject
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """What selection may know of a device. It is data, so that choices for a device can be tested without it."""
+
+    target: str
+    name: str
+    fingerprint: str
+    """Stable text that tells apart devices whose measurements must not be mixed."""
+    features: frozenset[str] = frozenset()
+    """Optional abilities by the backend's names: "avx2", "avx512f", "shader-f16", "subgroup"."""
+    limits: tuple[tuple[str, int], ...] = ()
+    """Sorted (name, value) pairs: "l2_bytes", "vector_bytes", "max_workgroup_storage"."""
+    threads: int = 1
+
+    def limit(self, name: str, default: int = 0) -> int:
+        return dict(self.limits).get(name, default)
+
+
+@dataclass(frozen=True)
+class ConfigSpace:
+    """The legal configurations of a variant for one problem: a grid, less what the constraints forbid."""
+
+    parameters: tuple[tuple[str, tuple[int | str, ...]], ...] = ()
+    constraints: tuple[tuple[str, Callable[[Config], bool]], ...] = ()
+    """(reason, predicate) pairs; a config is legal when every predicate holds."""
+
+    def __post_init__(self) -> None:
+        for name, values in self.parameters:
+            if not values or len(set(values)) != len(values):
+                raise PluginError(f"config parameter '{name}' needs distinct values, got {values}")
+
+    def __iter__(self) -> Iterator[Config]:
+        """Every legal config once, in the grid's order."""
+        names = [name for name, _ in self.parameters]
+        for values in product(*(values for _, values in self.parameters)):
+            config = dict(zip(names, values, strict=True))
+            if self.violation(config) is None:
+                yield config
+
+    @cached_property
+    def grid_size(self) -> int:
+        """Points of the grid, legal or not."""
+        return prod(len(values) for _, values in self.parameters)
+
+    def violation(self, config: Config) -> str | None:
+        """Why `config` is not in this space, or None when it is."""
+        if set(config) != {name for name, _ in self.parameters}:
+            return f"has parameters {sorted(config)}, wants {sorted(name for name, _ in self.parameters)}"
+        for name, values in self.parameters:
+            if config[name] not in values:
+                return f"{name}={config[name]} is not one of {values}"
+        for reason, holds in self.constraints:
+            if not holds(config):
+                return reason
+        return None
+
+    def __contains__(self, config: Config) -> bool:
+        return self.violation(config) is None
+
+
+def no_choices(problem: Problem, device: DeviceInfo) -> ConfigSpace:
+    """The space of a variant that has nothing to tune."""
+    return ConfigSpace()
+
+
+def accept_all(problem: Problem, device: DeviceInfo) -> Verdict:
+    return Accept()
+
+
+@dataclass(frozen=True)
+class KernelVariant:
+    """A way to run the problems of one op on one target."""
+
+    name: str
+    """Short, unique among the variants of (op, target)."""
+    op: str
+    """Full op name, `dialect.op`."""
+    target: str
+    build: Ref
+    """`(problem, config, device_info) -> kernel`, in the form that the target's backend runs."""
+    summary: str = ""
+    supports: Ref = accept_all
+    """`(problem, device_info) -> Accept | Reject`: whether it computes the problem correctly on that device."""
+    space: Ref = no_choices
+    """`(problem, device_info) -> ConfigSpace`."""
+    default: Ref | None = None
+    """`(problem, device_info) -> Config` of the space; None: the first legal config."""
+    priority: int = 0
+    """Order among accepting variants when no measurement decides: highest first."""
+    version: str = "1"
+    """Changed with the kernel's code: records of another version are not used."""
+    provenance: Provenance = BUILTIN
+
+    def __post_init__(self) -> None:
+        if "." not in self.op:
+            raise PluginError(f"variant '{self.name}': op '{self.op}' is not of the form dialect.op")
+        if not self.name or any(c.isspace() for c in self.name):
+            raise PluginError(f"variant name '{self.name}' must be one word")
+
+    @property
+    def key(self) -> str:
+        return f"{self.target}/{self.op}/{self.name}"
+
+    def judge(self, problem: Problem, device: DeviceInfo) -> Verdict:
+        """`supports`, checked: anything but Accept or Reject is a PluginError that names the variant."""
+        verdict = resolve(self.supports)(problem, device)
+        if not isinstance(verdict, Accept | Reject):
+            raise PluginError(f"variant '{self.key}': supports returned {verdict!r}, wants Accept() or Reject(reason)")
+        return verdict
+
+    def config_space(self, problem: Problem, device: DeviceInfo) -> ConfigSpace:
+        found: ConfigSpace = resolve(self.space)(problem, device)
+        return found
+
+    def default_config(self, problem: Problem, device: DeviceInfo) -> Config:
+        """The config used without a record. Raises PluginError when it is not in the variant's own space."""
+        space = self.config_space(problem, device)
+        if self.default is None:
+            return next(iter(space))
+        config: Config = resolve(self.default)(problem, device)
+        if (reason := space.violation(config)) is not None:
+            raise PluginError(f"variant '{self.key}': its default config {config_key(config)} is illegal: {reason}")
+        return config
+
+    def build_kernel(self, problem: Problem, config: Config, device: DeviceInfo) -> Any:
+        """The kernel, in the backend's form. Raises UsageError for a config that is not in the space."""
+        if (reason := self.config_space(problem, device).violation(config)) is not None:
+            raise UsageError(f"variant '{self.key}': config {config_key(config)} is illegal: {reason}")
+        return resolve(self.build)(problem, config, device)
