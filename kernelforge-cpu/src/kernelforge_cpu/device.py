@@ -1,0 +1,107 @@
+"""The CPU as a device: builds a plan's kernels, links their objects, packs its constants."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kernelforge.dtype import to_numpy
+from kernelforge.errors import PluginError, UsageError
+from kernelforge.reference import HostBuffer
+from kernelforge.variant import DeviceInfo, config_key
+from kernelforge_cpu.executable import CpuExecutable, LinkedKernel
+from kernelforge_cpu.kernel import NativeKernel, PythonKernel
+from kernelforge_cpu.store import ConstantStore, aligned_zeros
+
+if TYPE_CHECKING:
+    from kernelforge.backend import Catalog, TensorSource
+    from kernelforge.plan import Plan, Step
+    from kernelforge_cpu.store import Array
+    from kernelforge_cpu.team import Team
+
+
+class CpuDevice:
+    """See `kernelforge.backend.Device`. Kernels and packed constants are kept and shared by all its executables."""
+
+    def __init__(self, info: DeviceInfo, team: Team) -> None:
+        self._info, self._team = info, team
+        self._kernels: dict[tuple[str, str, str], LinkedKernel] = {}
+        self._stores: dict[int, ConstantStore] = {}
+
+    @property
+    def info(self) -> DeviceInfo:
+        return self._info
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> HostBuffer:
+        kind = to_numpy(dtype)
+        return HostBuffer(aligned_zeros(int(np.prod(shape)) * kind.itemsize).view(kind).reshape(shape))
+
+    def compile(self, plan: Plan, constants: TensorSource, catalog: Catalog) -> CpuExecutable:
+        """Build, link and pack. Raises PluginError when a variant builds something that is not a CPU kernel."""
+        store = self._store(constants)
+        kernels = self._link(plan.steps, catalog)
+        packed: dict[tuple[int, int], Array] = {}
+        for i, (step, linked) in enumerate(zip(plan.steps, kernels, strict=True)):
+            packs = linked.kernel.packs if isinstance(linked.kernel, NativeKernel) else {}
+            for k, operand in enumerate(step.operands):
+                constant = None if operand is None else plan.values[operand].constant
+                if constant is not None:
+                    packed[i, k] = store.get(constant, packs.get(k), constants, catalog.ops)
+        return CpuExecutable(plan, kernels, packed, self._team)
+
+    def _store(self, source: TensorSource) -> ConstantStore:
+        """The packed constants of `source`, dropped with it."""
+        key = id(source)
+        if key not in self._stores:
+            self._stores[key] = ConstantStore()
+            weakref.finalize(source, self._stores.pop, key, None)
+        return self._stores[key]
+
+    def emit_llvm(self, plan: Plan, catalog: Catalog) -> str:
+        """LLVM IR of the plan's distinct native kernels."""
+        from kernelforge_cpu.jit import llvm_ir
+
+        kernels = {self._key(s): self._build(s, catalog) for s in plan.steps}
+        texts = dict.fromkeys(k.mlir for k in kernels.values() if isinstance(k, NativeKernel) and k.mlir)
+        return "\n".join(llvm_ir(text) for text in texts)
+
+    def close(self) -> None:
+        """Executables keep what they need; the team stays for other sessions."""
+        self._kernels.clear()
+
+    @staticmethod
+    def _key(step: Step) -> tuple[str, str, str]:
+        return step.variant, str(step.problem), config_key(step.config)
+
+    def _build(self, step: Step, catalog: Catalog) -> NativeKernel | PythonKernel:
+        variant = catalog.variant(self._info.target, step.problem.op, step.variant)
+        kernel = variant.build_kernel(step.problem, step.config, self._info)
+        if not isinstance(kernel, NativeKernel | PythonKernel):
+            raise PluginError(
+                f"variant '{variant.key}' of {variant.provenance} built {type(kernel).__name__}",
+                hint="a CPU variant's build returns kernelforge_cpu.kernel.NativeKernel or PythonKernel",
+            )
+        return kernel
+
+    def _link(self, steps: Sequence[Step], catalog: Catalog) -> list[LinkedKernel]:
+        """Kernels of all steps; those that are new are compiled or loaded from the object cache, all together."""
+        from kernelforge_cpu.objects import load_objects
+
+        fresh = {self._key(s): s for s in steps if self._key(s) not in self._kernels}
+        built = {key: self._build(step, catalog) for key, step in fresh.items()}
+        texts = list(dict.fromkeys(k.mlir for k in built.values() if isinstance(k, NativeKernel) and k.mlir))
+        library = load_objects(texts, self._info) if texts else None
+        for key, kernel in built.items():
+            addresses: list[int] = []
+            for phase in kernel.phases if isinstance(kernel, NativeKernel) else ():
+                if isinstance(phase.function, int):
+                    addresses.append(phase.function)
+                elif library is None:
+                    raise UsageError(f"kernel '{key[0]}' names function '{phase.function}' but has no MLIR text")
+                else:
+                    addresses.append(library.address(phase.function))
+            self._kernels[key] = LinkedKernel(kernel, tuple(addresses), library)
+        return [self._kernels[self._key(s)] for s in steps]

@@ -1,0 +1,278 @@
+"""A compiled plan: one table of native calls, run by the thread team with one native call per thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from kernelforge.backend import Buffer, Timing
+from kernelforge.dtype import to_numpy
+from kernelforge.reference import HostBuffer, bind_inputs
+from kernelforge_cpu.driver import StepTable
+from kernelforge_cpu.kernel import NativeKernel, PythonKernel
+from kernelforge_cpu.store import ALIGNMENT, address, aligned_empty
+
+if TYPE_CHECKING:
+    from kernelforge.plan import Plan
+    from kernelforge_cpu.jit import Library
+    from kernelforge_cpu.team import Team
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+SHORT_RUN_S = 2e-4
+"""Runs shorter than this are timed several at a time, so that the clock's and the call's cost do not show."""
+
+
+@dataclass(frozen=True)
+class LinkedKernel:
+    """A kernel whose phases have addresses."""
+
+    kernel: NativeKernel | PythonKernel
+    addresses: tuple[int, ...]
+    library: Library | None
+    """Owns the code behind the addresses."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of the driver's table: a phase of a step."""
+
+    step: int
+    phase: int
+    barrier: bool
+
+
+class CpuExecutable:
+    """See `kernelforge.backend.Executable`. Not for concurrent use by several threads; several executables may share a
+    team."""
+
+    def __init__(
+        self, plan: Plan, kernels: Sequence[LinkedKernel], constants: Mapping[tuple[int, int], Array], team: Team
+    ) -> None:
+        """`kernels`: one a step. `constants`: the packed array of (step, operand index) for every constant operand."""
+        self._plan, self._kernels, self._team = plan, kernels, team
+        self._constants = dict(constants)
+        self._rows = self._make_rows()
+        self._lay_out_pointers()
+        self._dims: dict[str, int] = {}
+        self._bounds = dict(plan.max_dims)
+        self._arena = self._scratch = aligned_empty(0)
+        self._table = StepTable(
+            functions=[self._kernels[r.step].addresses[r.phase] for r in self._rows],
+            buffers=[self._starts[r.step] for r in self._rows],
+            pointers=self._pointers,
+            dims=[self._dim_starts[r.step] for r in self._rows],
+            dim_values=self._dim_values,
+            barriers=[r.barrier for r in self._rows],
+        )
+        self._segments = self._make_segments()
+
+    @property
+    def plan(self) -> Plan:
+        return self._plan
+
+    # --- layout, once ---
+
+    def _make_rows(self) -> list[_Row]:
+        rows: list[_Row] = []
+        group = -1
+        for i, (step, linked) in enumerate(zip(self._plan.steps, self._kernels, strict=True)):
+            for phase in range(len(linked.addresses)):
+                rows.append(_Row(i, phase, phase > 0 or step.group != group))
+                group = step.group
+        return rows
+
+    def _make_segments(self) -> list[tuple[int, int] | int]:
+        """Ranges of table rows, cut at Python steps (given by their index)."""
+        segments: list[tuple[int, int] | int] = []
+        row = first = 0
+        for i, linked in enumerate(self._kernels):
+            if isinstance(linked.kernel, PythonKernel):
+                if row > first:
+                    segments.append((first, row))
+                segments.append(i)
+                first = row
+            row += len(linked.addresses)
+        if row > first:
+            segments.append((first, row))
+        return segments
+
+    def _lay_out_pointers(self) -> None:
+        """One flat array with every step's buffer pointers, and where each root value's address must be written."""
+        patches: dict[int, list[tuple[int, int]]] = {}
+        pointers: list[int] = []
+        dims: list[str] = []
+        self._starts: list[int] = []
+        self._dim_starts: list[int] = []
+        self._scratch_slots: list[tuple[int, int]] = []
+        for i, (step, linked) in enumerate(zip(self._plan.steps, self._kernels, strict=True)):
+            self._starts.append(len(pointers))
+            self._dim_starts.append(len(dims))
+            dims.extend(step.dims)
+            for position, value in enumerate((*step.operands, *step.results)):
+                constant = self._constants.get((i, position))
+                if constant is not None:
+                    pointers.append(address(constant) if constant.size else 0)
+                    continue
+                if value is not None:
+                    root, offset = self._plan.root(value), self._plan.values[value].offset
+                    offset *= self._plan.values[value].type.itemsize
+                    patches.setdefault(root, []).append((len(pointers), offset))
+                pointers.append(0)
+            if isinstance(linked.kernel, NativeKernel):
+                pointers.extend(address(table) for table in linked.kernel.tables)
+                self._scratch_slots.append((len(pointers), i))
+                pointers.append(0)
+        self._pointers = np.array(pointers, np.uint64)
+        self._dim_values = np.zeros(max(1, len(dims)), np.int64)
+        self._dim_slots = {d: np.array([k for k, name in enumerate(dims) if name == d]) for d in set(dims)}
+        self._patches = {
+            root: (np.array([k for k, _ in found]), np.array([o for _, o in found], np.uint64))
+            for root, found in patches.items()
+        }
+
+    # --- sizes, when they change ---
+
+    def _bind_dims(self, dims: dict[str, int]) -> None:
+        if dims == self._dims:
+            return
+        grown = {d: max(n, self._bounds.get(d, 0)) for d, n in dims.items()}
+        if grown != self._bounds or not self._dims:
+            self._bounds = grown
+            layout = self._plan.pack(grown)
+            self._arena = aligned_empty(layout.nbytes)
+            for value, offset in layout.offsets.items():
+                self._patch(value, address(self._arena) + offset)
+        for name, slots in self._dim_slots.items():
+            self._dim_values[slots] = dims[name]
+        self._dims = dict(dims)
+        for row_index, row in enumerate(self._rows):
+            kernel = self._kernels[row.step].kernel
+            assert isinstance(kernel, NativeKernel)
+            parts = kernel.phases[row.phase].parts(self._step_dims(row.step), self._team.threads)
+            self._table.set_parts(row_index, max(1, parts))
+        self._bind_scratch()
+
+    def _step_dims(self, step: int) -> tuple[int, ...]:
+        return tuple(self._dims[d] for d in self._plan.steps[step].dims)
+
+    def _bind_scratch(self) -> None:
+        """Steps of one group run at the same time: each has scratch of its own; groups reuse the memory."""
+        offsets: list[int] = []
+        group, used, needed = -1, 0, 0
+        for _, i in self._scratch_slots:
+            kernel = self._kernels[i].kernel
+            assert isinstance(kernel, NativeKernel)
+            if self._plan.steps[i].group != group:
+                group, used = self._plan.steps[i].group, 0
+            offsets.append(used)
+            nbytes = kernel.scratch(self._step_dims(i), self._team.threads)
+            used += -(-nbytes // ALIGNMENT) * ALIGNMENT
+            needed = max(needed, used)
+        if needed > self._scratch.nbytes:
+            self._scratch = aligned_empty(needed)
+        for (slot, _), offset in zip(self._scratch_slots, offsets, strict=True):
+            self._pointers[slot] = address(self._scratch) + offset
+
+    def _patch(self, root: int, start: int) -> None:
+        if root in self._patches:
+            slots, offsets = self._patches[root]
+            self._pointers[slots] = offsets + np.uint64(start)
+
+    # --- running ---
+
+    def _bind(self, inputs: Mapping[str, Array | Buffer]) -> tuple[dict[int, Array], dict[int, Array]]:
+        """Write the addresses of inputs and fresh outputs; both are returned so that they stay alive."""
+        arrays, dims = bind_inputs(self._plan, inputs)
+        for i, array in arrays.items():
+            value = self._plan.values[i]
+            if value.donated and not isinstance(inputs[value.name], HostBuffer):
+                arrays[i] = array.copy(order="C")
+            elif not array.flags.c_contiguous or not array.flags.aligned:
+                arrays[i] = np.array(array, order="C")
+        self._bind_dims(dims)
+        outputs = {}
+        for i in self._plan.outputs:
+            value = self._plan.values[i]
+            if value.place == "output":
+                outputs[i] = np.empty(value.type.static_shape(dims), to_numpy(value.type.dtype))
+        for i, array in (*arrays.items(), *outputs.items()):
+            self._patch(i, address(array))
+        return arrays, outputs
+
+    def _execute(self, memory: Mapping[int, Array]) -> None:
+        for segment in self._segments:
+            if isinstance(segment, int):
+                self._run_python(segment, memory)
+            else:
+                self._team.run(self._table, *segment)
+
+    def run(self, inputs: Mapping[str, Array | Buffer]) -> tuple[Array | Buffer, ...]:
+        arrays, outputs = self._bind(inputs)
+        self._execute({**arrays, **outputs})
+        returned: list[Array | Buffer] = []
+        for i in self._plan.outputs:
+            if i in outputs:
+                returned.append(outputs[i])
+            else:
+                root = self._plan.root(i)
+                given = inputs[self._plan.values[root].name]
+                returned.append(given if isinstance(given, HostBuffer) else arrays[root])
+        return tuple(returned)
+
+    def measure(self, inputs: Mapping[str, Array | Buffer], *, repeats: int) -> Timing:
+        arrays, outputs = self._bind(inputs)
+        memory = {**arrays, **outputs}
+        once = self._timed(lambda: self._execute(memory))
+        inner = max(1, min(1000, int(SHORT_RUN_S / once)))
+        whole = self._segments[0] if len(self._segments) == 1 else None
+
+        def call() -> None:
+            if isinstance(whole, tuple):
+                self._team.run(self._table, *whole, repeats=inner)
+            else:
+                for _ in range(inner):
+                    self._execute(memory)
+
+        return Timing(tuple(self._timed(call) / inner for _ in range(repeats)), "host-clock")
+
+    @staticmethod
+    def _timed(call: Callable[[], None]) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    # --- Python steps ---
+
+    def _run_python(self, index: int, memory: Mapping[int, Array]) -> None:
+        step, kernel = self._plan.steps[index], self._kernels[index].kernel
+        assert isinstance(kernel, PythonKernel)
+        operands = [
+            None if v is None else self._constants[index, k] if (index, k) in self._constants else self._view(v, memory)
+            for k, v in enumerate(step.operands)
+        ]
+        results = [self._view(v, memory) for v in step.results]
+        kernel.call(operands, results)
+
+    def _view(self, value: int, memory: Mapping[int, Array]) -> Array:
+        """The value's memory as an array."""
+        found, root = self._plan.values[value], self._plan.root(value)
+        dtype = to_numpy(found.type.dtype)
+        shape = found.type.static_shape(self._dims)
+        if root in memory:
+            flat = memory[root].reshape(-1)
+        else:
+            slots, offsets = self._patches[root]
+            start = int(self._pointers[slots[0]]) - int(offsets[0]) - address(self._arena)
+            flat = self._arena[start:].view(np.uint8)
+            nbytes = self._plan.values[root].type.nbytes(self._dims)
+            flat = flat[:nbytes].view(dtype)
+        strides = tuple(s * dtype.itemsize for s in found.type.element_strides()) if found.type.strides else None
+        if strides is None:
+            return flat[found.offset : found.offset + found.type.size(self._dims)].reshape(shape)
+        return as_strided(flat[found.offset :], shape, strides)

@@ -1,0 +1,80 @@
+"""What a CPU kernel variant builds: native functions, the layouts of its constants, its scratch; or a Python callable.
+
+Every native function has one signature:
+
+    void kernel(void** buffers, int64_t* dims, int64_t part, int64_t parts)
+
+`buffers` holds the operands (null where an optional one is absent), the results, the kernel's tables, then its scratch.
+`dims` holds the problem's dynamic dimensions in order of first appearance. A call does part `part` of `parts` of the work:
+any `parts` >= 1 must be right, parts run in any order and concurrently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+Count = Callable[[Sequence[int], int], int]
+"""`(dims, threads) -> number`: how many parts, or how many bytes, for these dynamic dimensions and this many threads."""
+
+
+def one_part(dims: Sequence[int], threads: int) -> int:
+    """Work too small to share."""
+    return 1
+
+
+def part_per_thread(dims: Sequence[int], threads: int) -> int:
+    return threads
+
+
+def no_scratch(dims: Sequence[int], threads: int) -> int:
+    return 0
+
+
+@dataclass(frozen=True)
+class Pack:
+    """The layout in which a kernel reads a constant operand; done once when compiling, shared by equal keys."""
+
+    key: str
+    """Names the layout with everything that shapes it ("panel16:f32"): equal key and equal constant, one packed array."""
+    pack: Callable[[Array], Array]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One native function of a kernel. All parts of a phase end before the next one starts."""
+
+    function: str | int
+    """A symbol of the kernel's MLIR text, or the address of a foreign function with the same signature."""
+    parts: Count = part_per_thread
+
+
+@dataclass(frozen=True)
+class NativeKernel:
+    """Native code for one problem."""
+
+    phases: tuple[Phase, ...]
+    mlir: str = ""
+    """A module with the functions that the phases name. Symbols carry a hash of problem and config, so that the kernels of
+    one plan may be linked together."""
+    packs: Mapping[int, Pack] = field(default_factory=dict)
+    """By operand index; only constants can be packed."""
+    tables: tuple[Array, ...] = ()
+    """Constant buffers of the kernel's own (RoPE cosines)."""
+    scratch: Count = no_scratch
+    """Bytes of one buffer shared by all parts and phases, 64-byte aligned, undefined when the first phase starts."""
+    keep: Any = None
+    """Kept alive as long as the kernel (the owner of a foreign address)."""
+
+
+@dataclass(frozen=True)
+class PythonKernel:
+    """A Python callable `(operands, results) -> None` on numpy arrays; the step runs on the calling thread, under the GIL."""
+
+    call: Callable[[Sequence[Array | None], Sequence[Array]], None]

@@ -1,0 +1,62 @@
+"""Constants of compiled plans, in the layouts that kernels read: evaluated and packed once per source of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kernelforge.constant import Constant, evaluate
+from kernelforge_cpu.kernel import Pack
+
+if TYPE_CHECKING:
+    from kernelforge.backend import TensorSource
+    from kernelforge.op import OpDef
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+ALIGNMENT = 64
+
+
+def aligned_empty(nbytes: int) -> Array:
+    """Uninitialised bytes that start at a cache line."""
+    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -address(raw) % ALIGNMENT
+    return raw[start : start + nbytes]
+
+
+def aligned_zeros(nbytes: int) -> Array:
+    """Zeroed bytes that start at a cache line; the system provides their pages when they are first written."""
+    raw = np.zeros(nbytes + ALIGNMENT, np.uint8)
+    start = -address(raw) % ALIGNMENT
+    return raw[start : start + nbytes]
+
+
+def address(array: Array) -> int:
+    """Address of the first element."""
+    found: int = array.__array_interface__["data"][0]
+    return found
+
+
+class ConstantStore:
+    """Packed constants of one tensor source, shared by the executables that are compiled with it."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[str, str], Array] = {}
+
+    def get(self, constant: Constant, pack: Pack | None, source: TensorSource, ops: Mapping[str, OpDef]) -> Array:
+        """The constant in the layout of `pack`, or row-major when None. The array is C-contiguous and kept alive here.
+
+        `source` is always the one that this store belongs to; the store must not keep it alive.
+        """
+        key = (constant.key, pack.key if pack is not None else "")
+        if key not in self._arrays:
+            value = evaluate(constant, source, ops)
+            made = value if pack is None else pack.pack(value)
+            self._arrays[key] = np.ascontiguousarray(made)
+        return self._arrays[key]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in self._arrays.values())
