@@ -1,0 +1,52 @@
+"""Everything known of a model before it is compiled: configs, tensors, tokenizer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kernelforge_llm.checkpoint import Checkpoint, TensorSource, resolve_model
+from kernelforge_llm.config import read_config
+from kernelforge_llm.shapes import NAMED_SHAPES, random_checkpoint
+from kernelforge_llm.tokenizer import Tokenizer
+
+TINYPY = Path(__file__).parent / "assets" / "tinypy"
+"""The built-in checkpoint."""
+
+
+@dataclass(frozen=True)
+class Source:
+    name: str
+    config: Mapping[str, Any]
+    """Content of config.json."""
+    generation: Mapping[str, Any]
+    """Content of generation_config.json; may be empty."""
+    tensors: TensorSource
+    tokenizer: Tokenizer | None = None
+    folder: Path | None = None
+
+
+def open_source(path: str | os.PathLike[str] | None = None) -> Source:
+    """The model at `path`: a Hugging Face folder, `org/name` on the Hub, "tinypy" or None for the built-in one.
+
+    Raises AssetError for a missing or broken one.
+    """
+    folder = TINYPY if path is None or (str(path) == "tinypy" and not Path("tinypy").exists()) else resolve_model(path)
+    config, generation = read_config(folder)
+    return Source(folder.name, config, generation, Checkpoint.open(folder), Tokenizer.load(folder), folder)
+
+
+def random_source(shape: str, seed: int = 0) -> Source:
+    """Random weights at a named shape, for plumbing and benchmarks. Raises UsageError for an unknown shape."""
+    tensors = random_checkpoint(shape, seed)
+    return Source(f"random {shape}", NAMED_SHAPES[shape], {}, tensors)
+
+
+def any_source(name: str) -> Source:
+    """What core's `--model` takes: a path, a Hub name, "tinypy", or a named shape."""
+    if name != "tinypy" and name in NAMED_SHAPES and not Path(name).exists():
+        return random_source(name)
+    return open_source(name)
