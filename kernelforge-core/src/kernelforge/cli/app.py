@@ -1,0 +1,275 @@
+"""The `kernelforge` command: read the global options, find the verb, import it, run it, report how it ended.
+
+Verbs are found in the registry by name; only the one that runs is imported, and typer only when one runs. Verbs of core
+are found before any other plugin is imported, so that `plugins check` works when a plugin breaks the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, TextIO
+
+from kernelforge import __version__
+from kernelforge.cli.output import Output, describe, use
+from kernelforge.errors import KernelForgeError, KernelForgeWarning, UsageError
+
+if TYPE_CHECKING:
+    from kernelforge.descriptors import CommandSpec
+    from kernelforge.registry import Registry
+
+INTERRUPTED = 130
+
+FIRST_PARTY_VERBS = {
+    "llm-inference": "kernelforge-llm",
+    "llm-bench": "kernelforge-llm",
+    "llm-export": "kernelforge-llm",
+}
+"""Verbs that a user may know from the documentation, and the distribution each comes with."""
+
+GLOBAL_OPTIONS = """\
+global options, before or after the verb:
+  --target NAME   where to run: cpu, gpu, reference, or what a plugin adds (default: cpu)
+  --threads N     how many threads the target may use
+  --json          print one JSON document on stdout, and nothing else
+  --plugin NAME   load only this plugin besides core (may be repeated)
+  --help          say what a verb does and takes
+  --version       print the version"""
+
+
+@dataclass
+class Request:
+    """A command line, with the global options taken out."""
+
+    words: list[str] = field(default_factory=list)
+    """The verb and what it is given."""
+    json: bool = False
+    version: bool = False
+    target: str | None = None
+    threads: str | None = None
+    plugins: list[str] = field(default_factory=list)
+
+    def thread_count(self) -> int | None:
+        if self.threads is None:
+            return None
+        if not (self.threads.isdecimal() and int(self.threads) > 0):
+            raise UsageError(f"--threads takes a number of at least 1, got '{self.threads}'")
+        return int(self.threads)
+
+
+def parse_request(arguments: Sequence[str]) -> Request:
+    """Take the global options out of `arguments`, wherever they stand before a `--`. Raises UsageError.
+
+    A value that looks like a global option belongs to its own option only when it is joined to it: `--prompt=--json`.
+    """
+    request = Request()
+    # Known first, so that an error in the rest is already reported as JSON.
+    request.json = "--json" in _before_separator(arguments)
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        name, joined, value = word.partition("=")
+        if word == "--":
+            request.words += [word, *rest]
+            break
+        if word == "--json":
+            continue
+        if word == "--version" and not request.words:
+            request.version = True
+        elif name in ("--target", "--threads", "--plugin"):
+            if not joined:
+                if not rest:
+                    raise UsageError(f"{name} needs a value")
+                value = rest.pop(0)
+            if name == "--target":
+                request.target = value
+            elif name == "--threads":
+                request.threads = value
+            else:
+                request.plugins.append(value)
+        else:
+            request.words.append(word)
+    return request
+
+
+def _before_separator(arguments: Sequence[str]) -> Sequence[str]:
+    return arguments[: arguments.index("--")] if "--" in arguments else arguments
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (by default the process's own) and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    out = Output(json="--json" in _before_separator(given))
+    try:
+        with use(out), _collected_warnings(out), _quiet_stdout(out):
+            code, errors = _run_reported(given, out)
+        if out.json:
+            out.write_envelope(errors)
+    except BrokenPipeError:
+        # The reader of stdout is gone (`| head`): nothing more can be said there, not even by the interpreter's exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
+
+
+def console_script() -> None:
+    """The entry point of the `kernelforge` script."""
+    for stream in (sys.stdout, sys.stderr):
+        # Generated text may hold characters that a console's code page lacks.
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a TextIOWrapper in a started process
+    sys.exit(main())
+
+
+def _run_reported(given: Sequence[str], out: Output) -> tuple[int, list[dict[str, Any]]]:
+    """Run; turn whatever is raised into an exit code and the entries of the envelope's `errors`."""
+    try:
+        return _run(given, out), []
+    except KernelForgeError as error:
+        out.note(f"error: {error}" + (f"\nhint: {error.hint}" if error.hint else ""))
+        return error.exit_code, [describe(error, error.exit_code)]
+    except KeyboardInterrupt as error:
+        out.note("interrupted")
+        return INTERRUPTED, [describe(error, INTERRUPTED)]
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if os.environ.get("KERNELFORGE_DEBUG") == "1":
+            raise
+        out.note(f"error: {type(error).__name__}: {error}\nhint: set KERNELFORGE_DEBUG=1 to see where it happened")
+        return 1, [describe(error, 1)]
+
+
+def _run(given: Sequence[str], out: Output) -> int:
+    request = parse_request(given)
+    out.requested_target = request.target
+    out.plugins = tuple(request.plugins)
+    out.threads = request.thread_count()
+    words = request.words
+    if request.version:
+        out.command = "--version"
+        out.print(f"kernelforge {__version__}")
+        out.data = {"version": __version__}
+        return 0
+    if not words or words[0] in ("--help", "-h"):
+        out.command = "--help"
+        _print_help(out, out.registry.commands.values())
+        return 0
+    if words[0].startswith("-"):
+        raise UsageError(
+            f"unknown option '{words[0]}'", hint="kernelforge --help lists the global options and the verbs"
+        )
+    found = _find(words, out)
+    if isinstance(found, str):
+        out.command = found
+        subset = [spec for spec in out.registry.commands.values() if spec.group == found]
+        if not any(word in ("--help", "-h") for word in words):
+            names = ", ".join(sorted(spec.name for spec in subset))
+            raise UsageError(f"'{found}' needs a verb", hint=f"one of: {names}")
+        _print_help(out, subset)
+        return 0
+    out.command = f"{found.group} {found.name}".strip()
+    return _run_verb(found, words[2 if found.group else 1 :], out)
+
+
+def _find(words: Sequence[str], out: Output) -> CommandSpec | str:
+    """The verb that `words` begin with, or the name of a group of verbs when they name only that."""
+    from kernelforge.plugins import core_registry
+
+    for registry in (core_registry(), None):
+        commands = (registry or out.registry).commands
+        for key in (" ".join(words[:2]), words[0]):
+            if key in commands:
+                return commands[key]
+        sub_verbs = [spec.name for spec in commands.values() if spec.group == words[0]]
+        if sub_verbs and (len(words) == 1 or words[1] in ("--help", "-h")):
+            return words[0]
+    raise _unknown_verb(words, out.registry)
+
+
+def _unknown_verb(words: Sequence[str], registry: Registry) -> KernelForgeError:
+    verb = words[0]
+    sub_verbs = [spec.name for spec in registry.commands.values() if spec.group == verb]
+    if sub_verbs:
+        return UsageError(f"'{verb}' has no verb '{words[1]}'", hint=f"one of: {', '.join(sorted(sub_verbs))}")
+    broken = [status for status in registry.plugins.values() if status.state not in ("loaded", "blocked")]
+    distribution = FIRST_PARTY_VERBS.get(verb)
+    if distribution is not None and not any(
+        status.distribution == distribution for status in registry.plugins.values()
+    ):
+        return UsageError(
+            f"'{verb}' comes with {distribution}, which is not installed", hint=f"pip install {distribution}"
+        )
+    near = get_close_matches(verb, {spec.group or spec.name for spec in registry.commands.values()})
+    hint = f"did you mean {' or '.join(near)}?" if near else "kernelforge --help lists the verbs"
+    if broken:
+        hint += f" (plugins that are not loaded may have it: {', '.join(status.name for status in broken)})"
+    return UsageError(f"there is no verb '{verb}'", hint=hint)
+
+
+def _print_help(out: Output, commands: Iterable[CommandSpec]) -> None:
+    specs = sorted(commands, key=lambda spec: (spec.group or spec.name, spec.group and spec.name))
+    names = [f"{spec.group} {spec.name}".strip() for spec in specs]
+    width = max(map(len, names), default=0)
+    out.print("usage: kernelforge [GLOBAL OPTIONS] VERB [OPTIONS]\n\nverbs:")
+    for name, spec in zip(names, specs, strict=True):
+        out.print(f"  {name:<{width}}   {spec.summary}".rstrip())
+    out.print(f"\n{GLOBAL_OPTIONS}")
+    out.data = {"verbs": dict(zip(names, (spec.summary for spec in specs), strict=True))}
+
+
+def _run_verb(spec: CommandSpec, arguments: Sequence[str], out: Output) -> int:
+    """Import the verb and let typer parse its arguments. Raises UsageError for arguments that it refuses."""
+    import typer
+    from typer.main import get_command
+
+    from kernelforge.lazy import resolve
+
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    epilog = "Global options (--target, --threads, --json, --plugin): see kernelforge --help"
+    app.command(name=spec.name, epilog=epilog)(resolve(spec.load))
+    command = get_command(app)
+    try:
+        # Not command.main: it turns interruptions and closed pipes into exit codes of its own.
+        with command.make_context(f"kernelforge {out.command}", list(arguments)) as context:
+            result = command.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
+    except typer.TyperException as error:
+        raise UsageError(error.format_message(), hint=f"kernelforge {out.command} --help") from None
+    if result is not None:
+        out.data = dict(result)
+    return 0
+
+
+@contextlib.contextmanager
+def _collected_warnings(out: Output) -> Any:
+    """Send KernelForgeWarnings to `out`; others take their usual way."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", KernelForgeWarning)
+        usual = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, KernelForgeWarning):
+                out.warn(str(message))
+            else:
+                usual(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        yield
+
+
+def _quiet_stdout(out: Output) -> contextlib.AbstractContextManager[Any]:
+    """In --json mode, what anything prints on stdout goes to stderr: stdout is for the envelope alone."""
+    return contextlib.redirect_stdout(sys.stderr) if out.json else contextlib.nullcontext()

@@ -1,0 +1,247 @@
+"""The plugin loader: from entry points to a `Registry`, one broken plugin at a time.
+
+Two phases, core first and then in name order. One: import, and take in the hook specifications that a plugin brings.
+Two: check its hooks against all specifications, call them, check and stamp their descriptors. A plugin that fails in
+either is left out, with a warning; one that was asked for by name is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+from functools import cache, partial
+from importlib import import_module
+from importlib.metadata import EntryPoint
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import pluggy
+
+from kernelforge import hookspecs
+from kernelforge.descriptors import BackendSpec, CommandSpec, DialectSpec, ImporterSpec, PassSpec, TunerSpec
+from kernelforge.discovery import CORE, Candidate, Refused, installed_plugins, plugin_object
+from kernelforge.errors import KernelForgeError, KernelForgeWarning, PluginError
+from kernelforge.hookspecs import GROUP
+from kernelforge.provenance import Provenance
+from kernelforge.registry import PluginStatus, Registry, State, command_key
+from kernelforge.variant import KernelVariant
+
+T = TypeVar("T")
+
+DESCRIPTORS: dict[str, type[Any]] = {
+    "kernelforge_dialects": DialectSpec,
+    "kernelforge_passes": PassSpec,
+    "kernelforge_kernels": KernelVariant,
+    "kernelforge_tuners": TunerSpec,
+    "kernelforge_backends": BackendSpec,
+    "kernelforge_importers": ImporterSpec,
+    "kernelforge_commands": CommandSpec,
+}
+"""What each of core's hooks returns. Hooks that a plugin brings return dataclasses with `name` and `provenance`."""
+
+
+def load_registry(
+    allow: Iterable[str] | None = None,
+    block: Iterable[str] | None = None,
+    extra_plugins: Iterable[object] = (),
+    entry_points: Iterable[EntryPoint] | None = None,
+) -> Registry:
+    """Load plugins: the installed ones, or `entry_points`, and then `extra_plugins` (modules or objects with hooks).
+
+    `allow` limits the entry points to these names (default: `KERNELFORGE_PLUGINS`, else all) and `block` leaves some
+    out (default: `KERNELFORGE_PLUGINS_BLOCK`); core is always loaded.
+
+    Raises PluginError when a plugin named by `allow` is not there or fails, or one of `extra_plugins` fails. Other
+    failures are KernelForgeWarnings and are kept in `Registry.plugins`.
+    """
+    allowed = _names(allow, "KERNELFORGE_PLUGINS")
+    blocked = _names(block, "KERNELFORGE_PLUGINS_BLOCK")
+    objects = [plugin_object(plugin) for plugin in extra_plugins]
+    loader = _Loader()
+    loader.load([*installed_plugins(entry_points), *objects], allowed, blocked)
+    _report(loader.statuses, [*sorted(allowed), *(candidate.name for candidate in objects)])
+    return Registry(
+        hooks=MappingProxyType({hook: tuple(found) for hook, found in loader.descriptors.items()}),
+        plugins=MappingProxyType(loader.statuses),
+    )
+
+
+@cache
+def core_registry() -> Registry:
+    """Core's own descriptors: what is there without importing any other plugin."""
+    return load_registry(allow=[CORE], block=[])
+
+
+def probe(name: str) -> PluginStatus:
+    """Import one plugin, quarantined or not, and say what became of it. Raises PluginError when it is not installed."""
+    loader = _Loader(retest=True)
+    loader.load(installed_plugins(None), frozenset({name}), frozenset())
+    if name not in loader.statuses:
+        raise _not_installed(name, loader.statuses)
+    return loader.statuses[name]
+
+
+class _Loader:
+    """What was loaded so far."""
+
+    def __init__(self, *, retest: bool = False) -> None:
+        self.statuses: dict[str, PluginStatus] = {}
+        self.descriptors: dict[str, list[Any]] = {}
+        self._retest = retest
+        self._owners: dict[tuple[str, str], Provenance] = {}
+        self._manager = pluggy.PluginManager(GROUP)
+        self._manager.add_hookspecs(hookspecs)
+
+    def load(self, candidates: Iterable[Candidate], allowed: frozenset[str], blocked: frozenset[str]) -> None:
+        imported: list[tuple[Candidate, object]] = []
+        for candidate in candidates:
+            left_out = candidate.name in blocked or (allowed and candidate.name not in allowed)
+            if candidate.name in self.statuses:
+                taken = f"the name '{candidate.name}' is taken by {self.statuses[candidate.name]}"
+                self._settle(candidate, "failed", taken, key=f"{candidate.name} ({candidate.distribution})")
+            elif left_out and candidate.installed and candidate.name != CORE:
+                self._settle(candidate, "blocked", "left out by the allow or block list")
+            else:
+                plugin = self._attempt(candidate, partial(self._import, candidate))
+                if plugin is not None:
+                    imported.append((candidate, plugin))
+        for candidate, plugin in imported:
+            fresh = self._attempt(candidate, partial(self._collect, candidate, plugin))
+            if fresh is not None:
+                self._keep(candidate, fresh)
+            elif self._manager.is_registered(plugin):
+                self._manager.unregister(plugin)
+
+    def _attempt(self, candidate: Candidate, action: Callable[[], T]) -> T | None:
+        """What `action` returns; None when it raised, which becomes the plugin's status. Interruptions pass."""
+        start = time.perf_counter()
+        self._settle(candidate, "failed", "not loaded to the end")
+        try:
+            return action()
+        except (Exception, SystemExit) as error:
+            state: State = error.state if isinstance(error, Refused) else "failed"
+            self._settle(candidate, state, _explain(error))
+            return None
+        finally:
+            candidate.seconds += time.perf_counter() - start
+
+    def _settle(self, candidate: Candidate, state: State, error: str, key: str = "") -> None:
+        self.statuses[key or candidate.name] = PluginStatus(
+            candidate.name, candidate.distribution, candidate.version, state, error, candidate.core_range
+        )
+
+    def _import(self, candidate: Candidate) -> object:
+        """Phase one."""
+        plugin = candidate.import_plugin(retest=self._retest)
+        brought = getattr(plugin, "kernelforge_hookspecs", ())
+        for specs in brought if isinstance(brought, (list, tuple)) else [brought]:
+            self._manager.add_hookspecs(import_module(specs) if isinstance(specs, str) else specs)
+        return plugin
+
+    def _collect(self, candidate: Candidate, plugin: object) -> dict[str, list[Any]]:
+        """Phase two: the plugin's descriptors by hook. Raises PluginError when one of its hooks is wrong."""
+        self._manager.register(plugin, candidate.name)
+        for name in vars(self._manager.hook):
+            if callable(getattr(plugin, name, None)) and self._manager.parse_hookimpl_opts(plugin, name) is None:
+                raise PluginError(f"its function {name} lacks the decorator @hookimpl")
+        fresh: dict[str, list[Any]] = {}
+        for caller in self._manager.get_hookcallers(plugin) or ():
+            for impl in caller.get_hookimpls():
+                if impl.plugin is not plugin:
+                    continue
+                if caller.has_spec():
+                    fresh[caller.name] = self._stamped(candidate.provenance, caller.name, impl.function())
+                elif not impl.optionalhook:
+                    raise self._unknown_hook(caller.name)
+        return fresh
+
+    def _stamped(self, owner: Provenance, hook: str, returned: Any) -> list[Any]:
+        """The descriptors that a hook returned, checked and with their provenance."""
+        if isinstance(returned, str) or not isinstance(returned, Iterable):
+            raise PluginError(f"{hook} returned {returned!r}, wants an iterable of descriptors")
+        stamped: dict[str, Any] = {}
+        for descriptor in returned:
+            _check_descriptor(hook, descriptor)
+            key = key_of(descriptor)
+            other = owner if key in stamped else self._owners.get((hook, key))
+            if other is not None:
+                raise PluginError(f"{hook}: '{key}' is already registered by {other}")
+            stamped[key] = dataclasses.replace(descriptor, provenance=owner)
+        return list(stamped.values())
+
+    def _keep(self, candidate: Candidate, fresh: dict[str, list[Any]]) -> None:
+        for hook, descriptors in fresh.items():
+            self.descriptors.setdefault(hook, []).extend(descriptors)
+            self._owners.update({(hook, key_of(d)): candidate.provenance for d in descriptors})
+        self.statuses[candidate.name] = dataclasses.replace(
+            self.statuses[candidate.name],
+            state="loaded",
+            error="",
+            seconds=candidate.seconds,
+            contributions={hook: tuple(map(key_of, descriptors)) for hook, descriptors in sorted(fresh.items())},
+        )
+
+    def _unknown_hook(self, name: str) -> PluginError:
+        known = [hook for hook, caller in vars(self._manager.hook).items() if caller.has_spec()]
+        near = get_close_matches(name, known)
+        if near:
+            return PluginError(f"there is no hook {name}: did you mean {' or '.join(near)}?")
+        return PluginError(
+            f"there is no hook {name}: the plugin that defines it is not loaded",
+            hint="@hookimpl(optionalhook=True) lets it be absent",
+        )
+
+
+def key_of(descriptor: Any) -> str:
+    """What must be unique among the descriptors of a hook."""
+    if isinstance(descriptor, KernelVariant):
+        return descriptor.key
+    return command_key(descriptor) if isinstance(descriptor, CommandSpec) else str(descriptor.name)
+
+
+def _check_descriptor(hook: str, descriptor: Any) -> None:
+    expected = DESCRIPTORS.get(hook)
+    if expected is not None:
+        if not isinstance(descriptor, expected):
+            raise PluginError(f"{hook} returned {descriptor!r} among its descriptors, wants {expected.__name__}")
+        return
+    fields = {f.name for f in dataclasses.fields(descriptor)} if dataclasses.is_dataclass(descriptor) else set()
+    if isinstance(descriptor, type) or not {"name", "provenance"} <= fields:
+        raise PluginError(f"{hook} returned {descriptor!r}, wants a dataclass with the fields name and provenance")
+
+
+def _explain(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"it called sys.exit({error.code!r})"
+    text = " ".join(str(error).split())
+    if isinstance(error, KernelForgeError):
+        return f"{text} ({error.hint})" if error.hint else text
+    return f"{type(error).__name__}: {text}"
+
+
+def _report(statuses: dict[str, PluginStatus], wanted: Sequence[str]) -> None:
+    """Raise for what was asked for by name, warn of the rest."""
+    for name in wanted:
+        if name not in statuses:
+            raise _not_installed(name, statuses)
+        status = statuses[name]
+        if status.state != "loaded":
+            raise PluginError(f"{status} is {status.state}: {status.error}")
+    for status in statuses.values():
+        if status.state not in ("loaded", "blocked"):
+            warnings.warn(KernelForgeWarning(f"{status} is {status.state}: {status.error}"), stacklevel=3)
+
+
+def _not_installed(name: str, statuses: dict[str, PluginStatus]) -> PluginError:
+    near = get_close_matches(name, statuses)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(statuses)}"
+    return PluginError(f"no plugin named '{name}' is installed", hint=hint)
+
+
+def _names(given: Iterable[str] | None, variable: str) -> frozenset[str]:
+    names = os.environ.get(variable, "").split(",") if given is None else given
+    return frozenset(name.strip() for name in names if name.strip())

@@ -1,0 +1,91 @@
+"""Plugins whose import never returned or ended the process, found out at the next start.
+
+Neither can be caught by the process it happens to. So before the first import of a plugin version a marker is written,
+and renamed when the import returns; a marker that its process left behind is the trace of an import that did not end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from kernelforge import __version__
+from kernelforge.paths import plugins_folder
+
+PATIENCE_S = 60.0
+"""An import of a living process that takes longer than this counts as one that does not end."""
+
+
+@dataclass(frozen=True)
+class Quarantine:
+    """The trace of one plugin version with one version of core and of Python; none where the folder is read-only."""
+
+    plugin: str
+    version: str
+    requires: str
+
+    @property
+    def _stem(self) -> Path:
+        tested_with = f"{__version__} {sys.implementation.cache_tag} {self.requires}"
+        digest = hashlib.sha256(tested_with.encode()).hexdigest()[:12]
+        return plugins_folder() / f"{re.sub(r'[^A-Za-z0-9._-]', '_', f'{self.plugin}-{self.version}')}-{digest}"
+
+    @property
+    def _marker(self) -> Path:
+        return Path(f"{self._stem}.importing")
+
+    @property
+    def _passed(self) -> Path:
+        return Path(f"{self._stem}.imported")
+
+    def passed(self) -> bool:
+        """Whether this version was imported before, so that neither its range nor its import needs watching."""
+        return self._passed.exists()
+
+    def left_over(self) -> str:
+        """Why the plugin must not be imported, or "" when it may."""
+        try:
+            marker = json.loads(self._marker.read_text(encoding="utf-8"))
+            pid, host, since = int(marker["pid"]), str(marker["host"]), float(marker["time"])
+        except OSError:
+            return ""
+        except (ValueError, TypeError, KeyError):
+            return "its import did not end last time"
+        if time.time() - since < PATIENCE_S and _alive(pid, host):
+            return ""
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(since))
+        return f"its import did not end last time (process {pid}, {when})"
+
+    def begin(self) -> None:
+        """Leave the marker. Nothing is left where the folder cannot be written."""
+        with contextlib.suppress(OSError):
+            self._marker.parent.mkdir(parents=True, exist_ok=True)
+            trace = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": time.time()})
+            draft = Path(f"{self._marker}.{os.getpid()}")
+            draft.write_text(trace, encoding="utf-8")
+            draft.replace(self._marker)
+
+    def end(self, *, imported: bool) -> None:
+        """The import returned (`imported`) or raised: the process lives."""
+        with contextlib.suppress(OSError):
+            if imported:
+                self._marker.replace(self._passed)
+            else:
+                self._marker.unlink()
+
+
+def _alive(pid: int, host: str) -> bool:
+    """Whether another process of this machine, still there, wrote the marker."""
+    if host != socket.gethostname() or pid == os.getpid():
+        return False
+    import psutil
+
+    return bool(psutil.pid_exists(pid))

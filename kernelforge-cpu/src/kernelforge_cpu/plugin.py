@@ -1,0 +1,19 @@
+"""What kernelforge-cpu registers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kernelforge.descriptors import BackendSpec
+from kernelforge.hookspecs import hookimpl
+from kernelforge.variant import KernelVariant
+
+
+@hookimpl
+def kernelforge_backends() -> Iterable[BackendSpec]:
+    return (BackendSpec("cpu", "kernelforge_cpu.backend:CpuBackend", "The processor, with compiled kernels."),)
+
+
+@hookimpl
+def kernelforge_kernels() -> Iterable[KernelVariant]:
+    return ()

@@ -1,0 +1,1 @@
+"""The GPU backend of KernelForge, on wgpu."""

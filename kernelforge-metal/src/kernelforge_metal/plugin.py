@@ -1,0 +1,13 @@
+"""What kernelforge-metal registers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kernelforge.descriptors import BackendSpec
+from kernelforge.hookspecs import hookimpl
+
+
+@hookimpl
+def kernelforge_backends() -> Iterable[BackendSpec]:
+    return (BackendSpec("gpu", "kernelforge_metal.backend:GpuBackend", "GPUs through Metal, Vulkan or DirectX 12."),)
