@@ -6,7 +6,9 @@ from kernelforge.descriptors import BackendSpec, CommandSpec, DialectSpec, Impor
 from kernelforge.hookspecs import hookimpl
 from kernelforge.variant import KernelVariant
 
-DIALECTS: tuple[DialectSpec, ...] = ()
+DIALECTS = (
+    DialectSpec("transformer", "kernelforge.dialects.transformer:OPS", "The ops of decoder-only transformers."),
+)
 
 PASSES = (
     PassSpec(

@@ -1,0 +1,60 @@
+"""MLIR's text form of the few things that ops are made of: tensor types, attributes, strings. Needs no MLIR."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Sequence
+from functools import lru_cache
+
+from kernelforge.dtype import ITEMSIZE
+from kernelforge.op import UNKNOWN, OpError
+from kernelforge.problem import Attr, Dim, TensorType
+
+_TENSOR = re.compile(r"tensor<(?P<shape>(?:(?:\d+|\?)x)*)(?P<dtype>\w+)>")
+_PLAIN_FLOAT = re.compile(r"(-?\d+)(?:\.(\d+))?(e[-+]?\d+)?")
+
+
+@lru_cache(maxsize=4096)
+def read_tensor(text: str) -> TensorType:
+    """`tensor<?x8xf32>` as a TensorType whose dynamic dimensions are UNKNOWN.
+
+    Raises OpError, to be prefixed by what has that type, when it is not a ranked tensor of a known element type.
+    """
+    match = _TENSOR.fullmatch(text)
+    if match is None or match["dtype"] not in ITEMSIZE:
+        raise OpError(f"has type {text}, must be a tensor of {', '.join(ITEMSIZE)}")
+    sizes = match["shape"].split("x")[:-1]
+    return TensorType(tuple(UNKNOWN if d == "?" else int(d) for d in sizes), match["dtype"])
+
+
+def tensor_text(shape: Sequence[Dim], dtype: str) -> str:
+    """`tensor<?x8xf32>`; named dimensions become `?`."""
+    return f"tensor<{''.join('?x' if isinstance(d, str) else f'{d}x' for d in shape)}{dtype}>"
+
+
+def string_text(value: str) -> str:
+    """A quoted string; what is not printable ASCII is escaped byte by byte."""
+    escaped = (chr(b) if 32 <= b < 127 and b not in b'"\\' else f"\\{b:02X}" for b in value.encode())
+    return f'"{"".join(escaped)}"'
+
+
+def float_text(value: float) -> str:
+    """A 64-bit float that reads back as the same bits."""
+    match = _PLAIN_FLOAT.fullmatch(repr(value))
+    if match is None:  # inf, nan
+        return f"0x{struct.pack('>d', value).hex().upper()} : f64"
+    return f"{match[1]}.{match[2] or '0'}{match[3] or ''} : f64"
+
+
+def attr_text(value: Attr) -> str:
+    """An op's attribute."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return f"{value} : i64"
+    if isinstance(value, float):
+        return float_text(value)
+    if isinstance(value, str):
+        return string_text(value)
+    return f"array<i64: {', '.join(map(str, value))}>" if value else "array<i64>"
