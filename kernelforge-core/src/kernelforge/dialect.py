@@ -12,10 +12,8 @@ from kernelforge.errors import PluginError
 from kernelforge.mlir import Dialect, Operand, Pure, Result, ir, new_context
 from kernelforge.op import Attrs, OpDef, OpError, same_shape
 from kernelforge.problem import Attr, TensorType
-from kernelforge.syntax import attr_text, read_tensor, tensor_text
+from kernelforge.syntax import SEGMENTS, attribute_texts, read_tensor, tensor_text
 
-SEGMENTS = "operandSegmentSizes"
-"""MLIR's attribute that says which optional operands are there."""
 RESULT_SEGMENTS = "resultSegmentSizes"
 
 _classes: dict[tuple[str, tuple[OpDef, ...]], type[Dialect]] = {}
@@ -216,9 +214,3 @@ def create(
             ip=ir.InsertionPoint(before) if before is not None else None,
         )
     return list(made.results)
-
-
-def attribute_texts(op: OpDef, complete: Attrs) -> dict[str, str]:
-    """MLIR text of the attributes that differ from their default."""
-    defaults = {a.name: a.default for a in op.attributes}
-    return {name: attr_text(value) for name, value in complete.items() if value != defaults[name]}

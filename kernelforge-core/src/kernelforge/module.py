@@ -147,7 +147,7 @@ class Module:
         """The function as data.
 
         Names of dynamic dimensions are propagated from the arguments through the ops' type inference. Raises
-        UsageError, naming op and place, when an op refuses them (two names where one is needed) or belongs to no dialect.
+        UsageError, naming op and place, when an op refuses them (two names where one is needed) or has no dialect.
         """
         return _Reader(self).read()
 

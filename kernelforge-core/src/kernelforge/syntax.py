@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from kernelforge.dtype import ITEMSIZE
-from kernelforge.op import UNKNOWN, OpError
+from kernelforge.op import UNKNOWN, Attrs, OpDef, OpError
 from kernelforge.problem import Attr, Dim, TensorType
+
+SEGMENTS = "operandSegmentSizes"
+"""MLIR's attribute that says which optional operands are there."""
 
 _TENSOR = re.compile(r"tensor<(?P<shape>(?:(?:\d+|\?)x)*)(?P<dtype>\w+)>")
 _PLAIN_FLOAT = re.compile(r"(-?\d+)(?:\.(\d+))?(e[-+]?\d+)?")
@@ -58,3 +61,9 @@ def attr_text(value: Attr) -> str:
     if isinstance(value, str):
         return string_text(value)
     return f"array<i64: {', '.join(map(str, value))}>" if value else "array<i64>"
+
+
+def attribute_texts(op: OpDef, complete: Attrs) -> dict[str, str]:
+    """MLIR text of the attributes that differ from their default."""
+    defaults = {a.name: a.default for a in op.attributes}
+    return {name: attr_text(value) for name, value in complete.items() if value != defaults[name]}
