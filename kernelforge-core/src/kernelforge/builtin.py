@@ -29,9 +29,16 @@ PASSES = (
 
 KERNELS: tuple[KernelVariant, ...] = ()
 
-TUNERS: tuple[TunerSpec, ...] = ()
+TUNERS = (TunerSpec("grid", "kernelforge.tune.grid:GridTuner", "Every config, or a sample of them."),)
 
-BACKENDS: tuple[BackendSpec, ...] = ()
+BACKENDS = (
+    BackendSpec(
+        "reference",
+        "kernelforge.reference:ReferenceBackend",
+        "kernelforge.reference:variant",
+        "numpy in float64: slow and obvious, the oracle of all others",
+    ),
+)
 
 IMPORTERS: tuple[ImporterSpec, ...] = ()
 
@@ -42,6 +49,16 @@ COMMANDS = (
     CommandSpec("list", "kernelforge.cli.passes_verbs:list_passes", "List the passes and their options.", "passes"),
     CommandSpec("info", "kernelforge.cli.cache_verbs:info", "Show the size of the cache.", "cache"),
     CommandSpec("clear", "kernelforge.cli.cache_verbs:clear", "Delete the cache; records stay.", "cache"),
+    CommandSpec("tune", "kernelforge.cli.tune_verb:tune", "Find the fastest verified kernels and record them."),
+    CommandSpec("why", "kernelforge.cli.why_verb:why", "Show which kernel runs a problem, and why no other does."),
+    CommandSpec("list", "kernelforge.cli.records_verbs:list_records", "List the tuning records.", "records"),
+    CommandSpec("show", "kernelforge.cli.records_verbs:show", "Show everything that a record holds.", "records"),
+    CommandSpec("export", "kernelforge.cli.records_verbs:export", "Write records to a file.", "records"),
+    CommandSpec("import", "kernelforge.cli.records_verbs:import_records", "Merge the records of a file.", "records"),
+    CommandSpec("prune", "kernelforge.cli.records_verbs:prune", "Drop records.", "records"),
+    CommandSpec("benchmark-matmul", "kernelforge.cli.bench_verbs:matmul", "Time a matrix product beside peers."),
+    CommandSpec("benchmark-suite", "kernelforge.cli.bench_verbs:suite", "Time problems of transformers."),
+    CommandSpec("emit-mlir", "kernelforge.cli.emit_verb:emit_mlir", "Print a module at a stage of the compiler."),
     CommandSpec("doctor", "kernelforge.cli.doctor:doctor", "Show what works here and what does not."),
 )
 

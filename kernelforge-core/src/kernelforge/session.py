@@ -43,7 +43,7 @@ class Session:
         variants: Mapping[str, str] | None = None,
         pipeline: str | None = None,
     ) -> None:
-        from kernelforge.plugins import default_registry
+        from kernelforge.registry import default_registry
 
         self.registry = registry if registry is not None else default_registry()
         self.target = target

@@ -27,7 +27,7 @@ class LlmImporter:
 
     def load(self, source: str, *, weights: str = "native") -> ImportedModel:
         """The step for one token (`decode`) and for many (`prefill`) of one sequence."""
-        from kernelforge.plugins import default_registry
+        from kernelforge.registry import default_registry
 
         from kernelforge_llm.model import Model
         from kernelforge_llm.source import any_source

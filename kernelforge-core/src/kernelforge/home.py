@@ -1,0 +1,65 @@
+"""State on disk: `KERNELFORGE_HOME`, by default `~/.kernelforge`, and how files there are written."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def env_flag(name: str) -> bool:
+    """Whether an environment variable is set to something that means yes: not empty, 0, false, no or off."""
+    return os.environ.get(name, "").strip().lower() not in ("", "0", "false", "no", "off")
+
+
+def home() -> Path:
+    """The state folder; it need not exist. Read on every call, so that a changed environment counts at once."""
+    configured = os.environ.get("KERNELFORGE_HOME")
+    return Path(configured).expanduser() if configured else Path.home() / ".kernelforge"
+
+
+def records_path() -> Path:
+    """Measurements: data, never removed by clearing a cache."""
+    return home() / "autotune.jsonl"
+
+
+def cache_dir() -> Path:
+    """Compiled objects and packed weights: safe to delete."""
+    return home() / "cache"
+
+
+def plugins_dir() -> Path:
+    """Which plugin versions were imported without ending the process."""
+    return home() / "plugins"
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Replace `path` by a file with `content`: readers see the old one or the new one, whole. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+        Path(draft).replace(path)
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
+        raise
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line in a single write, so that lines of several processes do not mix. Raises OSError.
+
+    A torn last line (a crash, a full disk) is ended first, so that it does not swallow this one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+    handle = os.open(path, flags, 0o644)
+    try:
+        size = os.fstat(handle).st_size
+        torn = False
+        if size:
+            os.lseek(handle, size - 1, os.SEEK_SET)
+            torn = os.read(handle, 1) != b"\n"
+        os.write(handle, (("\n" if torn else "") + line.rstrip("\n") + "\n").encode())
+    finally:
+        os.close(handle)

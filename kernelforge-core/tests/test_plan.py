@@ -1,0 +1,200 @@
+"""Planning: views, in-place ops, constants, groups and the arena, each proved by running the plan on the reference target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kernelforge.constant import ArraySource
+from kernelforge.errors import AssetError, UsageError
+from kernelforge.module import Module
+from kernelforge.plan import ALIGNMENT, Plan
+from kernelforge.planning import make_plan
+from kernelforge.plugins import core_registry
+from kernelforge.reference import INFO, HostBuffer, ReferenceDevice
+from kernelforge.selection import select
+
+REGISTRY = core_registry()
+
+NO_BIAS = "operandSegmentSizes = array<i32: 1, 1, 0, 0>"
+
+
+def plan_of(text: str, **options: Any) -> Plan:
+    function = Module.parse(text, REGISTRY).function()
+    variants = REGISTRY.variants
+    return make_plan(
+        function, REGISTRY.ops, lambda p: select(p, variants(p.op, "reference"), INFO), target="reference", **options
+    )
+
+
+def run(plan: Plan, inputs: Mapping[str, Any], constants: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
+    return ReferenceDevice().compile(plan, ArraySource(constants or {}), REGISTRY).run(inputs)
+
+
+def ops(plan: Plan) -> list[str]:
+    return [step.problem.op.removeprefix("transformer.") for step in plan.steps]
+
+
+CACHED = f"""
+func.func @main(%x: tensor<?x8xf32> {{kernelforge.name = "x"}},
+                %w: tensor<8x12xf32> {{kernelforge.name = "w", kernelforge.constant}},
+                %c: tensor<1x16x2x4xf32> {{kernelforge.name = "cache", kernelforge.donated}},
+                %p: tensor<?xi32> {{kernelforge.name = "positions"}}, %s: tensor<?xi32> {{kernelforge.name = "slots"}})
+    -> (tensor<?x4xf32> {{kernelforge.name = "y"}}, tensor<1x16x2x4xf32> {{kernelforge.name = "cache_out"}}) {{
+  %0 = "transformer.matmul"(%x, %w) {{{NO_BIAS}}} : (tensor<?x8xf32>, tensor<8x12xf32>) -> tensor<?x12xf32>
+  %a = "transformer.slice"(%0) {{starts = array<i64: 0, 0>, sizes = array<i64: -1, 4>}} : (tensor<?x12xf32>) -> tensor<?x4xf32>
+  %b = "transformer.slice"(%0) {{starts = array<i64: 0, 4>, sizes = array<i64: -1, 8>}} : (tensor<?x12xf32>) -> tensor<?x8xf32>
+  %k = "transformer.reshape"(%b) {{shape = array<i64: -1, 2, 4>}} : (tensor<?x8xf32>) -> tensor<?x2x4xf32>
+  %u = "transformer.kv_cache_update"(%c, %k, %p, %s)
+      : (tensor<1x16x2x4xf32>, tensor<?x2x4xf32>, tensor<?xi32>, tensor<?xi32>) -> tensor<1x16x2x4xf32>
+  return %a, %u : tensor<?x4xf32>, tensor<1x16x2x4xf32>
+}}
+"""
+
+
+def cached_inputs(rng: np.random.Generator, tokens: int = 3) -> dict[str, Any]:
+    return {
+        "x": rng.standard_normal((tokens, 8)).astype(np.float32),
+        "cache": HostBuffer(np.zeros((1, 16, 2, 4), np.float32)),
+        "positions": np.arange(tokens, dtype=np.int32),
+        "slots": np.zeros(tokens, np.int32),
+    }
+
+
+def test_layout_ops_become_views_and_the_cache_is_written_in_place() -> None:
+    plan = plan_of(CACHED)
+    assert ops(plan) == ["matmul", "kv_cache_update", "cast"]  # the cast copies the sliced output out of the arena
+    rng = np.random.default_rng(0)
+    inputs, w = cached_inputs(rng), rng.standard_normal((8, 12)).astype(np.float32)
+    y, cache = run(plan, inputs, {"w": w})
+    product = inputs["x"] @ w
+    np.testing.assert_allclose(y, product[:, :4], rtol=1e-5)
+    assert cache is inputs["cache"]
+    np.testing.assert_allclose(cache.array[0, :3].reshape(3, 8), product[:, 4:], rtol=1e-5)
+    assert not cache.array[0, 3:].any()
+
+
+def test_a_donated_array_is_copied_a_donated_buffer_is_not() -> None:
+    inputs = cached_inputs(np.random.default_rng(1))
+    inputs["cache"] = inputs["cache"].array
+    _, cache = run(plan_of(CACHED), inputs, {"w": np.ones((8, 12), np.float32)})
+    assert cache.any()
+    assert not inputs["cache"].any()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.replace(", kernelforge.donated", ""),  # the caller keeps the buffer
+        lambda t: t.replace("return %a, %u", "return %a, %c"),  # the old contents are an output
+    ],
+)
+def test_in_place_ops_copy_when_the_old_contents_must_survive(change: Any) -> None:
+    text = change(CACHED)
+    plan = plan_of(text)
+    assert ops(plan)[:3] == ["matmul", "cast", "kv_cache_update"]
+    inputs = cached_inputs(np.random.default_rng(2))
+    before = inputs["cache"].array.copy()
+    run(plan, inputs, {"w": np.ones((8, 12), np.float32)})
+    np.testing.assert_array_equal(inputs["cache"].array, before)
+
+
+def test_dims_fix_dynamic_dimensions_in_every_problem() -> None:
+    plan = plan_of(CACHED, dims={"tokens": 1})
+    assert plan.dims == ()
+    assert all(step.dims == () for step in plan.steps)
+    assert str(plan.steps[0].problem).startswith("transformer.matmul(f32[1,8], f32[8,12]@const, _, _)")
+    with pytest.raises(UsageError, match="no dynamic dimension 'batch'"):
+        plan_of(CACHED, dims={"batch": 1})
+
+
+def test_ops_on_constants_are_folded() -> None:
+    text = f"""
+    func.func @main(%x: tensor<2x4xf32>, %a: tensor<3x4xbf16> {{kernelforge.name = "a", kernelforge.constant}},
+                    %b: tensor<5x4xbf16> {{kernelforge.name = "b", kernelforge.constant}}) -> tensor<2x8xf32> {{
+      %w = "transformer.concat"(%a, %b) {{axis = 0 : i64}} : (tensor<3x4xbf16>, tensor<5x4xbf16>) -> tensor<8x4xbf16>
+      %f = "transformer.cast"(%w) {{dtype = "f32"}} : (tensor<8x4xbf16>) -> tensor<8x4xf32>
+      %y = "transformer.matmul"(%x, %f) {{transpose_rhs = true, {NO_BIAS}}} : (tensor<2x4xf32>, tensor<8x4xf32>) -> tensor<2x8xf32>
+      return %y : tensor<2x8xf32>
+    }}"""
+    plan = plan_of(text)
+    assert ops(plan) == ["matmul"]
+    import ml_dtypes
+
+    rng = np.random.default_rng(3)
+    a, b = (rng.standard_normal((n, 4)).astype(ml_dtypes.bfloat16) for n in (3, 5))
+    x = rng.standard_normal((2, 4)).astype(np.float32)
+    (y,) = run(plan, {"arg0": x}, {"a": a, "b": b})
+    np.testing.assert_allclose(y, x @ np.concatenate([a, b]).astype(np.float32).T, rtol=1e-5)
+    with pytest.raises(AssetError, match=r"constant 'a' is f32\[3,4\], the module wants bf16\[3, 4\]"):
+        run(plan, {"arg0": x}, {"a": a.astype(np.float32), "b": b})
+    with pytest.raises(AssetError, match="no constant 'b'"):
+        run(plan, {"arg0": x}, {"a": a})
+
+
+def chain(length: int) -> str:
+    """x -> silu -> silu ..., and a sum of all of them, so that lifetimes of every length occur."""
+    lines = [f'%{i + 1} = "transformer.silu"(%{i}) : (tensor<?x7xf32>) -> tensor<?x7xf32>' for i in range(length)]
+    total = "%1"
+    for i in range(2, length + 1):
+        lines.append(f'%s{i} = "transformer.add"({total}, %{i}) : (tensor<?x7xf32>, tensor<?x7xf32>) -> tensor<?x7xf32>')
+        total = f"%s{i}"
+    body = "\n".join(lines)
+    return f"func.func @main(%0: tensor<?x7xf32>) -> tensor<?x7xf32> {{\n{body}\nreturn {total} : tensor<?x7xf32> }}"
+
+
+def test_values_that_live_together_never_share_memory_and_memory_is_reused() -> None:
+    plan = plan_of(chain(9))
+    layout = plan.pack({"tokens": 5})
+    spans = plan.lifetimes
+    size = -(-5 * 7 * 4 // ALIGNMENT) * ALIGNMENT
+    for v, offset in layout.offsets.items():
+        assert offset % ALIGNMENT == 0
+        for other, place in layout.offsets.items():
+            together = spans[v][0] <= spans[other][1] and spans[other][0] <= spans[v][1]
+            if v != other and together:
+                assert offset + size <= place or place + size <= offset
+    assert layout.nbytes < len(layout.offsets) * size
+    line = plan_of(chain(9).replace("return %s9", "return %9"))
+    assert line.pack({"tokens": 5}).nbytes < layout.nbytes
+
+
+def test_independent_steps_share_a_group_and_dependent_ones_never() -> None:
+    text = """
+    func.func @main(%x: tensor<4xf32>, %y: tensor<4xf32>) -> (tensor<4xf32>, tensor<4xf32>) {
+      %a = "transformer.silu"(%x) : (tensor<4xf32>) -> tensor<4xf32>
+      %b = "transformer.silu"(%y) : (tensor<4xf32>) -> tensor<4xf32>
+      %c = "transformer.add"(%a, %b) : (tensor<4xf32>, tensor<4xf32>) -> tensor<4xf32>
+      return %c, %a : tensor<4xf32>, tensor<4xf32>
+    }"""
+    assert [step.group for step in plan_of(text).steps] == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": None}, "input 'x' is missing"),
+        ({"z": np.zeros(1)}, "unknown input 'z'"),
+        ({"x": np.zeros((3, 8))}, "has dtype float64, wants f32"),
+        ({"x": np.zeros(8, np.float32)}, r"has shape \(8,\), wants \['tokens', 8\]"),
+        ({"x": np.zeros((3, 9), np.float32)}, r"has shape \(3, 9\)"),
+        ({"x": np.zeros((4, 8), np.float32)}, "tokens="),
+    ],
+)
+def test_inputs_are_checked(change: dict[str, Any], message: str) -> None:
+    inputs = {**cached_inputs(np.random.default_rng(4)), **change}
+    given = {k: v for k, v in inputs.items() if v is not None}
+    with pytest.raises(UsageError, match=message):
+        run(plan_of(CACHED), given, {"w": np.ones((8, 12), np.float32)})
+
+
+def test_strided_inputs_are_accepted() -> None:
+    inputs = cached_inputs(np.random.default_rng(5))
+    wide = np.zeros((3, 16), np.float32)
+    wide[:, ::2] = inputs["x"]
+    w = np.random.default_rng(6).standard_normal((8, 12)).astype(np.float32)
+    y, _ = run(plan_of(CACHED), {**inputs, "x": wide[:, ::2]}, {"w": w})
+    np.testing.assert_allclose(y, (inputs["x"] @ w)[:, :4], rtol=1e-5)
