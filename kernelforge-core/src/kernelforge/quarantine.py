@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernelforge import __version__
-from kernelforge.paths import plugins_folder
+from kernelforge.home import plugins_dir
 
 PATIENCE_S = 60.0
 """An import of a living process that takes longer than this counts as one that does not end."""
@@ -36,7 +36,7 @@ class Quarantine:
     def _stem(self) -> Path:
         tested_with = f"{__version__} {sys.implementation.cache_tag} {self.requires}"
         digest = hashlib.sha256(tested_with.encode()).hexdigest()[:12]
-        return plugins_folder() / f"{re.sub(r'[^A-Za-z0-9._-]', '_', f'{self.plugin}-{self.version}')}-{digest}"
+        return plugins_dir() / f"{re.sub(r'[^A-Za-z0-9._-]', '_', f'{self.plugin}-{self.version}')}-{digest}"
 
     @property
     def _marker(self) -> Path:

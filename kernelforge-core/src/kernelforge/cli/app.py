@@ -48,7 +48,6 @@ class Request:
 
     words: list[str] = field(default_factory=list)
     """The verb and what it is given."""
-    json: bool = False
     version: bool = False
     target: str | None = None
     threads: str | None = None
@@ -68,8 +67,6 @@ def parse_request(arguments: Sequence[str]) -> Request:
     A value that looks like a global option belongs to its own option only when it is joined to it: `--prompt=--json`.
     """
     request = Request()
-    # Known first, so that an error in the rest is already reported as JSON.
-    request.json = "--json" in _before_separator(arguments)
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
@@ -78,7 +75,7 @@ def parse_request(arguments: Sequence[str]) -> Request:
             request.words += [word, *rest]
             break
         if word == "--json":
-            continue
+            continue  # known already: an error in the rest must be reported as JSON too
         if word == "--version" and not request.words:
             request.version = True
         elif name in ("--target", "--threads", "--plugin"):
@@ -97,14 +94,15 @@ def parse_request(arguments: Sequence[str]) -> Request:
     return request
 
 
-def _before_separator(arguments: Sequence[str]) -> Sequence[str]:
-    return arguments[: arguments.index("--")] if "--" in arguments else arguments
+def wants_json(arguments: Sequence[str]) -> bool:
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    return "--json" in options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (by default the process's own) and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    out = Output(json="--json" in _before_separator(given))
+    out = Output(json=wants_json(given))
     try:
         with use(out), _collected_warnings(out), _quiet_stdout(out):
             code, errors = _run_reported(given, out)
