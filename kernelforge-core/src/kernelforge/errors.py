@@ -18,10 +18,6 @@ class KernelForgeError(Exception):
         self.hint = hint
 
 
-class KernelForgeWarning(UserWarning):
-    """Something was done otherwise than asked or expected. Commands collect these for stderr and the JSON envelope."""
-
-
 class UsageError(KernelForgeError):
     """A request that cannot be meant: an unknown target, variant, flag or shape, a token id out of range."""
 
