@@ -119,19 +119,27 @@ class _Loader:
     def _attempt(self, candidate: Candidate, action: Callable[[], T]) -> T | None:
         """What `action` returns; None when it raised, which becomes the plugin's status. Interruptions pass."""
         start = time.perf_counter()
-        self._settle(candidate, "failed", "not loaded to the end")
+        result: T | None = None
+        state: State = "loaded"
+        reason = ""
         try:
-            return action()
+            result = action()
         except (Exception, SystemExit) as error:
-            state: State = error.state if isinstance(error, Refused) else "failed"
-            self._settle(candidate, state, _explain(error))
-            return None
-        finally:
-            candidate.seconds += time.perf_counter() - start
+            state = error.state if isinstance(error, Refused) else "failed"
+            reason = _explain(error)
+        candidate.seconds += time.perf_counter() - start
+        self._settle(candidate, state, reason)
+        return result
 
     def _settle(self, candidate: Candidate, state: State, error: str, key: str = "") -> None:
         self.statuses[key or candidate.name] = PluginStatus(
-            candidate.name, candidate.distribution, candidate.version, state, error, candidate.core_range
+            candidate.name,
+            candidate.distribution,
+            candidate.version,
+            state,
+            error,
+            candidate.core_range,
+            candidate.seconds,
         )
 
     def _import(self, candidate: Candidate) -> object:
@@ -179,17 +187,14 @@ class _Loader:
             self._owners.update({(hook, key_of(d)): candidate.provenance for d in descriptors})
         self.statuses[candidate.name] = dataclasses.replace(
             self.statuses[candidate.name],
-            state="loaded",
-            error="",
-            seconds=candidate.seconds,
             contributions={hook: tuple(map(key_of, descriptors)) for hook, descriptors in sorted(fresh.items())},
         )
 
     def _unknown_hook(self, name: str) -> PluginError:
-        known = [hook for hook, caller in vars(self._manager.hook).items() if caller.has_spec()]
-        near = get_close_matches(name, known)
+        known = {hook.partition("_")[2]: hook for hook, caller in vars(self._manager.hook).items() if caller.has_spec()}
+        near = get_close_matches(name.partition("_")[2], known)
         if near:
-            return PluginError(f"there is no hook {name}: did you mean {' or '.join(near)}?")
+            return PluginError(f"there is no hook {name}: did you mean {' or '.join(known[n] for n in near)}?")
         return PluginError(
             f"there is no hook {name}: the plugin that defines it is not loaded",
             hint="@hookimpl(optionalhook=True) lets it be absent",
@@ -230,10 +235,10 @@ def _report(statuses: dict[str, PluginStatus], wanted: Sequence[str]) -> None:
             raise _not_installed(name, statuses)
         status = statuses[name]
         if status.state != "loaded":
-            raise PluginError(f"{status} is {status.state}: {status.error}")
+            raise PluginError(status.report)
     for status in statuses.values():
         if status.state not in ("loaded", "blocked"):
-            warnings.warn(KernelForgeWarning(f"{status} is {status.state}: {status.error}"), stacklevel=3)
+            warnings.warn(KernelForgeWarning(status.report), stacklevel=3)
 
 
 def _not_installed(name: str, statuses: dict[str, PluginStatus]) -> PluginError:

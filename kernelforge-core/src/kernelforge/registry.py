@@ -47,6 +47,11 @@ class PluginStatus:
     def __str__(self) -> str:
         return f"plugin '{self.name}' ({self.distribution} {self.version})"
 
+    @property
+    def report(self) -> str:
+        """Who is not loaded and why, as a sentence."""
+        return f"{self} {'failed' if self.state == 'failed' else f'is {self.state}'}: {self.error}"
+
 
 @dataclass(frozen=True)
 class Registry:
@@ -135,10 +140,7 @@ class Registry:
         if distribution is not None:
             for status in self.plugins.values():
                 if status.distribution == distribution:
-                    return PluginError(
-                        f"target '{target}' comes with {status}, which is {status.state}: {status.error}",
-                        hint=f"kernelforge plugins info {status.name}",
-                    )
+                    return PluginError(f"target '{target}' is not there: {status.report}")
             others = f", or use --target {next(iter(self.backends))}" if self.backends else ""
             return DeviceError(
                 f"target '{target}' comes with {distribution}, which is not installed",

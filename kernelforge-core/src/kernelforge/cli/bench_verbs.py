@@ -1,0 +1,134 @@
+"""`kernelforge benchmark-matmul` and `kernelforge benchmark-suite`."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kernelforge import home
+from kernelforge.bench.baseline import THRESHOLD, Change, compare_reports, load_report
+from kernelforge.bench.matmul import benchmark_matmul, matmul_problem
+from kernelforge.bench.suite import CASES, chosen_cases, run_case, run_suite
+from kernelforge.cli import output
+from kernelforge.cli.options import Constant, Dtype, Variant, open_session
+from kernelforge.errors import KernelForgeError, RegressionError, WrongResultError
+from kernelforge.session import Session
+from kernelforge.variant import config_key
+
+
+def matmul(
+    m: Annotated[int, typer.Option(help="Rows of the left operand.")] = 512,
+    n: Annotated[int, typer.Option(help="Columns of the right operand.")] = 512,
+    k: Annotated[int, typer.Option(help="Columns of the left operand: the length of the sums.")] = 1024,
+    dtype: Dtype = "f32",
+    constant: Constant = True,
+    variant: Variant = None,
+    peer: Annotated[list[str] | None, typer.Option(help="Measure beside numpy or torch (may be repeated).")] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Rounds in which all take turns.")] = 7,
+) -> dict[str, Any]:
+    """Verify a matrix product, then time it: latency, GFLOP/s, and the same of peers measured in turn."""
+    out = output.current()
+    with closing(open_session()) as session:
+        problem = matmul_problem(session.registry, m, n, k, dtype, constant=constant)
+        report = benchmark_matmul(session, problem, variant=variant, peers=peer or (), repeat=repeat)
+    out.print(report["problem"])
+    out.print(f"correct: relative error {report['rel_error']:.1e} (tolerated {report['tolerance']:.1e})")
+    out.print(f"variant: {report['variant']} {config_key(report['config'])} ({report['config_source']})\n")
+    rows = [["kernelforge", report["latency_ms"], report["latency"]["mad"], report["gflops"], None, report["threads"]]]
+    for name, p in report["peers"].items():
+        rows.append(
+            [f"{name} {p['version']}", p["latency_ms"], p["latency"]["mad"], p["gflops"], p["ratio"], report["threads"]]
+        )
+    out.table(["", "median ms", "mad ms", "GFLOP/s", "ours / it", "threads"], rows)
+    return report
+
+
+def suite(
+    file: Annotated[Path | None, typer.Option("--output", help="Write the report to this file.")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="An earlier report; a regression exits with 14.")] = None,
+    threshold: Annotated[float, typer.Option(min=0, help="Share by which a median must be slower.")] = THRESHOLD,
+    substring: Annotated[str, typer.Option("--filter", help="Only the cases whose name contains this.")] = "",
+    repeat: Annotated[int, typer.Option(min=1, help="Rounds of each case.")] = 5,
+) -> dict[str, Any]:
+    """Verify and time representative problems of transformers; compare with an earlier report."""
+    out = output.current()
+    cases = chosen_cases(substring)
+    before = load_report(baseline) if baseline is not None else None
+    with closing(open_session()) as session, out.progress("benchmark", len(cases)) as bar:
+        environment = output.environment()
+        report = run_suite(session, cases, environment, repeat=repeat, progress=lambda name: bar.advance(say=name))
+        changes = [] if before is None else _confirmed(session, before, report, threshold, repeat)
+    out.data = report
+    _print_cases(report["cases"])
+    if before is not None:
+        report["comparison"] = [_as_data(change, threshold) for change in changes]
+        _print_changes(changes, threshold)
+    if file is not None:
+        home.write_atomic(file, json.dumps(report, indent=1) + "\n")
+        out.print(f"\nreport: {file}")
+    _raise_for(report["cases"], [c for c in changes if c.verdict(threshold) == "slower"])
+    return report
+
+
+def _confirmed(
+    session: Session, before: dict[str, Any], report: dict[str, Any], threshold: float, repeat: int
+) -> list[Change]:
+    """The changes; cases that seem slower are measured once more and keep the better of the two."""
+    suspects = {c.name for c in compare_reports(before, report) if c.verdict(threshold) == "slower"}
+    for i, measured in enumerate(report["cases"]):
+        if measured["name"] in suspects:
+            case = next(c for c in CASES if c.name == measured["name"])
+            again = run_case(session, case, repeat=repeat)
+            if again["status"] == "ok" and again["latency_ms"] < measured["latency_ms"]:
+                report["cases"][i] = again
+    return compare_reports(before, report)
+
+
+def _print_cases(cases: list[dict[str, Any]]) -> None:
+    rows = []
+    for case in cases:
+        if case["status"] == "ok":
+            latency = case["latency"]
+            times = [latency["median"], latency["p95"], case["gflops"], case["gbytes_s"], case["rel_error"]]
+            rows.append([case["name"], case["variant"], *times, ""])
+        else:
+            rows.append([case["name"], case["status"], None, None, None, None, None, case["message"]])
+    out = output.current()
+    out.table(["case", "variant", "median ms", "p95 ms", "GFLOP/s", "GB/s", "rel. error", ""], rows)
+
+
+def _print_changes(changes: list[Change], threshold: float) -> None:
+    out = output.current()
+    out.print()
+    out.table(
+        ["case", "before ms", "now ms", "ratio", ""],
+        [[c.name, c.before_ms, c.now_ms, c.ratio, c.verdict(threshold)] for c in changes],
+    )
+
+
+def _as_data(change: Change, threshold: float) -> dict[str, Any]:
+    return {
+        "name": change.name,
+        "before_ms": change.before_ms,
+        "now_ms": change.now_ms,
+        "ratio": float(f"{change.ratio:.4g}"),
+        "verdict": change.verdict(threshold),
+    }
+
+
+def _raise_for(cases: list[dict[str, Any]], slower: list[Change]) -> None:
+    """Raises WrongResultError, KernelForgeError or RegressionError, naming the cases."""
+    wrong = [c for c in cases if c["status"] == "wrong-result"]
+    if wrong:
+        names = ", ".join(c["name"] for c in wrong)
+        raise WrongResultError(f"wrong results in {names}: {wrong[0]['message']}")
+    broken = [c for c in cases if c["status"] == "error"]
+    if broken:
+        raise KernelForgeError(f"failed: {', '.join(c['name'] for c in broken)}: {broken[0]['message']}")
+    if slower:
+        named = ", ".join(f"{c.name} ({c.before_ms:.4g} -> {c.now_ms:.4g} ms, {c.ratio:.2f} x)" for c in slower)
+        raise RegressionError(f"slower than the baseline: {named}")

@@ -1,0 +1,133 @@
+"""`kernelforge doctor`: the machine, its devices, the plugins, the state on disk; what is wrong and what helps."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import metadata
+from typing import Any
+
+from kernelforge import __version__
+from kernelforge.cli import output
+from kernelforge.cli.cache_verbs import size_text, usage
+from kernelforge.cli.output import Output
+from kernelforge.errors import DeviceError, KernelForgeError
+from kernelforge.home import cache_dir, home, records_path
+from kernelforge.registry import Registry
+
+TOOLCHAIN = ("torch-mlir", "numpy", "llvmlite", "numba", "wgpu", "tokenizers", "safetensors")
+"""Distributions whose versions explain most differences between machines."""
+
+
+def doctor() -> dict[str, Any]:
+    """Show what works here and what does not. Fails only when no target has a device."""
+    out = output.current()
+    problems: list[dict[str, str]] = []
+
+    def problem(what: str, hint: str) -> None:
+        problems.append({"problem": what, "hint": hint})
+
+    out.data = {
+        "versions": _versions(out),
+        "machine": _machine(out),
+        "devices": _devices(out, out.registry, problem),
+        "plugins": _plugins(out, out.registry, problem),
+        "state": _state(out, problem),
+        "problems": problems,
+    }
+    out.print()
+    for entry in problems:
+        out.print(f"problem: {entry['problem']}\n   hint: {entry['hint']}")
+    if not any(out.data["devices"].values()):
+        raise DeviceError("no target has a device here", hint="pip install kernelforge-cpu")
+    out.print(f"problems found: {len(problems) or 'none'}")
+    return out.data
+
+
+def _versions(out: Output) -> dict[str, str]:
+    versions = {"kernelforge": __version__, "python": sys.version.split()[0]}
+    for name in TOOLCHAIN:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    out.print("versions  " + ", ".join(f"{name} {version}" for name, version in versions.items()))
+    return versions
+
+
+def _machine(out: Output) -> dict[str, Any]:
+    from kernelforge.machine import probe
+
+    host = probe()
+    out.print(f"machine   {host.cpu}, {host.os} {host.arch} ({host.level})")
+    out.print(f"          {host.cores} cores, {host.logical} threads, {size_text(host.memory_bytes)} of memory")
+    caches = {"l1d": host.l1d_bytes, "l2": host.l2_bytes, "l3": host.l3_bytes}
+    out.print("          caches " + ", ".join(f"{n} {size_text(b) if b else 'unknown'}" for n, b in caches.items()))
+    out.print(f"          features {' '.join(sorted(host.features)) or 'unknown'}")
+    return {
+        "cpu": host.cpu,
+        "os": host.os,
+        "arch": host.arch,
+        "level": host.level,
+        "cores": host.cores,
+        "logical": host.logical,
+        "memory_bytes": host.memory_bytes,
+        "features": host.features,
+        "fingerprint": host.fingerprint,
+        **{f"{name}_bytes": size for name, size in caches.items()},
+    }
+
+
+def _devices(out: Output, registry: Registry, problem: Any) -> dict[str, list[dict[str, Any]]]:
+    """The devices of each target. A backend that fails is a problem, and ends nothing."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for target in registry.backends:
+        found[target] = []
+        try:
+            infos = registry.backend(target).devices()
+        except Exception as error:
+            hint = error.hint if isinstance(error, KernelForgeError) else None
+            problem(f"target {target} fails: {error}", hint or f"kernelforge plugins info {_owner(registry, target)}")
+            continue
+        if not infos:
+            problem(f"target {target} has no device", "install the device's driver, or use another target")
+        for info in infos:
+            out.print(f"device    {target}: {info.name}, {info.threads} threads, {' '.join(sorted(info.features))}")
+            found[target].append(
+                {
+                    "name": info.name,
+                    "fingerprint": info.fingerprint,
+                    "threads": info.threads,
+                    "features": info.features,
+                    "limits": dict(info.limits),
+                }
+            )
+    return found
+
+
+def _owner(registry: Registry, target: str) -> str:
+    return registry.backends[target].provenance.plugin
+
+
+def _plugins(out: Output, registry: Registry, problem: Any) -> dict[str, dict[str, Any]]:
+    for key, status in registry.plugins.items():
+        out.print(f"plugin    {key}: {status.distribution} {status.version}, {status.state}")
+        if status.state not in ("loaded", "blocked"):
+            problem(status.report, f"kernelforge plugins check {status.name}")
+    return {
+        key: {"distribution": s.distribution, "version": s.version, "state": s.state, "error": s.error}
+        for key, s in registry.plugins.items()
+    }
+
+
+def _state(out: Output, problem: Any) -> dict[str, Any]:
+    state: dict[str, Any] = {"home": home()}
+    for name, path in (("cache", cache_dir()), ("records", records_path())):
+        files, size = usage(path)
+        out.print(f"{name:<8}  {path}: {size_text(size)}" + (f" in {files} files" if name == "cache" else ""))
+        state[name] = {"path": path, "files": files, "bytes": size}
+    existing = next(folder for folder in (home(), *home().parents) if folder.exists())
+    state["writable"] = os.access(existing, os.W_OK)
+    if not state["writable"]:
+        problem(f"{home()} cannot be written: nothing is kept between runs", "set KERNELFORGE_HOME to another folder")
+    return state

@@ -1,0 +1,203 @@
+"""`kernelforge emit-mlir`: a module at each stage of the compiler."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kernelforge.cli import output
+from kernelforge.cli.options import Weights, open_session
+from kernelforge.cli.problems import load_model
+from kernelforge.errors import UsageError
+from kernelforge.importer import Program
+from kernelforge.module import Function, Module
+from kernelforge.plan import Plan, Step
+from kernelforge.planning import make_plan
+from kernelforge.registry import lookup
+from kernelforge.session import Session
+from kernelforge.syntax import string_text
+
+if TYPE_CHECKING:
+    from kernelforge.graph import Graph, Tensor
+    from kernelforge.passes import Pass
+
+KERNEL = "kernelforge.kernel"
+"""Attribute of an op: how the target runs it."""
+
+
+class Stage(StrEnum):
+    TRANSFORMER = "transformer"
+    FUSED = "fused"
+    SELECTED = "selected"
+    LLVM = "llvm"
+
+
+def emit_mlir(
+    model: Annotated[str | None, typer.Option(help="Of this model.")] = None,
+    block: Annotated[bool, typer.Option("--block", help="Of one small decoder layer (the default).")] = False,
+    program: Annotated[str | None, typer.Option(help="Which program of the model: decode, prefill.")] = None,
+    stage: Annotated[
+        Stage,
+        typer.Option(help="As built, after the passes, with the chosen kernels, or the kernels' LLVM IR."),
+    ] = Stage.TRANSFORMER,
+    after: Annotated[str | None, typer.Option(help="Instead of a stage: after the first run of this pass.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Fix the number of tokens; else it is dynamic.")] = None,
+    weights: Weights = "native",
+) -> dict[str, Any]:
+    """Print a module: as it was built, after the passes, with its kernels, or the LLVM IR of its kernels."""
+    if model is not None and block:
+        raise UsageError("--model and --block exclude each other")
+    if after is not None and stage is not Stage.TRANSFORMER:
+        raise UsageError("--after and --stage exclude each other")
+    out = output.current()
+    with closing(open_session()) as session:
+        chosen = _program(session, model, program, weights)
+        if tokens is not None:
+            chosen = _with_tokens(chosen, tokens)
+        text = _after(session, chosen, after) if after is not None else _at(session, chosen, stage)
+    out.stream(text if text.endswith("\n") else f"{text}\n")
+    return {"program": chosen.name, "stage": None if after else stage.value, "after": after, "text": text}
+
+
+def _program(session: Session, model: str | None, name: str | None, weights: str) -> Program:
+    if model is None:
+        if name is not None:
+            raise UsageError("--program needs --model")
+        return decoder_block()
+    programs = {p.name: p for p in load_model(session.registry, model, weights).programs}
+    return next(iter(programs.values())) if name is None else lookup("program", programs, name)
+
+
+def _with_tokens(program: Program, tokens: int) -> Program:
+    return replace(program, dims={**program.dims, "tokens": tokens})
+
+
+def _after(session: Session, program: Program, name: str) -> str:
+    found: list[str] = []
+
+    def keep(step: Pass, module: Module) -> None:
+        if step.name == name and not found:
+            found.append(str(module))
+
+    session.pipeline.run(Module.parse(program.module, session.registry), after=keep)
+    if not found:
+        raise UsageError(f"the pipeline has no pass '{name}'", hint=f"it is {session.pipeline}")
+    return found[0]
+
+
+def _at(session: Session, program: Program, stage: Stage) -> str:
+    if stage is Stage.TRANSFORMER:
+        return str(Module.parse(program.module, session.registry))
+    module = session.lower(program.module)
+    if stage is Stage.FUSED:
+        return str(module)
+    function = module.function()
+    plan = _numbered_plan(session, program, function)
+    if stage is Stage.LLVM:
+        return session.device.emit_llvm(plan, session.registry)
+    annotate(module, function, plan)
+    return str(module)
+
+
+def _numbered_plan(session: Session, program: Program, function: Function) -> Plan:
+    """A plan whose steps are located at the numbers of their ops."""
+    nodes = tuple(replace(node, location=f"#{i}") for i, node in enumerate(function.nodes))
+    numbered = replace(function, nodes=nodes)
+    options: dict[str, Any] = {"target": session.target, "dims": program.dims, "max_dims": program.max_dims}
+    return make_plan(numbered, session.registry.ops, session.select, **options)
+
+
+def annotate(module: Module, function: Function, plan: Plan) -> None:
+    """Give each op of the module the attribute `kernelforge.kernel`: its variant and config; "constant" for one that
+    is computed when compiling, "view" for one that only sees its operand's memory otherwise. The text still parses
+    back."""
+    from kernelforge.mlir import ir
+
+    steps: dict[str, list[Step]] = {}
+    for step in plan.steps:
+        steps.setdefault(step.location, []).append(step)
+    body = list(module.main.regions[0].blocks[0].operations)
+    with module.context:
+        for i, node in enumerate(function.nodes):
+            # What comes before an op's own step are copies of operands that it must not overwrite.
+            own = steps.get(f"#{i}", [])[-1:]
+            if own:
+                text = _kernel_text(plan.target, own[0])
+            else:
+                folded = all(o is None or _constant(function, o) for o in node.operands)
+                text = '"constant"' if folded else '"view"'
+            body[i].operation.attributes[KERNEL] = ir.Attribute.parse(text)
+
+
+def _constant(function: Function, value: int) -> bool:
+    """Whether a value is known when compiling."""
+    if value < len(function.args):
+        return function.args[value].constant
+    node = next(n for n in function.nodes if value in n.results)
+    return all(o is None or _constant(function, o) for o in node.operands)
+
+
+def _kernel_text(target: str, step: Step) -> str:
+    values = {name: json.dumps(v) if isinstance(v, int) else string_text(v) for name, v in step.config.items()}
+    config = ", ".join(f"{string_text(name)} = {text}" for name, text in sorted(values.items()))
+    return f"{{config = {{{config}}}, target = {string_text(target)}, variant = {string_text(step.variant)}}}"
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """Sizes of a decoder layer that is small enough to be read."""
+
+    width: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    hidden: int = 192
+    slots: int = 1
+    capacity: int = 128
+
+
+def decoder_block(shape: BlockShape = BlockShape()) -> Program:
+    """One pre-norm decoder layer with grouped-query attention over a cache and a gated MLP, as the graph builder
+    makes it."""
+    from kernelforge.graph import Graph
+
+    g = Graph("block")
+    x = g.input("x", ("tokens", shape.width), "f32")
+    positions, slots = (g.input(name, ("tokens",), "i32") for name in ("positions", "slots"))
+    with g.scope("attention"):
+        attended = _attention(
+            g, shape, g.rms_norm(x, g.constant("attention.norm", (shape.width,), "f32")), positions, slots
+        )
+        x = x + attended
+    with g.scope("mlp"):
+        h = g.rms_norm(x, g.constant("mlp.norm", (shape.width,), "f32"))
+        gate, up = (_linear(g, f"mlp.{name}", h, shape.hidden) for name in ("gate", "up"))
+        x = x + _linear(g, "mlp.down", g.silu(gate) * up, shape.width)
+    g.output(x, "x_out")
+    return Program("block", g.text(), max_dims={"tokens": shape.capacity})
+
+
+def _attention(g: Graph, shape: BlockShape, x: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    q = _linear(g, "attention.q", x, queries).reshape("tokens", shape.heads, shape.head_dim)
+    k, v = (_linear(g, f"attention.{n}", x, keys).reshape("tokens", shape.kv_heads, shape.head_dim) for n in "kv")
+    q, k = (g.rope(t, positions, max_position=shape.capacity) for t in (q, k))
+    caches = []
+    for name, new in (("k", k), ("v", v)):
+        size = (shape.slots, shape.capacity, shape.kv_heads, shape.head_dim)
+        cache = g.kv_cache_update(g.input(f"{name}_cache", size, "f32", donated=True), new, positions, slots)
+        g.output(cache, f"{name}_cache_out")
+        caches.append(cache)
+    seen = g.attention(q, *caches, positions, slots)
+    return _linear(g, "attention.o", seen.reshape("tokens", queries), shape.width)
+
+
+def _linear(g: Graph, name: str, x: Tensor, features: int) -> Tensor:
+    width = x.shape[-1]
+    assert isinstance(width, int)
+    return g.matmul(x, g.constant(name, (features, width), "f32"), transpose_rhs=True)

@@ -1,0 +1,26 @@
+"""Options that several verbs have, and what they all begin with."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kernelforge.cli import output
+from kernelforge.session import Session
+
+M = Annotated[int | None, typer.Option(help="Rows of the left operand.")]
+N = Annotated[int | None, typer.Option(help="Columns of the right operand.")]
+K = Annotated[int | None, typer.Option(help="Columns of the left operand: the length of the sums.")]
+Dtype = Annotated[str, typer.Option(help="Type of the right operand (the weights): f32, bf16 or f16.")]
+Constant = Annotated[bool, typer.Option(help="The right operand is a weight, known when compiling, or an activation.")]
+ProblemKey = Annotated[str | None, typer.Option("--problem", help="A problem, as `records list` and `why` write it.")]
+Model = Annotated[str | None, typer.Option(help="A model: every problem in it.")]
+Weights = Annotated[str, typer.Option(help="Of a model: native, or the dtype to convert its weights to.")]
+Variant = Annotated[str | None, typer.Option(help="Use this kernel variant.")]
+
+
+def open_session() -> Session:
+    """A session of what the global options say; to be closed."""
+    out = output.current()
+    return Session(out.target, threads=out.threads, registry=out.registry)

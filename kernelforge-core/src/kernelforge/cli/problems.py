@@ -1,0 +1,132 @@
+"""What `tune` and `why` are about: an op with sizes, a problem's key, or every problem of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kernelforge.bench.matmul import MATMUL, matmul_problem
+from kernelforge.errors import AssetError, UsageError
+from kernelforge.op import OpDef, OpError
+from kernelforge.problem import Problem, parse_problem
+from kernelforge.registry import Registry, lookup
+
+if TYPE_CHECKING:
+    from kernelforge.importer import ImportedModel
+    from kernelforge.session import Session
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A static problem, and where a model has it."""
+
+    problem: Problem
+    programs: tuple[str, ...] = ()
+    steps: int = 1
+    """How many steps of those programs are this problem."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of a verb that name problems: exactly one of op, problem and model."""
+
+    op: str | None
+    sizes: tuple[int | None, int | None, int | None]
+    """m, n, k."""
+    dtype: str
+    constant: bool
+    problem: str | None
+    model: str | None
+    weights: str = "native"
+
+    def resolve(self, session: Session) -> list[Asked]:
+        """The problems. Raises UsageError for options that do not name any, AssetError for a model that nobody reads.
+        """
+        if sum(given is not None for given in (self.op, self.problem, self.model)) != 1:
+            raise UsageError("name one of: an op (matmul --m 64 --n 64 --k 128), --problem KEY, --model PATH")
+        if self.model is not None:
+            return model_problems(session, load_model(session.registry, self.model, self.weights))
+        if self.problem is not None:
+            return [Asked(checked_problem(session.registry, self.problem))]
+        assert self.op is not None
+        op = find_op(session.registry, self.op)
+        if op.full_name != MATMUL:
+            raise UsageError(f"{op.name} has no sizes of its own", hint=f"--problem '{_example(op)}'")
+        m, n, k = self.sizes
+        if m is None or n is None or k is None:
+            raise UsageError("matmul needs its sizes", hint="for example --m 64 --n 64 --k 128")
+        return [Asked(matmul_problem(session.registry, m, n, k, self.dtype, constant=self.constant))]
+
+
+def find_op(registry: Registry, name: str) -> OpDef:
+    """An op by its full name, or by its short one when only one dialect has it. Raises UsageError."""
+    if name in registry.ops:
+        return registry.ops[name]
+    short: dict[str, list[OpDef]] = {}
+    for op in registry.ops.values():
+        short.setdefault(op.name, []).append(op)
+    found = lookup("op", short, name)
+    if len(found) > 1:
+        raise UsageError(f"several dialects have '{name}'", hint=f"one of: {', '.join(op.full_name for op in found)}")
+    return found[0]
+
+
+def checked_problem(registry: Registry, key: str) -> Problem:
+    """The problem that `key` writes, with default attributes filled in. Raises UsageError when its op refuses it."""
+    given = parse_problem(key)
+    op = find_op(registry, given.op)
+    try:
+        checked = op.problem(given.operands, dict(given.attrs))
+    except OpError as error:
+        raise UsageError(
+            f"{given.op} does not take this problem: {error}", hint=f"one it takes: {_example(op)}"
+        ) from None
+    have, want = ([(t.shape, t.dtype) for t in p.results] for p in (given, checked))
+    if have != want:
+        results = ", ".join(map(str, checked.results))
+        raise UsageError(f"{given.op} gives ({results}) for these operands, not what the problem says")
+    return Problem(checked.op, checked.operands, given.results, checked.attrs).canonical()
+
+
+def _example(op: OpDef) -> str:
+    import random
+
+    return str(next(op.samples(random.Random(0))))
+
+
+def load_model(registry: Registry, source: str, weights: str) -> ImportedModel:
+    """Read a model with the importer that claims it. Raises AssetError when none does."""
+    from kernelforge.lazy import resolve
+
+    for spec in registry.importers.values():
+        importer = resolve(spec.load)()
+        if importer.claims(source):
+            model: ImportedModel = importer.load(source, weights=weights)
+            return model
+    names = ", ".join(registry.importers)
+    reason = f"none of the importers ({names}) reads it" if names else "no importer is installed"
+    raise AssetError(
+        f"cannot read the model '{source}': {reason}", hint="pip install kernelforge-llm reads checkpoints"
+    )
+
+
+def model_problems(session: Session, model: ImportedModel) -> list[Asked]:
+    """Every distinct problem of the model's programs on the session's target, dynamic dimensions at their upper
+    bounds."""
+    found: dict[Problem, Asked] = {}
+    for program in model.programs:
+        plan = session.plan(program.module, dims=program.dims, max_dims=program.max_dims)
+        for step in plan.steps:
+            static = step.problem.with_dims(_sizes(step.dims, {**program.max_dims, **program.dims}, program.name))
+            before = found.get(static, Asked(static, steps=0))
+            programs = tuple(dict.fromkeys((*before.programs, program.name)))
+            found[static] = Asked(static, programs, before.steps + 1)
+    return list(found.values())
+
+
+def _sizes(names: tuple[str, ...], sizes: Mapping[str, int], program: str) -> dict[str, int]:
+    for name in names:
+        if name not in sizes:
+            raise UsageError(f"program '{program}' gives its dimension '{name}' no size and no upper bound")
+    return {f"?{i}": sizes[name] for i, name in enumerate(names)}

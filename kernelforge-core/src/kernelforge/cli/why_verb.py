@@ -1,0 +1,115 @@
+"""`kernelforge why`: which kernel runs a problem, and why no other does."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import Annotated, Any
+
+import typer
+
+from kernelforge.cli import output
+from kernelforge.cli.options import Constant, Dtype, K, M, Model, N, ProblemKey, Variant, Weights, open_session
+from kernelforge.cli.problems import Asked, Request
+from kernelforge.selection import Decision, Selection, select
+from kernelforge.session import Session
+from kernelforge.variant import Accept, config_key
+
+_SOURCES = {
+    "record": "measured on this problem",
+    "nearest-record": "measured on a similar problem",
+    "default": "the variant's own choice",
+    "given": "given",
+}
+
+
+def why(
+    op: Annotated[str | None, typer.Argument(help="An op with sizes: matmul.")] = None,
+    m: M = None,
+    n: N = None,
+    k: K = None,
+    dtype: Dtype = "f32",
+    constant: Constant = True,
+    problem: ProblemKey = None,
+    model: Model = None,
+    weights: Weights = "native",
+    variant: Variant = None,
+) -> dict[str, Any]:
+    """Show every kernel that could run a problem: chosen or not, the reason, its config and where that comes from."""
+    out = output.current()
+    request = Request(op, (m, n, k), dtype, constant, problem, model, weights)
+    with closing(open_session()) as session:
+        asked = request.resolve(session)
+        selections = [_select(session, each, variant) for each in asked]
+        if model is None:
+            _explain(selections[0])
+        else:
+            out.table(
+                ["steps", "programs", "problem", "variant", "config", "source", "reason"],
+                [
+                    [each.steps, ",".join(each.programs), str(each.problem), *_row(selection.chosen)]
+                    for each, selection in zip(asked, selections, strict=True)
+                ],
+            )
+    return {"target": out.target, "problems": [as_data(a, s) for a, s in zip(asked, selections, strict=True)]}
+
+
+def _select(session: Session, asked: Asked, variant: str | None) -> Selection:
+    candidates = session.registry.variants(asked.problem.op, session.target)
+    return select(asked.problem, candidates, session.device.info, session.records, variant=variant)
+
+
+def _row(decision: Decision) -> list[str]:
+    config = "" if decision.config is None else config_key(decision.config)
+    return [decision.variant.name, config, decision.config_source if config else "", decision.reason]
+
+
+def _explain(selection: Selection) -> None:
+    out = output.current()
+    chosen = selection.chosen
+    out.print(str(selection.problem))
+    out.print(f"chosen: {chosen.variant.name} of {chosen.variant.provenance}: {chosen.reason}")
+    source = _SOURCES[chosen.config_source]
+    if chosen.config_source == "nearest-record" and chosen.measured is not None:
+        source += f", {chosen.measured.problem}"
+    out.print(f"config: {config_key(selection.config)} ({source})\n")
+    out.table(
+        ["variant", "plugin", "verdict", "config", "source", "reason"],
+        [
+            [name, d.variant.provenance.plugin, _verdict(d, selection), config, source, reason]
+            for d in selection.decisions
+            for name, config, source, reason in [_row(d)]
+        ],
+    )
+
+
+def _verdict(decision: Decision, selection: Selection) -> str:
+    if decision is selection.chosen:
+        return "chosen"
+    return "accepts" if isinstance(decision.verdict, Accept) else "rejects"
+
+
+def as_data(asked: Asked, selection: Selection) -> dict[str, Any]:
+    """A selection as plain data."""
+    return {
+        "problem": str(selection.problem),
+        "programs": asked.programs,
+        "steps": asked.steps,
+        "variant": selection.variant.name,
+        "config": dict(selection.config),
+        "config_source": selection.chosen.config_source,
+        "reason": selection.chosen.reason,
+        "candidates": [
+            {
+                "variant": d.variant.name,
+                "plugin": d.variant.provenance.plugin,
+                "distribution": d.variant.provenance.distribution,
+                "verdict": _verdict(d, selection),
+                "reason": d.reason,
+                "config": None if d.config is None else dict(d.config),
+                "config_source": None if d.config is None else d.config_source,
+                "measured_us": None if d.measured is None else float(f"{d.measured.median_s * 1e6:.5g}"),
+                "measured_on": None if d.measured is None else d.measured.problem,
+            }
+            for d in selection.decisions
+        ],
+    }
