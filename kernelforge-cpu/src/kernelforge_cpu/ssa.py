@@ -1,0 +1,199 @@
+"""Types and values of kernel text: what the operators of `kernelforge_cpu.emit` work on.
+
+A `Value` is an SSA name with its type and the builder that made it, so `a * b + 1` writes MLIR into that builder.
+Python numbers become constants of the other operand's type, scalars are broadcast to the other operand's lanes;
+nothing else is converted silently.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from kernelforge_cpu.emit import Builder
+
+Number = int | float
+BITS = {"i1": 1, "i8": 8, "i16": 16, "i32": 32, "i64": 64, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "ptr": 64}
+
+
+class Type(NamedTuple):
+    """An element type (`i1 i8 i16 i32 i64 f16 bf16 f32 f64 ptr`) and a number of lanes, 0 for a scalar."""
+
+    element: str
+    lanes: int = 0
+
+    def __str__(self) -> str:
+        return spelled(self.element, self.lanes)
+
+    @property
+    def is_float(self) -> bool:
+        return "f" in self.element
+
+    @property
+    def bits(self) -> int:
+        """Bits of one element."""
+        return BITS[self.element]
+
+    def of(self, element: str) -> Type:
+        """The same lanes with another element type."""
+        return Type(element, self.lanes)
+
+
+@cache
+def spelled(element: str, lanes: int) -> str:
+    if element not in BITS:
+        raise ValueError(f"unknown element type {element!r}; known: {', '.join(BITS)}")
+    name = "!llvm.ptr" if element == "ptr" else element
+    return f"vector<{lanes}x{name}>" if lanes else name
+
+
+def vec(lanes: int, element: str = "f32") -> Type:
+    return Type(element, lanes)
+
+
+I1, I32, I64, F32, PTR = Type("i1"), Type("i32"), Type("i64"), Type("f32"), Type("ptr")
+
+
+class Value:
+    """One SSA value. `const` holds the Python number when the value is a scalar constant, so that index arithmetic
+    folds.
+    """
+
+    __slots__ = ("const", "k", "name", "type")
+
+    def __init__(self, k: Builder, name: str, t: Type, const: Number | None = None) -> None:
+        self.k, self.name, self.type, self.const = k, name, t, const
+
+    def __repr__(self) -> str:
+        return f"{self.name}: {self.type}"
+
+    def __bool__(self) -> bool:
+        raise TypeError("a kernel value has no truth at emission time: use k.if_ or k.select")
+
+    def __add__(self, other: Value | Number) -> Value:
+        return self.k.binary("add", self, other)
+
+    def __radd__(self, other: Number) -> Value:
+        return self.k.binary("add", other, self)
+
+    def __sub__(self, other: Value | Number) -> Value:
+        return self.k.binary("sub", self, other)
+
+    def __rsub__(self, other: Number) -> Value:
+        return self.k.binary("sub", other, self)
+
+    def __mul__(self, other: Value | Number) -> Value:
+        return self.k.binary("mul", self, other)
+
+    def __rmul__(self, other: Number) -> Value:
+        return self.k.binary("mul", other, self)
+
+    def __truediv__(self, other: Value | Number) -> Value:
+        return self.k.binary("div", self, other)
+
+    def __rtruediv__(self, other: Number) -> Value:
+        return self.k.binary("div", other, self)
+
+    def __floordiv__(self, other: Value | int) -> Value:
+        """Integers only; rounds down, as in Python."""
+        return self.k.floordiv(self, other)
+
+    def __mod__(self, other: Value | int) -> Value:
+        """Integers only; has the divisor's sign, as in Python."""
+        return self.k.modulo(self, other)
+
+    def __neg__(self) -> Value:
+        return self.k.negate(self)
+
+    def __and__(self, other: Value | int) -> Value:
+        return self.k.binary("and", self, other)
+
+    def __or__(self, other: Value | int) -> Value:
+        return self.k.binary("or", self, other)
+
+    def __xor__(self, other: Value | int) -> Value:
+        return self.k.binary("xor", self, other)
+
+    def __lshift__(self, other: Value | int) -> Value:
+        return self.k.binary("shl", self, other)
+
+    def __rshift__(self, other: Value | int) -> Value:
+        """Arithmetic: copies of the sign bit come in, as in Python. `k.shift_right_logical` brings in zeros."""
+        return self.k.binary("shrs", self, other)
+
+    # Comparisons: signed for integers; for floats all but `ne` are false when an operand is NaN.
+    def eq(self, other: Value | Number) -> Value:
+        return self.k.compare("eq", self, other)
+
+    def ne(self, other: Value | Number) -> Value:
+        return self.k.compare("ne", self, other)
+
+    def lt(self, other: Value | Number) -> Value:
+        return self.k.compare("lt", self, other)
+
+    def le(self, other: Value | Number) -> Value:
+        return self.k.compare("le", self, other)
+
+    def gt(self, other: Value | Number) -> Value:
+        return self.k.compare("gt", self, other)
+
+    def ge(self, other: Value | Number) -> Value:
+        return self.k.compare("ge", self, other)
+
+
+class Pointer(Value):
+    """An address and the element type it counts in. Offsets are elements, never bytes."""
+
+    __slots__ = ("element",)
+
+    def __init__(self, k: Builder, name: str, element: str) -> None:
+        super().__init__(k, name, PTR)
+        self.element = element
+
+    def at(self, offset: Value | int) -> Pointer:
+        """The address of element `offset`."""
+        return self.k.advance(self, offset)
+
+    def of(self, element: str) -> Pointer:
+        """The same address, counted in another element type."""
+        return Pointer(self.k, self.name, element)
+
+    def load(
+        self,
+        offset: Value | int = 0,
+        lanes: int = 0,
+        *,
+        valid: Value | None = None,
+        fill: Number = 0,
+        align: int | None = None,
+    ) -> Value:
+        """`lanes` elements from `offset` (0: one scalar), as they are in memory.
+
+        With `valid` (i64) only that many are read, the other lanes are `fill`. `align` in bytes; default: one element.
+        """
+        return self.k.load(self, offset, lanes, valid, fill, align)
+
+    def load_f32(
+        self, offset: Value | int = 0, lanes: int = 0, *, valid: Value | None = None, align: int | None = None
+    ) -> Value:
+        """As `load`, widened to f32 (f32, f16, bf16 and integer elements). Lanes that are not valid are 0."""
+        return self.k.convert(self.k.load(self, offset, lanes, valid, 0, align), "f32")
+
+    def store(
+        self, value: Value | Number, offset: Value | int = 0, *, valid: Value | None = None, align: int | None = None
+    ) -> None:
+        """Writes a scalar or vector, converted to this pointer's element type (f32 rounds to nearest even)."""
+        self.k.store(self, value, offset, valid, align)
+
+    def prefetch(self, offset: Value | int = 0, *, locality: int = 3, write: bool = False) -> None:
+        """Hints that the line of element `offset` is needed soon; locality 3 keeps it in all levels, 0 in none."""
+        self.k.prefetch(self.at(offset), locality, write)
+
+
+class Function(NamedTuple):
+    """A private function that other functions of the same kernel call."""
+
+    name: str
+    params: tuple[Type, ...]
+    results: tuple[Type, ...]

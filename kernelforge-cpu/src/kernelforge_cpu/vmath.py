@@ -1,0 +1,84 @@
+"""Elementary functions of f32 vectors (any width) and scalars, as polynomials written into a kernel.
+
+Coefficients are minimax fits (Lawson's algorithm in float64, rounded to f32). Error bounds are against the exact
+value, over all f32 inputs; a NaN gives a NaN. With subnormals on, as the calling threads have them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kernelforge_cpu.builder import Builder
+from kernelforge_cpu.ssa import Value
+
+LOG2_E = 1.4426950408889634
+LN2_HIGH = 0.693359375  # 9 bits: n * LN2_HIGH is exact for every exponent n, also without FMA
+LN2_LOW = -2.121944400546905827679e-4
+ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
+EXP = (0.4999999403953552, 0.1666651964187622, 0.041668400168418884, 0.008368851616978645, 0.0013814320554956794)
+TANH = (-0.3333328068256378, 0.1333138346672058, -0.05373399332165718, 0.020618094131350517, -0.005679271183907986)
+ERF = (
+    *(0.12837916612625122, -0.3761262595653534, 0.1128358542919159, -0.026853810995817184),
+    *(0.005188326351344585, -0.0008010179153643548, 7.853811257518828e-05),
+)
+ERFC_LOG = (
+    *(1.1284854412078857, 0.63581383228302, 0.10513849556446075),
+    *(-0.02281230501830578, 0.0031911288388073444, -0.00021113624097779393),
+)
+
+
+def polynomial(k: Builder, x: Value, coefficients: Sequence[float]) -> Value:
+    """Horner's rule, constant term first."""
+    value = k.value(coefficients[-1], x.type)
+    for c in reversed(coefficients[:-1]):
+        value = k.fma(value, x, c)
+    return value
+
+
+def exp(k: Builder, x: Value) -> Value:
+    """e^x within 1 ulp (2 ulp without FMA); overflows to inf, goes through subnormals to 0."""
+    x = k.max(-104.0, k.min(89.0, x))  # in this order a NaN passes through
+    shifted = k.fma(x, LOG2_E, ROUND)
+    n = shifted - ROUND
+    r = k.fma(n, -LN2_LOW, k.fma(n, -LN2_HIGH, x))
+    p = k.fma(r * r, polynomial(k, r, EXP), r) + 1.0
+    exponent = k.bitcast(shifted, x.type.of("i32")) - 0x4B400000
+    half = exponent >> 1  # two factors: 2^n itself is out of range at both ends
+
+    def power(e: Value) -> Value:
+        return k.bitcast((e + 127) << 23, x.type)
+
+    return p * power(half) * power(exponent - half)
+
+
+def sigmoid(k: Builder, x: Value) -> Value:
+    """1 / (1 + e^-x) within 3 ulp; results below the normal range are 0."""
+    return 1.0 / (exp(k, -x) + 1.0)
+
+
+def silu(k: Builder, x: Value) -> Value:
+    """x * sigmoid(x) within 3 ulp; -0 below -88.7 (exactly: less than 3e-37 in size), NaN for -inf, as the formula."""
+    return x / (exp(k, -x) + 1.0)
+
+
+def tanh(k: Builder, x: Value) -> Value:
+    """Within 3 ulp; exact signs of zero."""
+    t = k.abs(x)
+    s = t * t
+    near = k.fma(t * s, polynomial(k, s, TANH), t)
+    far = 1.0 - 2.0 / (exp(k, t * 2.0) + 1.0)
+    return with_sign(k, k.select(t.lt(0.625), near, far), x)
+
+
+def erf(k: Builder, x: Value) -> Value:
+    """Within 2 ulp; exact signs of zero. Near 0 an odd polynomial, from 1 on 1 - e^(-t q(t)) with t = |x|."""
+    s, t = x * x, k.min(4.0, k.abs(x))
+    near = k.fma(x, polynomial(k, s, ERF), x)
+    far = 1.0 - exp(k, -(t * polynomial(k, t, ERFC_LOG)))
+    return k.select(k.abs(x).lt(1.0), near, with_sign(k, far, x))
+
+
+def with_sign(k: Builder, magnitude: Value, sign: Value) -> Value:
+    """`magnitude` (not negative) with the sign bit of `sign`."""
+    bits = k.bitcast(sign, sign.type.of("i32")) & -0x80000000
+    return k.bitcast(k.bitcast(magnitude, bits.type) | bits, magnitude.type)
