@@ -35,8 +35,8 @@ BACKENDS = (
     BackendSpec(
         "reference",
         "kernelforge.reference:ReferenceBackend",
-        "kernelforge.reference:variant",
-        "numpy in float64: slow and obvious, the oracle of all others",
+        "Numpy in float64: slow and obvious, the oracle of all others.",
+        fallback="kernelforge.reference:variant",
     ),
 )
 

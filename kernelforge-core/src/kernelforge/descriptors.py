@@ -68,10 +68,10 @@ class BackendSpec:
     """What `--target` takes."""
     load: Ref
     """Resolves to a class without constructor arguments that implements `kernelforge.backend.Backend`."""
-    fallback: Ref | None = None
-    """`(OpDef) -> KernelVariant`: the variant that runs an op by its numpy reference. Called for every op of every dialect, so
-    that the target can run also what no kernel was written for; None: it runs only what has a kernel."""
     summary: str = ""
+    fallback: Ref | None = None
+    """`(OpDef) -> KernelVariant`: the variant that runs an op by its numpy reference. Called for every op of every
+    dialect, so that the target can run also what no kernel was written for; None: it runs only what has a kernel."""
     provenance: Provenance = BUILTIN
 
     def __post_init__(self) -> None:

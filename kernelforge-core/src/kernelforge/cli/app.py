@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from kernelforge import __version__
 from kernelforge.cli.output import Output, describe, use
 from kernelforge.errors import KernelForgeError, KernelForgeWarning, UsageError
+from kernelforge.home import env_flag
 
 if TYPE_CHECKING:
     from kernelforge.descriptors import CommandSpec
@@ -136,7 +137,7 @@ def _run_reported(given: Sequence[str], out: Output) -> tuple[int, list[dict[str
     except BrokenPipeError:
         raise
     except Exception as error:
-        if os.environ.get("KERNELFORGE_DEBUG") == "1":
+        if env_flag("KERNELFORGE_DEBUG"):
             raise
         out.note(f"error: {type(error).__name__}: {error}\nhint: set KERNELFORGE_DEBUG=1 to see where it happened")
         return 1, [describe(error, 1)]
