@@ -81,7 +81,7 @@ def parse_request(arguments: Sequence[str]) -> Request:
             request.version = True
         elif name in ("--target", "--threads", "--plugin"):
             if not joined:
-                if not rest:
+                if not rest or rest[0].startswith("--"):
                     raise UsageError(f"{name} needs a value")
                 value = rest.pop(0)
             if name == "--target":

@@ -85,12 +85,14 @@ def _devices(out: Output, registry: Registry, problem: Any) -> dict[str, list[di
         found[target] = []
         try:
             infos = registry.backend(target).devices()
+        except KernelForgeError as error:
+            problem(str(error), error.hint or _look(registry, target))
+            continue
         except Exception as error:
-            hint = error.hint if isinstance(error, KernelForgeError) else None
-            problem(f"target {target} fails: {error}", hint or f"kernelforge plugins info {_owner(registry, target)}")
+            problem(f"target '{target}' fails: {type(error).__name__}: {error}", _look(registry, target))
             continue
         if not infos:
-            problem(f"target {target} has no device", "install the device's driver, or use another target")
+            problem(f"target '{target}' has no device", "install the device's driver, or use another target")
         for info in infos:
             out.print(f"device    {target}: {info.name}, {info.threads} threads, {' '.join(sorted(info.features))}")
             found[target].append(
@@ -105,8 +107,8 @@ def _devices(out: Output, registry: Registry, problem: Any) -> dict[str, list[di
     return found
 
 
-def _owner(registry: Registry, target: str) -> str:
-    return registry.backends[target].provenance.plugin
+def _look(registry: Registry, target: str) -> str:
+    return f"kernelforge plugins info {registry.backends[target].provenance.plugin}"
 
 
 def _plugins(out: Output, registry: Registry, problem: Any) -> dict[str, dict[str, Any]]:
