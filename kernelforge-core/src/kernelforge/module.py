@@ -246,9 +246,9 @@ def _flag(attributes: Mapping[str, ir.Attribute], key: str) -> bool:
 
 
 def _check_distinct(what: str, names: list[str]) -> None:
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise UsageError(f"two {what} of the function are named '{twice[0]}'")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UsageError(f"two {what} of the function are named '{twice}'")
 
 
 def location_text(location: ir.Location) -> str:

@@ -20,15 +20,15 @@ FLOPS = {"none": 0, "silu": 4, "gelu": 8, "gelu_tanh": 10}
 
 
 @cache
-def _erf() -> Callable[[Array], Array]:
+def _erfc() -> Callable[[Array], Array]:
     import numpy as np
 
-    ufunc = np.frompyfunc(math.erf, 1, 1)
+    ufunc = np.frompyfunc(math.erfc, 1, 1)
 
-    def erf(x: Array) -> Array:
+    def erfc(x: Array) -> Array:
         return np.asarray(ufunc(x), dtype=np.float64)
 
-    return erf
+    return erfc
 
 
 def silu(x: Array) -> Array:
@@ -39,15 +39,18 @@ def silu(x: Array) -> Array:
 
 
 def gelu(x: Array) -> Array:
-    """x * Phi(x), exact (Hendrycks and Gimpel 2016)."""
-    return 0.5 * x * (1.0 + _erf()(x / math.sqrt(2.0)))
+    """x * Phi(x), exact (Hendrycks and Gimpel 2016); by erfc, which keeps its precision where x is far below 0."""
+    return 0.5 * x * _erfc()(-x / math.sqrt(2.0))
 
 
 def gelu_tanh(x: Array) -> Array:
-    """The tanh approximation of gelu (same paper): 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
+    """The tanh approximation of gelu (same paper): 0.5 x (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3).
+
+    Computed as x * sigmoid(2 u), the same without cancellation.
+    """
     import numpy as np
 
-    return np.asarray(0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3))))
+    return np.asarray(x / (1.0 + np.exp(-2.0 * math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3))))
 
 
 def activate(name: object, x: Array) -> Array:

@@ -183,25 +183,20 @@ def attention_inputs(problem: Problem, rng: np.random.Generator) -> list[Array |
 
 
 def positions_and_slots(tokens: int, slots: int, capacity: int, rng: np.random.Generator) -> tuple[Array, Array]:
-    """A ragged batch: runs of consecutive positions in different slots, and padding where there are no more places.
+    """A ragged batch: each slot in use gets an equal share of the tokens, a run of positions and then padding.
 
-    Pairs (slot, position) are distinct; about one token in eight is padding when there are several.
+    Pairs (slot, position) are distinct. About one token in eight is padding, and those that the slots cannot hold.
     """
     import numpy as np
 
     positions = np.full(tokens, -1, np.int32)
     owners = np.zeros(tokens, np.int32)
-    padding = tokens // 8
-    used = min(slots, max(1, tokens // 3) if tokens < 64 else slots)
-    chosen = rng.permutation(slots)[:used].astype(np.int32)
-    at = 0
-    for i, slot in enumerate(chosen):
-        left = tokens - padding - at
-        count = min(-(-left // (used - i)), capacity)
+    used = min(slots, max(1, tokens // 3))
+    for share, slot in zip(np.array_split(np.arange(tokens), used), rng.permutation(slots), strict=False):
+        count = min(len(share) - len(share) // 8, capacity)
         start = int(rng.integers(0, capacity - count + 1))
-        positions[at : at + count] = np.arange(start, start + count)
-        owners[at : at + count] = slot
-        at += count
+        positions[share[:count]] = np.arange(start, start + count)
+        owners[share] = slot
     return positions, owners
 
 
