@@ -1,0 +1,1 @@
+"""Measuring kernels: search strategies, verified trials, and the records that selection reads."""

@@ -1,0 +1,194 @@
+"""Is a kernel right? Fresh inputs, a float64 reference, and a tolerance that follows from the arithmetic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from kernelforge.dtype import FLOATS, epsilon, to_numpy
+from kernelforge.errors import UsageError, WrongResultError
+from kernelforge.op import OpDef
+from kernelforge.problem import Problem, TensorType
+from kernelforge.session import operand_names
+
+if TYPE_CHECKING:
+    from kernelforge.backend import Buffer, Device, Executable
+    from kernelforge.session import Session
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def tolerance(problem: Problem, op: OpDef) -> float:
+    """Largest error that rounding explains, relative to the largest magnitude of a result; 0 where bits must agree.
+
+    A sum of L terms accumulated in precision u is off by about u sqrt(L) of its scale when the roundings are
+    independent (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 4.2); the result is rounded
+    once more to its own type. Sums are f32, or f64 for f64 results; L is the work per element of the result, or the
+    longest row read.
+    """
+    dtypes = {t.dtype for t in problem.results}
+    if op.exact or not dtypes.intersection(FLOATS):
+        return 0.0
+    elements = sum(t.size() for t in problem.results)
+    rows = [t.static_shape()[-1] for t in problem.operands if t is not None and t.rank]
+    length = max(2, op.problem_cost(problem).flops // max(elements, 1), *rows)
+    accumulated = epsilon("f64") if dtypes == {"f64"} else epsilon("f32")
+    return 4 * max(map(epsilon, dtypes)) + 8 * accumulated * math.sqrt(length)
+
+
+@dataclass(frozen=True)
+class Error:
+    """How far results are from the reference's."""
+
+    largest: float = 0.0
+    """Largest difference, relative to the largest magnitude of the reference."""
+    norm: float = 0.0
+    """2-norm of the difference, relative to the 2-norm of the reference."""
+
+    def __or__(self, other: Error) -> Error:
+        """The worse of both."""
+        return Error(max(self.largest, other.largest), max(self.norm, other.norm))
+
+
+def compare(got: Array, want: Array, limit: float, what: str) -> Error:
+    """The error of `got`. NaN and infinity must be where they belong.
+
+    Raises WrongResultError, beginning with `what`, for another shape or dtype or a largest error above `limit`.
+    """
+    if got.shape != want.shape or got.dtype != want.dtype:
+        have, wanted = f"{got.dtype}{list(got.shape)}", f"{want.dtype}{list(want.shape)}"
+        raise WrongResultError(f"{what} is {have}, the reference gives {wanted}")
+    values, expected = got.astype(np.float64), want.astype(np.float64)
+    finite = np.isfinite(expected)
+    same = (values == expected) | (np.isnan(values) & np.isnan(expected))
+    odd = np.where(finite, ~np.isfinite(values), ~same)
+    if odd.any():
+        at = tuple(int(i) for i in np.argwhere(odd)[0])
+        raise WrongResultError(
+            f"{what} has {values[at]:g} at {list(at)} where the reference has {expected[at]:g} "
+            f"({int(odd.sum())} such elements)"
+        )
+    difference = np.abs(np.subtract(values, expected, out=np.zeros_like(values), where=finite))
+    scale = float(np.max(np.abs(expected), initial=0.0, where=finite)) or 1.0
+    error = float(np.max(difference, initial=0.0)) / scale
+    if not error <= limit:
+        at = tuple(int(i) for i in np.unravel_index(int(difference.argmax()), difference.shape))
+        raise WrongResultError(
+            f"{what} has {values[at]:g} at {list(at)} where the reference has {expected[at]:g}: "
+            f"relative error {error:.2e}, tolerated {limit:.2e}"
+        )
+    length = float(np.linalg.norm(expected[finite])) or 1.0
+    return Error(error, float(np.linalg.norm(difference)) / length)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs and the results that the reference gives for them."""
+
+    inputs: Mapping[str, Array]
+    """By operand name, without the constants."""
+    expected: tuple[Array, ...]
+
+
+class Workload:
+    """Constants of a static problem, and as many fresh cases for them as are asked for, from an unpredictable seed."""
+
+    def __init__(self, session: Session, problem: Problem) -> None:
+        if problem.dims:
+            raise UsageError(f"sizes are missing: {problem} has dynamic dimensions", hint="give each a number")
+        if problem.op not in session.registry.ops:
+            raise UsageError(f"unknown op '{problem.op}'", hint=f"one of: {', '.join(sorted(session.registry.ops))}")
+        self.problem = problem
+        self.op = session.registry.ops[problem.op]
+        self.names = operand_names(problem, session.registry)
+        self.tolerance = tolerance(problem, self.op)
+        self._device: Device = session.device
+        self._rng = np.random.default_rng()
+        self._operands = self.op.make_inputs(problem, self._rng)
+        self._constant = [t is not None and t.constant for t in problem.operands]
+
+    @property
+    def constants(self) -> dict[str, Array]:
+        return {n: a for n, a, c in zip(self.names, self._operands, self._constant, strict=True) if c and a is not None}
+
+    def timing_inputs(self) -> dict[str, Array | Buffer]:
+        """Inputs that are the same in every process, so that work that depends on values (positions) is comparable."""
+        return self.bind(self.case(np.random.default_rng(0)))
+
+    def case(self, rng: np.random.Generator | None = None) -> Case:
+        """Fresh inputs. Memory that the op overwrites is poisoned with NaN where it will be written."""
+        fresh = self.op.make_inputs(self.problem, rng or self._rng)
+        arrays = [old if c else new for old, new, c in zip(self._operands, fresh, self._constant, strict=True)]
+        expected = self.op.evaluate(self.problem, arrays)
+        for result, position in self.op.in_place:
+            old = arrays[position]
+            if old is None or self.problem.results[result].dtype not in FLOATS:
+                continue
+            poisoned = np.where(expected[result] != old, np.array(np.nan, old.dtype), old)
+            again = self.op.evaluate(self.problem, [*arrays[:position], poisoned, *arrays[position + 1 :]])
+            # An op that reads what it overwrites (an addition in place) cannot be poisoned.
+            if np.array_equal(again[result], expected[result]):
+                arrays[position] = poisoned
+        inputs = {
+            name: _laid_out(a, t)
+            for name, a, t in zip(self.names, arrays, self.problem.operands, strict=True)
+            if a is not None and t is not None and not t.constant
+        }
+        return Case(inputs, expected)
+
+    def bind(self, case: Case) -> dict[str, Array | Buffer]:
+        """The case's inputs as an executable takes them: what is overwritten lies in a buffer of the device."""
+        bound: dict[str, Array | Buffer] = dict(case.inputs)
+        for _, position in self.op.in_place:
+            name = self.names[position]
+            if name in case.inputs:
+                array = case.inputs[name]
+                operand = self.problem.operand(position)
+                buffer = self._device.allocate(array.shape, operand.dtype)
+                buffer.write(array)
+                bound[name] = buffer
+        return bound
+
+    def verify(self, executable: Executable) -> Error:
+        """Run two fresh cases and compare: the second must not find the results of the first. Raises
+        WrongResultError."""
+        return self._check(executable, self.case()) | self._check(executable, self.case())
+
+    def _check(self, executable: Executable, case: Case) -> Error:
+        inputs = self.bind(case)
+        _poison_free_memory(self.problem)
+        outputs = executable.run(inputs)
+        results = executable.plan.steps[-1].problem.results
+        error = Error()
+        for i, (output, want) in enumerate(zip(outputs, case.expected, strict=True)):
+            name = self.op.results[i] if not self.op.variadic_results else f"{self.op.results[0][1:]}{i}"
+            got = output if isinstance(output, np.ndarray) else output.numpy()
+            limit = self.tolerance if results[i].dtype in FLOATS else 0.0
+            error |= compare(got, want, limit, f"result '{name}' of {self.problem.op}")
+        return error
+
+
+def _laid_out(array: Array, t: TensorType) -> Array:
+    """`array` with the strides of its type; the elements between, which a kernel must not read, are poisoned."""
+    if t.contiguous:
+        return array
+    strides = t.element_strides()
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(array.shape, strides, strict=True))
+    memory = np.full(extent, np.nan if t.dtype in FLOATS else -1, array.dtype)
+    view = as_strided(memory, array.shape, [stride * t.itemsize for stride in strides])
+    view[...] = array
+    return view
+
+
+def _poison_free_memory(problem: Problem) -> None:
+    """Leave NaN in memory of the results' sizes for the allocator to hand out next, so that what a kernel does not
+    write is not, by luck, what an earlier run wrote there."""
+    blocks = [np.full(t.static_shape(), -1, to_numpy(t.dtype)) for t in problem.results]
+    for block in blocks:
+        if block.dtype.kind != "i":
+            block.fill(np.nan)

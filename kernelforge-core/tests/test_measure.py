@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fake_target
+import numpy as np
+import pytest
+from fake_target import Array, Kernel, variant
+
+from kernelforge.backend import Timing
+from kernelforge.bench.matmul import matmul_problem
+from kernelforge.errors import WrongResultError
+from kernelforge.problem import Problem, TensorType, parse_problem
+from kernelforge.registry import Registry
+from kernelforge.session import Session
+from kernelforge.tune.measure import Subject, measure_in_turn
+from kernelforge.tune.records import RecordStore
+from kernelforge.tune.verify import Workload, compare, tolerance
+
+
+@pytest.fixture(scope="module")
+def registry() -> Registry:
+    return fake_target.registry()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RecordStore:
+    return RecordStore(tmp_path / "records.jsonl")
+
+
+# compare
+
+
+def ones(*shape: int) -> Array:
+    return np.ones(shape, np.float32)
+
+
+def test_equal_results_have_no_error() -> None:
+    error = compare(ones(2, 3), ones(2, 3), 0.0, "x")
+    assert (error.largest, error.norm) == (0.0, 0.0)
+
+
+def test_errors_are_relative_to_the_largest_magnitude() -> None:
+    want = np.array([0.0, 4.0], np.float32)
+    error = compare(np.array([0.004, 4.0], np.float32), want, 1e-2, "x")
+    assert error.largest == pytest.approx(1e-3, rel=1e-5)
+    assert error.norm == pytest.approx(1e-3, rel=1e-5)
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_no_number_fails_whatever_the_tolerance(odd: float) -> None:
+    got = ones(2, 3)
+    got[1, 2] = odd
+    with pytest.raises(WrongResultError, match=r"x has -?(nan|inf) at \[1, 2\] where the reference has 1 \(1 such"):
+        compare(got, ones(2, 3), math.inf, "x")
+
+
+def test_a_number_where_the_reference_has_none_fails() -> None:
+    want = np.array([np.nan, np.inf, 1.0], np.float32)
+    assert compare(want.copy(), want, 0.0, "x").largest == 0.0
+    with pytest.raises(WrongResultError, match=r"x has 1 at \[0\] where the reference has nan"):
+        compare(np.array([1.0, np.inf, 1.0], np.float32), want, math.inf, "x")
+    with pytest.raises(WrongResultError, match=r"x has -inf at \[1\] where the reference has inf"):
+        compare(np.array([np.nan, -np.inf, 1.0], np.float32), want, math.inf, "x")
+
+
+def test_another_shape_or_dtype_fails() -> None:
+    with pytest.raises(WrongResultError, match=r"x is float32\[3, 2\], the reference gives float32\[2, 3\]"):
+        compare(ones(3, 2), ones(2, 3), math.inf, "x")
+    with pytest.raises(WrongResultError, match=r"x is float64\[2\], the reference gives float32\[2\]"):
+        compare(np.ones(2), ones(2), math.inf, "x")
+
+
+def test_an_error_above_the_limit_names_place_and_values() -> None:
+    got = ones(2, 2)
+    got[0, 1] = 1.5
+    with pytest.raises(WrongResultError, match=r"x has 1.5 at \[0, 1\] .* has 1: relative error 5.00e-01, tolerated 1"):
+        compare(got, ones(2, 2), 0.1, "x")
+
+
+# tolerance
+
+
+def test_tolerance_follows_the_arithmetic(registry: Registry) -> None:
+    op = registry.ops["transformer.matmul"]
+    short, long = (tolerance(matmul_problem(registry, 4, 4, k), op) for k in (64, 4096))
+    assert 1e-7 < short < long < 1e-4
+    half = op.problem((TensorType((4, 64), "bf16"), TensorType((64, 4), "bf16")), {})
+    assert 2.0**-8 < tolerance(half, op) < 0.05
+    wide = op.problem((TensorType((4, 64), "f64"), TensorType((64, 4), "f64")), {})
+    assert tolerance(wide, op) < 1e-13
+
+
+def test_moved_values_and_integers_must_be_exact(registry: Registry) -> None:
+    argmax = parse_problem("transformer.argmax(f32[2,8]) -> (i32[2]) {}")
+    assert tolerance(argmax, registry.ops["transformer.argmax"]) == 0.0
+    embedding = registry.ops["transformer.embedding"]
+    assert tolerance(next(embedding.samples(random.Random(0))), embedding) == 0.0
+
+
+def test_f32_matmul_of_another_library_is_within_tolerance_and_a_flaw_is_not(registry: Registry) -> None:
+    op = registry.ops["transformer.matmul"]
+    problem = matmul_problem(registry, 33, 65, 1000)
+    arrays = op.make_inputs(problem, np.random.default_rng(0))
+    lhs, rhs = arrays[0], arrays[1]
+    assert lhs is not None
+    assert rhs is not None
+    (want,) = op.evaluate(problem, arrays)
+    limit = tolerance(problem, op)
+    assert compare(lhs @ rhs, want, limit, "x").largest < limit / 4
+    with pytest.raises(WrongResultError):
+        compare(lhs[:, :-1] @ rhs[:-1], want, limit, "x")
+
+
+# Workload
+
+
+def test_cases_are_fresh_and_share_the_constants(registry: Registry, store: RecordStore) -> None:
+    with fake_target.session(store, variant("v")) as session:
+        workload = Workload(session, matmul_problem(registry, 4, 5, 6))
+        first, second = workload.case(), workload.case()
+        assert set(workload.constants) == {"rhs"}
+        assert set(first.inputs) == {"lhs"}
+        assert not np.array_equal(first.inputs["lhs"], second.inputs["lhs"])
+        timed = [Workload(session, workload.problem).timing_inputs()["lhs"] for _ in range(2)]
+        assert np.array_equal(np.asarray(timed[0]), np.asarray(timed[1]))
+
+
+def test_a_kernel_that_answers_with_an_earlier_result_is_caught(registry: Registry, store: RecordStore) -> None:
+    kept: list[Array] = []
+
+    def stale(problem: Problem, operands: object, results: tuple[Array, ...]) -> tuple[Array, ...]:
+        kept.append(results[0])
+        return (kept[0],)
+
+    with fake_target.session(store, variant("v", lambda c: Kernel(stale))) as session:
+        workload = Workload(session, matmul_problem(registry, 4, 5, 6))
+        executable = session.compile_problem(workload.problem, constants=workload.constants)
+        with pytest.raises(WrongResultError, match=r"result 'out' of transformer\.matmul"):
+            workload.verify(executable)
+
+
+def test_memory_that_will_be_overwritten_is_poisoned(registry: Registry, store: RecordStore) -> None:
+    op = registry.ops["transformer.kv_cache_update"]
+    problem = next(p for p in op.samples(random.Random(0)) if p.operand(1).size() > 30)
+    with fake_target.session(store, variant("v", op=op.full_name)) as session:
+        case = Workload(session, problem).case()
+    cache, (expected,) = case.inputs["cache"], case.expected
+    poisoned = np.isnan(cache.astype(np.float32))
+    assert poisoned.any()
+    assert not np.isnan(expected.astype(np.float32)).any()
+    assert np.array_equal(cache[~poisoned], expected[~poisoned])
+
+
+def test_strided_operands_have_poison_between_their_elements(registry: Registry, store: RecordStore) -> None:
+    key = "transformer.silu(f32[3,4]:[10,1]) -> (f32[3,4]) {}"
+    with fake_target.session(store, variant("v", op="transformer.silu")) as session:
+        workload = Workload(session, parse_problem(key))
+        x = workload.case().inputs["x"]
+        assert x.strides == (40, 4)
+        between = np.lib.stride_tricks.as_strided(x[0, 3:], (7,), (4,))
+        assert np.isnan(between[1:]).all()
+        assert not np.isnan(x).any()
+
+
+def test_the_reference_target_verifies_samples_of_every_op(registry: Registry, store: RecordStore) -> None:
+    with Session("reference", registry=registry, records=store, pipeline="") as session:
+        for op in registry.ops.values():
+            problem = next(op.samples(random.Random(0)))
+            workload = Workload(session, problem)
+            executable = session.compile_problem(problem, constants=workload.constants)
+            assert workload.verify(executable).largest <= workload.tolerance, op.name
+
+
+# measure_in_turn
+
+
+def clock(seconds: float, log: list[str], name: str) -> Subject:
+    def run(repeats: int) -> Timing:
+        log.append(name)
+        return Timing((seconds,) * repeats, "scripted")
+
+    return Subject(run)
+
+
+def test_subjects_take_turns_and_get_their_share_of_time() -> None:
+    log: list[str] = []
+    fast, slow = clock(1e-3, log, "f"), clock(10e-3, log, "s")
+    measure_in_turn([fast, slow], seconds=0.2, rounds=4)
+    # Each turn is a run that does not count, and the runs that do.
+    assert "".join(log) == "ffss" * 4
+    assert (len(fast.samples), len(slow.samples)) == (200, 20)
+    assert (fast.median, fast.source) == (1e-3, "scripted")
+
+
+def test_slow_subjects_still_get_enough_samples() -> None:
+    subject = clock(10.0, [], "s")
+    measure_in_turn([subject], seconds=0.2, rounds=4, minimum=5)
+    assert len(subject.samples) == 8
+
+
+def test_far_slower_subjects_drop_out_after_a_round() -> None:
+    log: list[str] = []
+    fast, near, far = clock(1e-3, log, "f"), clock(1.4e-3, log, "n"), clock(1.6e-3, log, "x")
+    measure_in_turn([fast, near, far], cutoff=1.5)
+    assert log.count("x") == 2
+    assert log.count("n") == log.count("f") == 8
+
+
+def test_no_round_begins_after_the_deadline() -> None:
+    log: list[str] = []
+    measure_in_turn([clock(1e-3, log, "f")], deadline=time.monotonic() - 1)
+    assert "".join(log) == "ff"
+
+
+def test_a_failing_subject_can_be_told() -> None:
+    def failing(turns: Iterator[int]) -> Subject:
+        def run(repeats: int) -> Timing:
+            if next(turns) == 2:
+                raise OSError("gone")
+            return Timing((1e-3,) * repeats, "scripted")
+
+        return Subject(run)
+
+    bad, good = failing(iter(range(9))), clock(1e-3, [], "g")
+    with pytest.raises(OSError, match="gone"):
+        measure_in_turn([good, bad])
+    assert bad.running
+    assert not good.running
