@@ -109,6 +109,10 @@ class Device(Protocol):
         compiled with the same `constants` object."""
         ...
 
+    def emit_llvm(self, plan: Plan, catalog: Catalog) -> str:
+        """The LLVM IR of the plan's kernels, to be read. Raises UsageError when its kernels are no LLVM IR."""
+        ...
+
     def close(self) -> None: ...
 
 

@@ -158,6 +158,10 @@ class ReferenceDevice:
     def compile(self, plan: Plan, constants: TensorSource, catalog: Catalog) -> ReferenceExecutable:
         return ReferenceExecutable(plan, constants, catalog)
 
+    def emit_llvm(self, plan: Plan, catalog: Catalog) -> str:
+        """Raises UsageError: there is none."""
+        raise UsageError("the reference target has no LLVM IR: its kernels are numpy calls", hint="use --target cpu")
+
     def close(self) -> None:
         """Nothing is held."""
 
