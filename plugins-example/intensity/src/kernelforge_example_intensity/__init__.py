@@ -1,0 +1,1 @@
+"""An example of a command plugin: the arithmetic intensity of a problem."""
