@@ -31,7 +31,7 @@ lint: $(SYNCED) ## check style and format
 	.venv/bin/ruff format --check
 
 types: $(SYNCED) ## check types
-	@for package in $(PACKAGES) $(wildcard plugins-example/*) tests; do \
+	@for package in $(PACKAGES) $(wildcard plugins-example/*) tests docs; do \
 		echo "mypy $$package"; .venv/bin/mypy $$package || exit 1; done
 
 fmt: $(SYNCED) ## format, and fix what can be fixed
