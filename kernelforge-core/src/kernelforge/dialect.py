@@ -12,9 +12,7 @@ from kernelforge.errors import PluginError
 from kernelforge.mlir import Dialect, Operand, Pure, Result, ir, new_context
 from kernelforge.op import Attrs, OpDef, OpError, same_shape
 from kernelforge.problem import Attr, TensorType
-from kernelforge.syntax import SEGMENTS, attribute_texts, read_tensor, tensor_text
-
-RESULT_SEGMENTS = "resultSegmentSizes"
+from kernelforge.syntax import RESULT_SEGMENTS, RUNS, SEGMENTS, attribute_texts, read_tensor, tensor_text
 
 _classes: dict[tuple[str, tuple[OpDef, ...]], type[Dialect]] = {}
 _creating = threading.Lock()
@@ -57,12 +55,17 @@ def _make_op_class(dialect: type[Dialect], op: OpDef) -> None:
         if not name.isidentifier() or iskeyword(name) or hasattr(dialect.Operation, name) or names.count(name) > 1:
             raise PluginError(f"op '{op.full_name}': '{name}' cannot name an operand or result of it")
     for name in results:
-        annotations[name] = Sequence[Result[Any]] if op.variadic_results else Result[Any]
+        if op.variadic_results:
+            annotations.update({f"{name}_{i}": Sequence[Result[Any]] for i in range(RUNS)})
+        else:
+            annotations[name] = Result[Any]
     for operand in op.operands:
-        annotations[operand.name] = Sequence[Operand[Any]] if operand.variadic else Operand[Any]
-        if operand.optional:
-            annotations[operand.name] |= None
-            defaults[operand.name] = None
+        if operand.variadic:
+            annotations.update({f"{operand.name}_{i}": Sequence[Operand[Any]] for i in range(RUNS)})
+        elif operand.optional:
+            annotations[operand.name], defaults[operand.name] = Operand[Any] | None, None
+        else:
+            annotations[operand.name] = Operand[Any]
 
     def fill(namespace: dict[str, Any]) -> None:
         namespace.update(defaults)
@@ -71,7 +74,7 @@ def _make_op_class(dialect: type[Dialect], op: OpDef) -> None:
         namespace["verify_invariants"] = staticmethod(_verifier(op))
 
     made = types.new_class(op.name, (dialect.Operation,), {"name": op.name, "traits": [Pure]}, fill)
-    # The bindings' own accessors need the segment attributes, which MLIR itself does not always ask for.
+    # The bindings' own accessors know nothing of the groups, and need segment sizes where MLIR does not ask for them.
     for i, operand in enumerate(op.operands):
         setattr(made, operand.name, property(_operand_getter(op, i)))
     if op.variadic_results:
@@ -114,9 +117,11 @@ def _verifier(op: OpDef) -> Callable[[Any], bool]:
 def _verify(op: OpDef, operation: ir.Operation, operands: Sequence[ir.Value | None]) -> None:
     """Raises OpError unless the operation's types and attributes are what the op infers."""
     inferred = op.problem(operand_types(op, operands), read_attrs(op, operation)).results
-    if RESULT_SEGMENTS in operation.attributes and not op.variadic_results:
-        raise OpError(f"attribute '{RESULT_SEGMENTS}' is unknown to {op.name}")
     declared = list(operation.results)
+    if op.variadic_results:
+        sizes = _segment_sizes(operation, RESULT_SEGMENTS)
+        if len(sizes) != RUNS or min(sizes) < 0 or sum(sizes) != len(declared):
+            raise OpError(f"attribute '{RESULT_SEGMENTS}' is {sizes}, which does not fit {len(declared)} results")
     if len(declared) != len(inferred):
         raise OpError(f"has {len(declared)} results, must have {len(inferred)}")
     for i, (value, want) in enumerate(zip(declared, inferred, strict=True)):
@@ -133,19 +138,29 @@ def operand_values(op: OpDef, operation: ir.Operation) -> list[ir.Value | None]:
     """
     values = list(operation.operands)
     optional = sum(o.optional for o in op.operands)
-    if SEGMENTS not in operation.attributes:
-        if optional > 1 and len(op.operands) - optional <= len(values):
-            raise OpError(f"attribute '{SEGMENTS}' is required: it says which optional operands are there")
+    if SEGMENTS not in operation.attributes and not op.variadic and optional < 2:
         return values + [None] * (len(op.operands) - len(values) if optional else 0)
-    sizes = list(ir.DenseI32ArrayAttr(operation.attributes[SEGMENTS]))
-    fits = len(sizes) == len(op.operands) and sum(sizes) == len(values)
-    pairs = zip(op.operands, sizes, strict=False)
-    if not fits or not all(size == 1 or o.variadic or (o.optional and size == 0) for o, size in pairs):
-        raise OpError(f"attribute '{SEGMENTS}' is {sizes}, which {len(values)} operands do not fit")
+    if len(values) < len(op.operands) - optional:
+        op.check_count(operand_types(op, values))
+    sizes = _segment_sizes(operation, SEGMENTS)
+    least = [0 if o.optional else 1 for o in op.operands if not o.variadic] + [0] * RUNS * op.variadic
+    most = [len(values) if i >= len(op.operands) - 1 and op.variadic else 1 for i in range(len(least))]
+    fits = len(sizes) == len(least) and all(a <= size <= b for a, size, b in zip(least, sizes, most, strict=True))
+    if not fits or sum(sizes) != len(values):
+        raise OpError(f"attribute '{SEGMENTS}' is {sizes}, which does not fit {len(values)} operands of {op.name}")
     if op.variadic:
         return values
     rest = iter(values)
     return [next(rest) if size else None for size in sizes]
+
+
+def _segment_sizes(operation: ir.Operation, name: str) -> list[int]:
+    if name not in operation.attributes:
+        raise OpError(f"attribute '{name}' is required")
+    found = operation.attributes[name]
+    if not isinstance(found, ir.DenseI32ArrayAttr):
+        raise OpError(f"attribute '{name}' is {found}, must be an array<i32>")
+    return list(found)
 
 
 def operand_types(op: OpDef, operands: Sequence[ir.Value | None]) -> list[TensorType | None]:
@@ -200,15 +215,12 @@ def create(
     """
     context = next(v for v in operands if v is not None).context if operands else ir.Context.current
     problem = op.problem(operand_types(op, operands), attrs)
-    given = [*operands, *([None] * (len(problem.operands) - len(operands)))]
     with context:
-        attributes = {name: ir.Attribute.parse(text) for name, text in attribute_texts(op, dict(problem.attrs)).items()}
-        if sum(o.optional for o in op.operands) > 1:
-            attributes[SEGMENTS] = ir.DenseI32ArrayAttr.get([int(v is not None) for v in given])
+        attributes = {name: ir.Attribute.parse(text) for name, text in attribute_texts(op, problem).items()}
         made = ir.Operation.create(
             op.full_name,
             results=[ir.Type.parse(tensor_text(t.shape, t.dtype)) for t in problem.results],
-            operands=[v for v in given if v is not None],
+            operands=[v for v in operands if v is not None],
             attributes=attributes,
             loc=location or (before.location if before is not None else ir.Location.unknown()),
             ip=ir.InsertionPoint(before) if before is not None else None,

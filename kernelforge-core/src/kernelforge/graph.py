@@ -23,7 +23,7 @@ from kernelforge.errors import UsageError
 from kernelforge.module import CONSTANT, DIMS, DONATED, NAME, TOKENS
 from kernelforge.op import OpDef, OpError
 from kernelforge.problem import Attr, Dim, TensorType
-from kernelforge.syntax import SEGMENTS, attribute_texts, string_text, tensor_text
+from kernelforge.syntax import attribute_texts, string_text, tensor_text
 
 if TYPE_CHECKING:
     from kernelforge.module import Module, OpCatalog
@@ -204,12 +204,9 @@ class Graph:
         place = ".".join(self._scopes)
         try:
             problem = op.problem([None if t is None else t.type for t in operands], attrs)
+            texts = attribute_texts(op, problem)
         except OpError as error:
             raise UsageError(f"'{op.full_name}'{f' at {place}' if place else ''}: {error}") from None
-        texts = attribute_texts(op, dict(problem.attrs))
-        if sum(o.optional for o in op.operands) > 1:
-            present = [*(t is not None for t in operands), *([False] * (len(op.operands) - len(operands)))]
-            texts[SEGMENTS] = f"array<i32: {', '.join(str(int(p)) for p in present)}>"
         given = [t for t in operands if t is not None]
         count = len(problem.results)
         value = f"%{self._results}"

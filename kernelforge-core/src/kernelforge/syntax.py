@@ -6,13 +6,19 @@ import re
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import groupby
 
 from kernelforge.dtype import ITEMSIZE
-from kernelforge.op import UNKNOWN, Attrs, OpDef, OpError
-from kernelforge.problem import Attr, Dim, TensorType
+from kernelforge.op import UNKNOWN, OpDef, OpError
+from kernelforge.problem import Attr, Dim, Problem, TensorType
 
 SEGMENTS = "operandSegmentSizes"
-"""MLIR's attribute that says which optional operands are there."""
+"""MLIR's attribute that says which optional operands are there, and how variadic ones are grouped."""
+RESULT_SEGMENTS = "resultSegmentSizes"
+
+RUNS = 8
+"""Variadic operands or results are declared to MLIR as so many groups. Those of a group must have the same type: the
+constraints of a dialect that is defined at run time bind all of a group to one type."""
 
 _TENSOR = re.compile(r"tensor<(?P<shape>(?:(?:\d+|\?)x)*)(?P<dtype>\w+)>")
 _PLAIN_FLOAT = re.compile(r"(-?\d+)(?:\.(\d+))?(e[-+]?\d+)?")
@@ -63,7 +69,31 @@ def attr_text(value: Attr) -> str:
     return f"array<i64: {', '.join(map(str, value))}>" if value else "array<i64>"
 
 
-def attribute_texts(op: OpDef, complete: Attrs) -> dict[str, str]:
-    """MLIR text of the attributes that differ from their default."""
+def attribute_texts(op: OpDef, problem: Problem) -> dict[str, str]:
+    """The attributes of an operation: those that differ from their default, and the segment sizes that MLIR wants.
+
+    Raises OpError when variadic operands or results are of too many types.
+    """
     defaults = {a.name: a.default for a in op.attributes}
-    return {name: attr_text(value) for name, value in complete.items() if value != defaults[name]}
+    texts = {name: attr_text(value) for name, value in problem.attrs if value != defaults[name]}
+    if op.variadic:
+        fixed = len(op.operands) - 1
+        texts[SEGMENTS] = _sizes_text([1] * fixed + run_lengths(problem.operands[fixed:]))
+    elif sum(o.optional for o in op.operands) > 1:
+        texts[SEGMENTS] = _sizes_text([int(t is not None) for t in problem.operands])
+    if op.variadic_results:
+        texts[RESULT_SEGMENTS] = _sizes_text(run_lengths(problem.results))
+    return texts
+
+
+def _sizes_text(sizes: Sequence[int]) -> str:
+    return f"array<i32: {', '.join(map(str, sizes))}>"
+
+
+def run_lengths(types: Sequence[TensorType | None]) -> list[int]:
+    """Lengths of the runs of equal types, filled up with zeros to `RUNS`. Raises OpError when there are more."""
+    texts = [tensor_text(t.shape, t.dtype) for t in types if t is not None]
+    lengths = [len(list(run)) for _, run in groupby(texts)]
+    if len(lengths) > RUNS:
+        raise OpError(f"has {len(lengths)} runs of different types, can have {RUNS}: nest several")
+    return lengths + [0] * (RUNS - len(lengths))
