@@ -9,12 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from kernelforge import home
 from kernelforge.bench.baseline import THRESHOLD, Change, compare_reports, load_report
 from kernelforge.bench.matmul import benchmark_matmul, matmul_problem
 from kernelforge.bench.suite import CASES, chosen_cases, run_case, run_suite
 from kernelforge.cli import output
-from kernelforge.cli.options import Constant, Dtype, Variant, open_session
+from kernelforge.cli.options import Constant, Dtype, Variant, open_session, write_file
 from kernelforge.errors import KernelForgeError, RegressionError, WrongResultError
 from kernelforge.session import Session
 from kernelforge.variant import config_key
@@ -68,7 +67,7 @@ def suite(
         report["comparison"] = [_as_data(change, threshold) for change in changes]
         _print_changes(changes, threshold)
     if file is not None:
-        home.write_atomic(file, json.dumps(report, indent=1) + "\n")
+        write_file(file, json.dumps(report, indent=1) + "\n")
         out.print(f"\nreport: {file}")
     _raise_for(report["cases"], [c for c in changes if c.verdict(threshold) == "slower"])
     return report

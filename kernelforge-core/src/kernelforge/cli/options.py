@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from kernelforge import home
 from kernelforge.cli import output
+from kernelforge.errors import AssetError
 from kernelforge.session import Session
 
 M = Annotated[int | None, typer.Option(help="Rows of the left operand.")]
@@ -24,3 +27,11 @@ def open_session() -> Session:
     """A session of what the global options say; to be closed."""
     out = output.current()
     return Session(out.target, threads=out.threads, registry=out.registry)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write what the user asked for, whole or not at all. Raises AssetError."""
+    try:
+        home.write_atomic(path, text)
+    except OSError as error:
+        raise AssetError(f"cannot write {path}: {error.strerror or error}") from None

@@ -1,0 +1,408 @@
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import fake_target
+import numpy as np
+import pytest
+from fake_target import Array, Kernel, Outputs, variant
+
+from kernelforge.bench import peers
+from kernelforge.bench.baseline import Change, compare_reports, load_report
+from kernelforge.bench.latency import Latency
+from kernelforge.bench.matmul import benchmark_matmul, matmul_problem
+from kernelforge.bench.peers import NumpyPeer, TorchPeer, open_peer
+from kernelforge.bench.suite import CASES, chosen_cases, run_case, run_suite
+from kernelforge.cli import bench_verbs, output
+from kernelforge.errors import (
+    AssetError,
+    KernelForgeError,
+    KernelForgeWarning,
+    RegressionError,
+    UsageError,
+    WrongResultError,
+)
+from kernelforge.problem import Problem
+from kernelforge.registry import Registry
+from kernelforge.session import Session
+from kernelforge.tune.records import RecordStore
+from kernelforge.variant import ConfigSpace, KernelVariant, Reject
+
+
+def session(*variants: KernelVariant) -> Session:
+    return fake_target.session(RecordStore.default(), *variants)
+
+
+def wrong(problem: Problem, operands: Sequence[Array | None], results: Outputs) -> Outputs:
+    return (-results[0],)
+
+
+# statistics
+
+
+def test_latency_is_order_statistics() -> None:
+    samples = [5.0, 1.0, 2.0, 4.0, 3.0, 100.0]
+    latency = Latency.of(samples)
+    assert (latency.median, latency.minimum, latency.maximum, latency.count) == (3.5, 1.0, 100.0, 6)
+    assert (latency.p5, latency.p95) == pytest.approx(tuple(np.percentile(samples, [5, 95])))
+    assert latency.mad == 1.5
+    assert latency.milliseconds()["median"] == 3500.0
+    single = Latency.of([2.0])
+    assert (single.p5, single.p95, single.mad) == (2.0, 2.0, 0.0)
+    with pytest.raises(ValueError, match="no samples"):
+        Latency.of([])
+
+
+# matmul
+
+
+def test_matmul_reports_speed_variant_error_and_peers() -> None:
+    space = ConfigSpace((("tile", (4, 8)),))
+    with session(variant("mine", lambda c: Kernel(seconds=1e-4), space=space)) as opened:
+        problem = matmul_problem(opened.registry, 64, 32, 16)
+        report = benchmark_matmul(opened, problem, peers=["numpy"], repeat=2)
+    assert (report["variant"], report["config"], report["config_source"]) == ("mine", {"tile": 4}, "default")
+    assert report["latency_ms"] == 0.1
+    assert report["gflops"] == pytest.approx(2 * 64 * 32 * 16 / 1e-4 / 1e9, rel=1e-3)
+    assert report["gbytes_s"] == pytest.approx(4 * (64 * 16 + 16 * 32 + 64 * 32) / 1e-4 / 1e9, rel=1e-3)
+    assert 0 <= report["rel_error"] <= report["tolerance"]
+    assert (report["timing_source"], report["threads"]) == ("scripted", 2)
+    peer = report["peers"]["numpy"]
+    assert peer["gflops"] > 0
+    assert peer["ratio"] == pytest.approx(peer["latency_ms"] / 0.1, rel=1e-3)
+    assert (peer["version"], peer["computes"]) == (np.__version__, "f32")
+
+
+def test_a_wrong_result_is_never_timed() -> None:
+    def never() -> None:
+        pytest.fail("a wrong kernel was timed")
+
+    with session(variant("bad", lambda c: Kernel(wrong, on_measure=never))) as opened:
+        problem = matmul_problem(opened.registry, 8, 8, 8)
+        with pytest.raises(WrongResultError, match=r"result 'out' of transformer\.matmul has"):
+            benchmark_matmul(opened, problem)
+
+
+def test_a_variant_can_be_asked_for() -> None:
+    with session(variant("a", priority=1), variant("b")) as opened:
+        problem = matmul_problem(opened.registry, 8, 8, 8)
+        assert benchmark_matmul(opened, problem, variant="b", repeat=1)["variant"] == "b"
+        with pytest.raises(UsageError, match="unknown variant 'c'"):
+            benchmark_matmul(opened, problem, variant="c")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "message"),
+    [((0, 1, 1), "f32", "--m must be at least 1, got 0"), ((1, 1, 1), "i8", "matmul has no dtype 'i8'")],
+)
+def test_matrices_that_are_none(sizes: tuple[int, int, int], dtype: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        matmul_problem(fake_target.registry(), *sizes, dtype)
+
+
+# peers
+
+
+def test_numpy_widens_what_it_cannot_multiply() -> None:
+    assert NumpyPeer(2, 2, 2, "bf16", 1).computes == "f32"
+    assert NumpyPeer(2, 2, 2, "f64", 1).computes == "f64"
+    assert len(NumpyPeer(2, 2, 2, "f32", 1).run(3).samples) == 3
+
+
+def test_without_threadpoolctl_numpys_threads_are_not_controlled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
+    with pytest.warns(KernelForgeWarning, match="threadpoolctl is not installed"):
+        peer = NumpyPeer(2, 2, 2, "f32", 1)
+    assert len(peer.run(1).samples) == 1
+
+
+TORCH = """
+import os
+__version__ = "9.9"
+float64, float32, bfloat16, float16 = "f64", "f32", "bf16", "f16"
+threads = None
+
+class no_grad:
+    def __enter__(self): pass
+    def __exit__(self, *reason): pass
+
+class Tensor:
+    def to(self, dtype): return self
+
+def set_num_threads(n):
+    assert os.environ["OMP_NUM_THREADS"] == str(n) == "2"
+
+def randn(*shape): return Tensor()
+def empty(*shape, dtype): return Tensor()
+
+def matmul(a, b, out):
+    if os.environ.get("DIE"): os._exit(3)
+    sum(range(2000))
+"""
+
+
+@pytest.fixture
+def torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a stand-in for torch, and an interpreter that sees it."""
+    (tmp_path / "torch.py").write_text(TORCH)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv(peers.PEER_PYTHON, sys.executable)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("torch")
+def test_torch_answers_from_a_process_of_its_own() -> None:
+    peer = TorchPeer(8, 8, 8, "bf16", 2)
+    try:
+        assert (peer.version, peer.computes) == ("9.9", "bf16")
+        assert len(peer.run(5).samples) == 5
+        assert len(peer.run(2).samples) == 2
+    finally:
+        peer.close()
+
+
+@pytest.mark.usefixtures("torch")
+def test_torch_is_measured_in_turn_with_ours() -> None:
+    with session(variant("mine")) as opened:
+        problem = matmul_problem(opened.registry, 8, 8, 8)
+        report = benchmark_matmul(opened, problem, peers=["torch", "numpy"], repeat=2)
+    assert list(report["peers"]) == ["torch", "numpy"]
+    assert report["peers"]["torch"]["version"] == "9.9"
+
+
+def test_torch_needs_an_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(peers.PEER_PYTHON, raising=False)
+    with pytest.raises(UsageError, match="the peer 'torch' needs KERNELFORGE_PEER_PYTHON") as raised:
+        open_peer("torch", 2, 2, 2, "f32", 2)
+    assert "interpreter of an environment with torch" in str(raised.value.hint)
+    monkeypatch.setenv(peers.PEER_PYTHON, "/no/such/python")
+    with pytest.raises(AssetError, match=r"KERNELFORGE_PEER_PYTHON=/no/such/python cannot be started"):
+        open_peer("torch", 2, 2, 2, "f32", 2)
+
+
+def test_an_interpreter_without_torch(torch: Path) -> None:
+    (torch / "torch.py").write_text("raise ImportError('libtorch is missing')")
+    with pytest.raises(AssetError, match=r"the peer 'torch' failed: ImportError: libtorch is missing") as raised:
+        open_peer("torch", 2, 2, 2, "f32", 2)
+    assert sys.executable in str(raised.value.hint)
+
+
+def test_a_peer_that_dies_or_talks_nonsense(torch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIE", "1")
+    peer = TorchPeer(2, 2, 2, "f32", 2)
+    with pytest.raises(AssetError, match="the peer 'torch' failed: ended with 3"):
+        peer.run(1)
+    (torch / "torch.py").write_text("print('hello from torch')\n" + TORCH)
+    with pytest.raises(AssetError, match=r"the peer 'torch' failed: answered 'hello from torch\\n'"):
+        open_peer("torch", 2, 2, 2, "f32", 2)
+
+
+def test_a_peer_that_does_not_answer(torch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (torch / "torch.py").write_text("import sys; sys.stdin.read()")
+    monkeypatch.setattr(peers, "_START_S", 0.5)
+    with pytest.raises(AssetError, match="the peer 'torch' failed: no answer within"):
+        open_peer("torch", 2, 2, 2, "f32", 2)
+
+
+def test_unknown_peers_are_refused() -> None:
+    with pytest.raises(UsageError, match="unknown peer 'jax'") as raised:
+        open_peer("jax", 2, 2, 2, "f32", 2)
+    assert raised.value.hint == "one of: numpy, torch"
+
+
+# suite
+
+
+def test_every_case_is_a_problem_and_the_promised_ones_are_there() -> None:
+    ops = fake_target.registry().ops
+    problems = {case.name: case.problem(ops) for case in CASES}
+    assert len(problems) == len(CASES)
+    assert len({str(p) for p in problems.values()}) == len(CASES)
+    for name, (m, n, k) in {
+        "decoder_mha_qkv": (64, 64, 128),
+        "decoder_mlp_up_proj": (128, 192, 192),
+        "decoder_mlp_down_proj": (128, 128, 256),
+    }.items():
+        assert problems[name].operand(0).shape == (m, k)
+        assert problems[name].results[0].shape == (m, n)
+    assert {p.op.partition(".")[2] for p in problems.values()} >= {"matmul", "attention", "rms_norm", "rope", "softmax"}
+
+
+def test_cases_are_chosen_by_name() -> None:
+    assert [c.name for c in chosen_cases("mlp_up_proj")] == ["decoder_mlp_up_proj"]
+    assert chosen_cases() == list(CASES)
+    with pytest.raises(UsageError, match="no case is named 'conv'"):
+        chosen_cases("conv")
+
+
+def test_a_case_reports_success_and_every_kind_of_failure() -> None:
+    case = chosen_cases("decoder_mha_qkv")[0]
+
+    def status(*variants: KernelVariant) -> Mapping[str, Any]:
+        with session(*variants) as opened:
+            return run_case(opened, case, repeat=1)
+
+    def explode(config: object) -> Kernel:
+        raise OSError("no compiler")
+
+    good = status(variant("good"))
+    assert (good["status"], good["variant"], good["latency_ms"]) == ("ok", "good", 1.0)
+    assert good["rel_error_l2"] <= good["rel_error"]
+    bad = status(variant("bad", lambda c: Kernel(wrong)))
+    assert bad["status"] == "wrong-result"
+    assert "relative error 2" in bad["message"]
+    none = status(variant("no", supports=lambda problem, device: Reject("too small")))
+    assert none["status"] == "unsupported"
+    assert none["message"].endswith("(no: too small)")
+    broken = status(variant("broken", explode))
+    assert (broken["status"], broken["message"]) == ("error", "OSError: no compiler")
+
+
+def test_a_report_says_where_it_was_made() -> None:
+    with session(variant("v")) as opened:
+        report = run_suite(opened, chosen_cases("decoder_mha_qkv"), {"python": "3"}, repeat=1)
+    assert (report["schema"], report["target"], report["environment"]) == (1, "fake", {"python": "3"})
+    assert report["device"] == {"name": "fake device", "fingerprint": "fake-0", "threads": 2}
+    assert [case["name"] for case in report["cases"]] == ["decoder_mha_qkv"]
+
+
+# baseline
+
+
+def test_a_change_must_exceed_threshold_and_noise() -> None:
+    assert Change("x", 1.0, 1.3, spread_ms=0.05).verdict() == "slower"
+    assert Change("x", 1.0, 1.3, spread_ms=0.2).verdict() == "same"
+    assert Change("x", 1.0, 1.05, spread_ms=0.0).verdict() == "same"
+    assert Change("x", 1.0, 1.05, spread_ms=0.0).verdict(threshold=0.01) == "slower"
+    assert Change("x", 1.3, 1.0, spread_ms=0.05).verdict() == "faster"
+
+
+def report(median: float = 1.0, mad: float = 0.01, **changes: Any) -> dict[str, Any]:
+    case = {"name": "a", "status": "ok", "problem": "p", "latency": {"median": median, "mad": mad}}
+    device = {"name": "d", "fingerprint": "f", "threads": 2}
+    return {"schema": 1, "target": "cpu", "device": device, "cases": [case]} | changes
+
+
+def test_only_the_same_problem_is_compared() -> None:
+    (change,) = compare_reports(report(1.0), report(1.5, mad=0.02))
+    assert (change.name, change.ratio) == ("a", 1.5)
+    assert change.spread_ms == pytest.approx(0.02 * 1.4826)
+    other = report()
+    other["cases"][0]["problem"] = "q"
+    assert compare_reports(other, report()) == []
+    assert compare_reports(report(cases=[{"name": "a", "status": "error"}]), report()) == []
+
+
+def test_baselines_of_other_machines() -> None:
+    with pytest.raises(UsageError, match="the baseline is of target 'gpu', this run of 'cpu'"):
+        compare_reports(report(target="gpu"), report())
+    with pytest.warns(KernelForgeWarning, match="the baseline was measured on another device"):
+        assert compare_reports(report(device={"name": "other"}), report())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is no report of benchmark-suite"),
+        ('{"schema": 7, "cases": []}', "is no report of benchmark-suite"),
+        ('{"schema": 1, "cases": [{"status": "ok"}]}', "has a case that cannot be read"),
+        ('{"schema": 1, "cases": [{"name": "a", "status": "ok", "latency": {"median": "1"}}]}', "cannot be read"),
+        (
+            '{"schema": 1, "cases": [{"name": "a", "status": "ok", "latency": {"median": 0, "mad": 0}}]}',
+            "cannot be read",
+        ),
+    ],
+)
+def test_files_that_are_no_baseline(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "baseline.json"
+    path.write_text(text)
+    with pytest.raises(AssetError, match=message):
+        load_report(path)
+
+
+def test_a_missing_baseline(tmp_path: Path) -> None:
+    with pytest.raises(AssetError, match="cannot read the baseline"):
+        load_report(tmp_path / "none.json")
+
+
+# the verbs
+
+
+def run_suite_verb(registry: Registry, **options: Any) -> dict[str, Any]:
+    out = output.Output("benchmark-suite", target="fake")
+    out.registry = registry
+    with output.use(out):
+        try:
+            bench_verbs.suite(**{"substring": "decoder_mha_qkv", "repeat": 1, **options})
+        finally:
+            data = out.data
+    return data
+
+
+def matmul_registry(seconds: float = 1e-3, **kernel: Any) -> Registry:
+    return fake_target.registry(variant("v", lambda c: Kernel(seconds=seconds, **kernel)))
+
+
+def test_the_suite_writes_its_report_and_finds_no_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "reports" / "base.json"
+    data = run_suite_verb(matmul_registry(), file=path)
+    assert json.loads(path.read_text()) == json.loads(json.dumps(data))
+    again = run_suite_verb(matmul_registry(), baseline=path)
+    assert [c["verdict"] for c in again["comparison"]] == ["same"]
+    shown = capsys.readouterr().out
+    assert "decoder_mha_qkv" in shown
+    assert f"report: {path}" in shown
+
+
+def test_a_regression_names_the_case_and_keeps_the_report(tmp_path: Path) -> None:
+    base, now = tmp_path / "base.json", tmp_path / "now.json"
+    run_suite_verb(matmul_registry(1e-3), file=base)
+    message = r"slower than the baseline: decoder_mha_qkv \(1 -> 2 ms, 2\.00 x\)"
+    with pytest.raises(RegressionError, match=message) as raised:
+        run_suite_verb(matmul_registry(2e-3), baseline=base, file=now)
+    assert raised.value.exit_code == 14
+    assert json.loads(now.read_text())["comparison"][0]["verdict"] == "slower"
+    assert run_suite_verb(matmul_registry(2e-3), baseline=base, threshold=1.5)["comparison"][0]["verdict"] == "same"
+    assert run_suite_verb(matmul_registry(5e-4), baseline=base)["comparison"][0]["verdict"] == "faster"
+
+
+def test_a_slow_moment_is_measured_again(tmp_path: Path) -> None:
+    base = tmp_path / "base.json"
+    run_suite_verb(matmul_registry(1e-3), file=base)
+    builds = iter([Kernel(seconds=5e-3), Kernel(seconds=1e-3)])
+    moody = fake_target.registry(variant("v", lambda c: next(builds)))
+    data = run_suite_verb(moody, baseline=base)
+    assert data["comparison"][0]["verdict"] == "same"
+    assert data["cases"][0]["latency_ms"] == 1.0
+
+
+def test_wrong_results_and_failures_decide_the_exit(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    with pytest.raises(WrongResultError, match="wrong results in decoder_mha_qkv: result 'out'"):
+        run_suite_verb(matmul_registry(compute=wrong), file=path)
+    assert json.loads(path.read_text())["cases"][0]["status"] == "wrong-result"
+
+    def lost() -> None:
+        raise RuntimeError("device lost")
+
+    with pytest.raises(KernelForgeError, match="failed: decoder_mha_qkv: RuntimeError: device lost"):
+        run_suite_verb(matmul_registry(on_measure=lost))
+
+
+def test_a_report_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AssetError, match=r"cannot write .*report\.json"):
+        run_suite_verb(matmul_registry(), file=tmp_path / "file" / "report.json")
+
+
+def test_cases_of_every_kind_verify_on_the_reference_target() -> None:
+    names = ("decoder_mha_qkv", "decode_glu_135m", "decode_attention", "decode_rms_norm", "kv_cache_update", "rope")
+    with Session("reference", registry=fake_target.registry(), pipeline="") as opened:
+        for name in names:
+            report = run_case(opened, chosen_cases(name)[0], repeat=1)
+            assert report["status"] == "ok", report
