@@ -16,6 +16,7 @@ from kernelforge.cli.problems import load_model
 from kernelforge.errors import UsageError
 from kernelforge.importer import Program
 from kernelforge.module import Function, Module
+from kernelforge.passes import Pipeline
 from kernelforge.plan import Plan, Step
 from kernelforge.planning import make_plan
 from kernelforge.registry import lookup
@@ -24,7 +25,6 @@ from kernelforge.syntax import string_text
 
 if TYPE_CHECKING:
     from kernelforge.graph import Graph, Tensor
-    from kernelforge.passes import Pass
 
 KERNEL = "kernelforge.kernel"
 """Attribute of an op: how the target runs it."""
@@ -78,16 +78,11 @@ def _with_tokens(program: Program, tokens: int) -> Program:
 
 
 def _after(session: Session, program: Program, name: str) -> str:
-    found: list[str] = []
-
-    def keep(step: Pass, module: Module) -> None:
-        if step.name == name and not found:
-            found.append(str(module))
-
-    session.pipeline.run(Module.parse(program.module, session.registry), after=keep)
-    if not found:
+    passes = session.pipeline.passes
+    at = next((i for i, step in enumerate(passes) if step.name == name), None)
+    if at is None:
         raise UsageError(f"the pipeline has no pass '{name}'", hint=f"it is {session.pipeline}")
-    return found[0]
+    return str(Pipeline(passes[: at + 1]).run(Module.parse(program.module, session.registry)))
 
 
 def _at(session: Session, program: Program, stage: Stage) -> str:
@@ -187,13 +182,13 @@ def _attention(g: Graph, shape: BlockShape, x: Tensor, positions: Tensor, slots:
     q = _linear(g, "attention.q", x, queries).reshape("tokens", shape.heads, shape.head_dim)
     k, v = (_linear(g, f"attention.{n}", x, keys).reshape("tokens", shape.kv_heads, shape.head_dim) for n in "kv")
     q, k = (g.rope(t, positions, max_position=shape.capacity) for t in (q, k))
-    caches = []
-    for name, new in (("k", k), ("v", v)):
-        size = (shape.slots, shape.capacity, shape.kv_heads, shape.head_dim)
-        cache = g.kv_cache_update(g.input(f"{name}_cache", size, "f32", donated=True), new, positions, slots)
-        g.output(cache, f"{name}_cache_out")
-        caches.append(cache)
-    seen = g.attention(q, *caches, positions, slots)
+    size = (shape.slots, shape.capacity, shape.kv_heads, shape.head_dim)
+    k_cache, v_cache = (g.input(name, size, "f32", donated=True) for name in ("k_cache", "v_cache"))
+    k_cache = g.kv_cache_update(k_cache, k, positions, slots)
+    v_cache = g.kv_cache_update(v_cache, v, positions, slots)
+    g.output(k_cache, "k_cache_out")
+    g.output(v_cache, "v_cache_out")
+    seen = g.attention(q, k_cache, v_cache, positions, slots)
     return _linear(g, "attention.o", seen.reshape("tokens", queries), shape.width)
 
 

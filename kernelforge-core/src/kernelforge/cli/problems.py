@@ -41,8 +41,7 @@ class Request:
     weights: str = "native"
 
     def resolve(self, session: Session) -> list[Asked]:
-        """The problems. Raises UsageError for options that do not name any, AssetError for a model that nobody reads.
-        """
+        """The problems. Raises UsageError for options that name none, AssetError for a model that nobody reads."""
         if sum(given is not None for given in (self.op, self.problem, self.model)) != 1:
             raise UsageError("name one of: an op (matmul --m 64 --n 64 --k 128), --problem KEY, --model PATH")
         if self.model is not None:

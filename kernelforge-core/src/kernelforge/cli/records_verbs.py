@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from kernelforge import home
 from kernelforge.cli import output
+from kernelforge.cli.options import write_file
 from kernelforge.errors import UsageError
 from kernelforge.registry import Registry
 from kernelforge.tune.record import Record, kernel_hash
@@ -76,7 +76,7 @@ def export(
     if str(file) == "-":
         out.stream(text)
     else:
-        home.write_atomic(file, text)
+        write_file(file, text)
         out.print(f"{len(chosen)} records written to {file}")
     return {"exported": len(chosen), "file": str(file)}
 

@@ -39,8 +39,7 @@ def tune(
         float | None, typer.Option(min=0, help="Seconds in all; by default 20 for each problem.")
     ] = None,
 ) -> dict[str, Any]:
-    """Find the fastest verified kernel and config, and record every trial; what is recorded already is not run again.
-    """
+    """Find the fastest verified kernel and config, and record every trial; what is recorded is not run again."""
     out = output.current()
     request = Request(op, (m, n, k), dtype, constant, problem, model, weights)
     with closing(open_session()) as session:

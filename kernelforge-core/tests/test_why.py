@@ -1,0 +1,371 @@
+"""`why`, `tune`, `records` and `emit-mlir` as verbs, on a scripted target."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fake_target
+import pytest
+from fake_target import Kernel, variant
+
+from kernelforge import builtin
+from kernelforge.cli import output, records_verbs, tune_verb, why_verb
+from kernelforge.cli.emit_verb import Stage, decoder_block, emit_mlir
+from kernelforge.cli.problems import checked_problem, find_op
+from kernelforge.constant import ArraySource
+from kernelforge.descriptors import ImporterSpec
+from kernelforge.errors import AssetError, KernelForgeWarning, PartialResult, UsageError
+from kernelforge.graph import Graph
+from kernelforge.hookspecs import hookimpl
+from kernelforge.importer import ImportedModel, Program
+from kernelforge.module import Module
+from kernelforge.plugins import load_registry
+from kernelforge.registry import Registry
+from kernelforge.tune.records import RecordStore
+from kernelforge.variant import ConfigSpace, Reject
+
+SPACE = ConfigSpace((("tile", (4, 8, 16)),))
+SIZES: dict[str, Any] = {"m": 8, "n": 4, "k": 16}
+
+
+def tiled() -> Any:
+    seconds = {4: 3e-3, 8: 1e-3, 16: 2e-3}
+    return variant("tiled", lambda c: Kernel(seconds=seconds[int(c["tile"])]), space=SPACE, priority=1)
+
+
+def registry() -> Registry:
+    picky = variant("picky", supports=lambda problem, device: Reject("wants 64 columns, there are 4"))
+    return fake_target.registry(tiled(), variant("plain"), picky)
+
+
+class TwoLayers:
+    """Reads a model that is called "toy:two"."""
+
+    def claims(self, source: str) -> bool:
+        return source.startswith("toy:")
+
+    def load(self, source: str, *, weights: str = "native") -> ImportedModel:
+        g = Graph()
+        x = g.input("x", ("tokens", 16), "f32")
+        for name in ("one", "two"):
+            x = g.matmul(x, g.constant(name, (16, 16), "f32"))
+        g.output(x, "y")
+        text = g.text()
+        programs = (Program("decode", text, dims={"tokens": 1}), Program("prefill", text, max_dims={"tokens": 32}))
+        return ImportedModel(source, programs, ArraySource({}))
+
+
+class WithModels(fake_target.FakePlugin):
+    @hookimpl
+    def kernelforge_importers(self) -> list[ImporterSpec]:
+        return [ImporterSpec("toy", TwoLayers)]
+
+
+def output_of(using: Registry | None = None, target: str = "fake") -> output.Output:
+    out = output.Output("verb", target=target)
+    out.registry = using or registry()
+    return out
+
+
+def run(verb: Callable[..., Any], *arguments: Any, using: Registry | None = None, **options: Any) -> dict[str, Any]:
+    """Call a verb as the command line does, and return its data."""
+    with output.use(output_of(using, options.pop("target", "fake"))):
+        return dict(verb(*arguments, **options))
+
+
+# why
+
+
+def test_why_shows_each_candidate_with_its_verdict_and_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    data = run(why_verb.why, "matmul", **SIZES)
+    (problem,) = data["problems"]
+    assert (problem["variant"], problem["config"], problem["config_source"]) == ("tiled", {"tile": 4}, "default")
+    told = [(c["variant"], c["verdict"], c["reason"], c["plugin"]) for c in problem["candidates"]]
+    assert [t[:3] for t in told] == [
+        ("tiled", "chosen", "highest priority; nothing measured"),
+        ("plain", "accepts", "priority 0, the chosen one has 1"),
+        ("picky", "rejects", "wants 64 columns, there are 4"),
+    ]
+    shown = capsys.readouterr().out
+    assert "chosen: tiled of " in shown
+    assert "(the variant's own choice)" in shown
+    assert "wants 64 columns, there are 4" in shown
+
+
+def test_after_tuning_why_names_the_measurement(capsys: pytest.CaptureFixture[str]) -> None:
+    tuned = run(tune_verb.tune, "matmul", **SIZES)
+    (report,) = tuned["problems"]
+    assert (report["best"]["variant"], report["best"]["config"]) in (("tiled", {"tile": 8}), ("plain", {}))
+    assert report["complete"]
+    assert report["trials"] >= 4
+    assert report["known"] == 0
+    (problem,) = run(why_verb.why, "matmul", **SIZES)["problems"]
+    assert problem["config_source"] == "record"
+    assert problem["reason"] == "fastest measured: 1000.0 us"
+    assert "(measured on this problem)" in capsys.readouterr().out
+    (near,) = run(why_verb.why, "matmul", m=9, n=4, k=16)["problems"]
+    assert (near["variant"], near["config"], near["config_source"]) == ("tiled", {"tile": 8}, "nearest-record")
+    assert near["candidates"][0]["measured_on"] == tuned["problems"][0]["problem"]
+    assert "(measured on a similar problem, transformer.matmul(f32[8,16]" in capsys.readouterr().out
+
+
+def test_a_problem_can_be_named_by_its_key() -> None:
+    key = run(why_verb.why, "matmul", **SIZES)["problems"][0]["problem"]
+    assert run(why_verb.why, problem=key)["problems"][0]["problem"] == key
+    short = "transformer.matmul(f32[8,16], f32[16,4]@const) -> (f32[8,4]) {}"
+    assert run(why_verb.why, problem=short)["problems"][0]["problem"] == key
+
+
+def test_a_model_is_all_its_problems(capsys: pytest.CaptureFixture[str]) -> None:
+    using = load_registry(entry_points=[], extra_plugins=[builtin, WithModels([tiled()])])
+    data = run(why_verb.why, model="toy:two", using=using)
+    found = [(p["problem"].split(" ")[0], p["programs"], p["steps"]) for p in data["problems"]]
+    assert found == [
+        ("transformer.matmul(f32[1,16],", ("decode",), 2),
+        ("transformer.matmul(f32[32,16],", ("prefill",), 2),
+    ]
+    assert "prefill" in capsys.readouterr().out
+    tuned = run(tune_verb.tune, model="toy:two", using=using)
+    assert [p["programs"] for p in tuned["problems"]] == [("decode",), ("prefill",)]
+    assert all(p["best"]["config"] == {"tile": 8} for p in tuned["problems"])
+    with pytest.raises(AssetError, match=r"cannot read the model 'x\.onnx': none of the importers \(toy\) reads it"):
+        run(why_verb.why, model="x.onnx", using=using)
+    with pytest.raises(AssetError, match="no importer is installed"):
+        run(why_verb.why, model="x.onnx")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "name one of: an op"),
+        ({"op": "matmul", "model": "m"}, "name one of: an op"),
+        ({"op": "matmul", "m": 3}, "matmul needs its sizes"),
+        ({"op": "matmull"}, "unknown op 'matmull'"),
+        ({"op": "softmax"}, "softmax has no sizes of its own"),
+        ({"op": "matmul", **SIZES, "dtype": "i8"}, "matmul has no dtype 'i8'"),
+        ({"op": "matmul", **SIZES, "variant": "nope"}, "unknown variant 'nope'"),
+        ({"problem": "matmul"}, "'matmul' is not a problem"),
+        (
+            {"problem": "transformer.silu(f32[4], f32[4]) -> (f32[4]) {}"},
+            r"transformer\.silu does not take this problem: takes operands",
+        ),
+        (
+            {"problem": "transformer.silu(f32[4]) -> (f32[5]) {}"},
+            r"transformer\.silu gives \(f32\[4\]\) for these operands",
+        ),
+        ({"problem": "toy.x(f32[4]) -> (f32[4]) {}"}, r"unknown op 'toy\.x'"),
+    ],
+)
+def test_requests_that_name_no_problem(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        run(why_verb.why, **arguments)
+
+
+def test_ops_are_found_by_either_name_and_hints_are_problems() -> None:
+    using = registry()
+    assert find_op(using, "matmul") is find_op(using, "transformer.matmul")
+    with pytest.raises(UsageError) as raised:
+        run(why_verb.why, "softmax")
+    key = str(raised.value.hint).removeprefix("--problem '").removesuffix("'")
+    assert str(checked_problem(using, key)) == key
+
+
+# tune
+
+
+def test_tune_goes_on_where_it_stopped() -> None:
+    first, second = (run(tune_verb.tune, "matmul", **SIZES)["problems"][0] for _ in range(2))
+    assert (second["trials"], second["known"]) == (0, 4)
+    assert first["best"] == second["best"]
+
+
+def test_tune_shows_failures(capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(config: object) -> Kernel:
+        raise OSError("no compiler")
+
+    data = run(tune_verb.tune, "matmul", **SIZES, using=fake_target.registry(variant("broken", broken)))
+    (report,) = data["problems"]
+    assert report["best"] is None
+    assert report["failed"] == [
+        {"variant": "broken", "config": {}, "status": "error", "message": "OSError: no compiler"}
+    ]
+    assert "broken {}: OSError: no compiler" in capsys.readouterr().err
+
+
+def test_an_interrupted_tune_keeps_its_trials() -> None:
+    turns = iter(range(100))
+
+    def interrupt_later() -> None:
+        if next(turns) == 6:
+            raise KeyboardInterrupt
+
+    space = ConfigSpace((("tile", tuple(range(9))),))
+    using = fake_target.registry(variant("v", lambda c: Kernel(on_measure=interrupt_later), space=space))
+    out = output_of(using)
+    message = r"interrupted: \d trials of 1 problems are kept in .*autotune\.jsonl"
+    with output.use(out), pytest.raises(PartialResult, match=message) as raised:
+        tune_verb.tune("matmul", **SIZES)
+    assert raised.value.exit_code == 15
+    assert out.data["problems"][0]["trials"] == len(RecordStore.default().records) > 0
+
+
+def test_an_interruption_before_the_first_trial_leaves_nothing() -> None:
+    def interrupt(config: object) -> Kernel:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tune_verb.tune, "matmul", **SIZES, using=fake_target.registry(variant("v", interrupt)))
+    assert RecordStore.default().records == []
+
+
+# records
+
+
+def test_records_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    run(tune_verb.tune, "matmul", **SIZES)
+    listed = run(records_verbs.list_records)["records"]
+    assert [r["number"] for r in listed] == list(range(1, len(listed) + 1))
+    assert {r["variant"] for r in run(records_verbs.list_records, op="matmul", variant="plain")["records"]} == {"plain"}
+    assert run(records_verbs.list_records, op="softmax")["records"] == []
+    assert run(records_verbs.list_records, device="elsewhere")["records"] == []
+    shown = run(records_verbs.show, 1)
+    assert shown["fingerprint"] == "fake-0"
+    assert "fingerprint      fake-0" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="there is no record 99"):
+        run(records_verbs.show, 99)
+
+
+def test_records_travel_to_another_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tune_verb.tune, "matmul", **SIZES)
+    count = len(RecordStore.default().records)
+    file = tmp_path / "out" / "records.jsonl"
+    assert run(records_verbs.export, file)["exported"] == count
+    assert run(records_verbs.import_records, file) == {"imported": 0, "known": count}
+    monkeypatch.setenv("KERNELFORGE_HOME", str(tmp_path / "elsewhere"))
+    assert run(records_verbs.import_records, file) == {"imported": count, "known": 0}
+    assert run(why_verb.why, "matmul", **SIZES)["problems"][0]["config_source"] == "record"
+
+
+def test_records_are_exported_to_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    run(tune_verb.tune, "matmul", **SIZES)
+    capsys.readouterr()
+    run(records_verbs.export, Path("-"), variant="plain")
+    lines = capsys.readouterr().out.splitlines()
+    assert {json.loads(line)["variant"] for line in lines} == {"plain"}
+
+
+def test_pruning_needs_a_condition_and_all_must_hold() -> None:
+    run(tune_verb.tune, "matmul", **SIZES)
+    count = len(RecordStore.default().records)
+    with pytest.raises(UsageError, match="say what to drop"):
+        run(records_verbs.prune)
+    assert run(records_verbs.prune, device="elsewhere")["dropped"] == 0
+    assert run(records_verbs.prune, device="fake-0", older_than=1.0)["dropped"] == 0
+    assert run(records_verbs.prune, failed=True)["dropped"] == 0
+    assert run(records_verbs.prune, stale=True)["dropped"] == 0
+    assert run(records_verbs.prune, device="fake device", dry_run=True) == {"dropped": count, "dry_run": True}
+    assert len(RecordStore.default().records) == count
+    assert run(records_verbs.prune, device="fake device")["dropped"] == count
+    assert RecordStore.default().records == []
+
+
+def test_pruning_what_is_stale_or_unreadable() -> None:
+    run(tune_verb.tune, "matmul", **SIZES)
+    newer = fake_target.registry(variant("plain", version="2"))
+    dropped = run(records_verbs.prune, stale=True, using=newer)["dropped"]
+    left = {r.variant for r in RecordStore.default().records}
+    assert dropped > 0
+    # Kernels that are not here may be another machine's.
+    assert left == {"tiled"}
+    path = RecordStore.default().path
+    path.write_text(path.read_text() + "torn\n")
+    with pytest.warns(KernelForgeWarning, match="torn"):
+        assert RecordStore.default().records
+    assert run(records_verbs.prune, unreadable=True)["dropped"] == 0
+    assert {r.variant for r in RecordStore.default().records} == {"tiled"}
+
+
+# emit-mlir
+
+
+def emitted(**options: Any) -> str:
+    return str(
+        run(
+            emit_mlir,
+            target="reference",
+            using=load_registry(entry_points=[], extra_plugins=[builtin]),
+            **options,
+        )["text"]
+    )
+
+
+def test_every_stage_is_printed_and_parses_back(capsys: pytest.CaptureFixture[str]) -> None:
+    catalog = fake_target.registry()
+    built, fused, selected = (emitted(stage=stage) for stage in (Stage.TRANSFORMER, Stage.FUSED, Stage.SELECTED))
+    for text in (built, fused, selected, emitted(after="fuse-glu")):
+        assert str(Module.parse(text, catalog)) == text
+    assert built == str(Module.parse(decoder_block().module, catalog))
+    assert "glu_matmul" in fused
+    assert "glu_matmul" not in built
+    assert built in capsys.readouterr().out
+
+
+def test_the_selected_stage_says_how_each_op_runs() -> None:
+    text = emitted(stage=Stage.SELECTED)
+    ops = [line for line in text.splitlines() if '"transformer.' in line]
+    assert ops
+    for line in ops:
+        assert "kernelforge.kernel = " in line
+    kernels = [line for line in ops if '"transformer.attention"' in line]
+    assert 'kernelforge.kernel = {config = {}, target = "reference", variant = "reference"}' in kernels[0]
+    views = [line for line in ops if '"transformer.reshape"' in line]
+    assert 'kernelforge.kernel = "view"' in views[0]
+
+
+def test_constants_and_configs_are_told_apart() -> None:
+    class Folding:
+        def claims(self, source: str) -> bool:
+            return True
+
+        def load(self, source: str, *, weights: str = "native") -> ImportedModel:
+            g = Graph()
+            x, w = g.input("x", ("tokens", 16), "f32"), g.constant("w", (8, 16), "f32")
+            g.output(g.matmul(x, w.T), "y")
+            return ImportedModel(source, (Program("main", g.text(), max_dims={"tokens": 4}),), ArraySource({}))
+
+    class Plugin(fake_target.FakePlugin):
+        @hookimpl
+        def kernelforge_importers(self) -> list[ImporterSpec]:
+            return [ImporterSpec("folding", Folding)]
+
+    space = ConfigSpace((("order", ("m n", "n")), ("tile", (4, 8))))
+    using = load_registry(entry_points=[], extra_plugins=[builtin, Plugin([variant("v", space=space)])])
+    text = str(run(emit_mlir, model="any", stage=Stage.SELECTED, using=using)["text"])
+    assert str(Module.parse(text, using)) == text
+    assert 'config = {order = "m n", tile = 4 : i64}' in text
+    assert run(emit_mlir, model="any", program="main", using=using)["program"] == "main"
+    with pytest.raises(UsageError, match="unknown program 'decode'"):
+        run(emit_mlir, model="any", program="decode", using=using)
+
+
+def test_the_number_of_tokens_can_be_fixed() -> None:
+    using = load_registry(entry_points=[], extra_plugins=[builtin])
+    with pytest.raises(UsageError, match="the reference target has no LLVM IR"):
+        run(emit_mlir, target="reference", stage=Stage.LLVM, tokens=4, using=using)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"after": "fuse-all"}, "the pipeline has no pass 'fuse-all'"),
+        ({"after": "cse", "stage": Stage.FUSED}, "--after and --stage exclude each other"),
+        ({"model": "m", "block": True}, "--model and --block exclude each other"),
+        ({"program": "decode"}, "--program needs --model"),
+    ],
+)
+def test_stages_that_do_not_exist(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        emitted(**options)
