@@ -57,7 +57,7 @@ def host_info(threads: int) -> DeviceInfo:
         target="cpu",
         name=machine.cpu,
         fingerprint=f"{machine.fingerprint}/t{threads}",
-        features=target.features,
+        features=machine.features,
         limits=tuple(sorted((k, v) for k, v in limits.items() if v)),
         threads=threads,
     )

@@ -93,7 +93,7 @@ class CpuDevice:
         fresh = {self._key(s): s for s in steps if self._key(s) not in self._kernels}
         built = {key: self._build(step, catalog) for key, step in fresh.items()}
         texts = list(dict.fromkeys(k.mlir for k in built.values() if isinstance(k, NativeKernel) and k.mlir))
-        library = load_objects(texts, self._info) if texts else None
+        library = load_objects(texts) if texts else None
         for key, kernel in built.items():
             addresses: list[int] = []
             for phase in kernel.phases if isinstance(kernel, NativeKernel) else ():

@@ -60,6 +60,7 @@ class CpuExecutable:
         self._rows = self._make_rows()
         self._lay_out_pointers()
         self._dims: dict[str, int] = {}
+        self._laid_out = False
         self._bounds = dict(plan.max_dims)
         self._arena = self._scratch = aligned_empty(0)
         self._table = StepTable(
@@ -139,10 +140,10 @@ class CpuExecutable:
     # --- sizes, when they change ---
 
     def _bind_dims(self, dims: dict[str, int]) -> None:
-        if dims == self._dims:
+        if self._laid_out and dims == self._dims:
             return
         grown = {d: max(n, self._bounds.get(d, 0)) for d, n in dims.items()}
-        if grown != self._bounds or not self._dims:
+        if grown != self._bounds or not self._laid_out:
             self._bounds = grown
             layout = self._plan.pack(grown)
             self._arena = aligned_empty(layout.nbytes)
@@ -150,7 +151,7 @@ class CpuExecutable:
                 self._patch(value, address(self._arena) + offset)
         for name, slots in self._dim_slots.items():
             self._dim_values[slots] = dims[name]
-        self._dims = dict(dims)
+        self._dims, self._laid_out = dict(dims), True
         for row_index, row in enumerate(self._rows):
             kernel = self._kernels[row.step].kernel
             assert isinstance(kernel, NativeKernel)

@@ -8,12 +8,21 @@ from kernelforge.descriptors import BackendSpec
 from kernelforge.hookspecs import hookimpl
 from kernelforge.variant import KernelVariant
 
+from kernelforge_cpu.kernels.catalog import VARIANTS
+
 
 @hookimpl
 def kernelforge_backends() -> Iterable[BackendSpec]:
-    return (BackendSpec("cpu", "kernelforge_cpu.backend:CpuBackend", "The processor, with compiled kernels."),)
+    return (
+        BackendSpec(
+            "cpu",
+            "kernelforge_cpu.backend:CpuBackend",
+            "The processor, with compiled kernels.",
+            fallback="kernelforge_cpu.kernels.reference:variant",
+        ),
+    )
 
 
 @hookimpl
 def kernelforge_kernels() -> Iterable[KernelVariant]:
-    return ()
+    return VARIANTS
