@@ -1,0 +1,16 @@
+"""What the fusions know of matmuls and activations."""
+
+from __future__ import annotations
+
+from kernelforge.passes.rewriting import Op
+
+GELU = "transformer.gelu"
+MATMUL = "transformer.matmul"
+SILU = "transformer.silu"
+
+
+def activation_of(op: Op) -> str:
+    """The matmul epilogue that computes the same as a silu or gelu op."""
+    if op.name == SILU:
+        return "silu"
+    return "gelu_tanh" if op.attrs["approximate"] == "tanh" else "gelu"

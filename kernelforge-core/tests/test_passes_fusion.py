@@ -1,0 +1,461 @@
+"""The fusions: what they fuse, what they leave alone, and that the results stay."""
+
+from __future__ import annotations
+
+import pytest
+from pass_checks import check, lowered, ops
+
+from kernelforge.graph import Graph, Tensor
+
+D = "f64"
+"""Most graphs are in float64, so that a wrong fusion cannot hide among roundings."""
+
+
+def linear(g: Graph, x: Tensor, name: str, n: int, *, dtype: str = D, bias: bool = False) -> Tensor:
+    k = x.shape[-1]
+    assert isinstance(k, int)
+    w = g.constant(f"{name}.w", (n, k), dtype)
+    return g.matmul(x, w, g.constant(f"{name}.b", (n,), dtype) if bias else None, transpose_rhs=True)
+
+
+def start(*shape: int | str, dtype: str = D) -> tuple[Graph, Tensor]:
+    g = Graph()
+    return g, g.input("x", shape or ("tokens", 6), dtype)
+
+
+# fuse-epilogue
+
+
+@pytest.mark.parametrize("activation", ["none", "silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("bias", ["", "first", "second"])
+@pytest.mark.parametrize("residual", ["", "first", "second"])
+def test_epilogue_takes_bias_activation_and_residual(activation: str, bias: str, residual: str) -> None:
+    g, x = start()
+    y = linear(g, x, "w", 8)
+    if bias:
+        b = g.constant("b", (8,), D)
+        y = b + y if bias == "first" else y + b
+    if activation == "silu":
+        y = g.silu(y)
+    elif activation != "none":
+        y = g.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    if residual:
+        r = g.input("r", ("tokens", 8), D)
+        y = r + y if residual == "first" else y + r
+    g.output(y, "y")
+    after = check(g, "fuse-epilogue")
+    assert ops(after) == {"matmul": 1}
+    (node,) = after.function().nodes
+    assert node.problem.attr("epilogue") == activation
+    assert [t is not None for t in node.problem.operands[2:]] == [bool(bias), bool(residual)]
+    assert node.problem.attr("transpose_rhs") is True
+
+
+def test_epilogue_extends_what_a_matmul_has() -> None:
+    g, x = start()
+    y = g.silu(linear(g, x, "w", 6, bias=True))
+    g.output(y + x, "y")
+    assert ops(check(g, "fuse-epilogue")) == {"matmul": 1}
+
+
+def test_epilogue_of_batched_matmul() -> None:
+    g = Graph()
+    x, y = g.input("x", (2, 3, 4), D), g.input("y", (2, 4, 5), D)
+    g.output(g.gelu(g.matmul(x, y) + g.constant("b", (5,), D)) + g.input("r", (2, 3, 5), D), "out")
+    assert ops(check(g, "fuse-epilogue")) == {"matmul": 1}
+
+
+def test_residual_may_be_defined_after_the_matmul() -> None:
+    g, x = start()
+    product = linear(g, x, "w", 6)
+    late = g.rms_norm(x, g.constant("n", (6,), D))
+    g.output(product + late, "y")
+    after = check(g, "fuse-epilogue")
+    assert [n.op for n in after.function().nodes] == ["transformer.rms_norm", "transformer.matmul"]
+
+
+def test_sum_of_two_products_takes_one_as_residual() -> None:
+    g, x = start()
+    g.output(linear(g, x, "a", 8) + linear(g, x, "b", 8), "y")
+    assert ops(check(g, "fuse-epilogue")) == {"matmul": 2}
+
+
+def _used_twice(g: Graph, x: Tensor) -> Tensor:
+    product = linear(g, x, "w", 6)
+    return g.silu(product) * product
+
+
+def _squared(g: Graph, x: Tensor) -> Tensor:
+    product = linear(g, x, "w", 6)
+    return product + product
+
+
+def _is_output(g: Graph, x: Tensor) -> Tensor:
+    product = linear(g, x, "w", 6)
+    g.output(product, "product")
+    return product + x
+
+
+def _bias_after_activation(g: Graph, x: Tensor) -> Tensor:
+    return g.silu(linear(g, x, "w", 6)) + g.constant("b", (6,), D)
+
+
+def _bias_after_residual(g: Graph, x: Tensor) -> Tensor:
+    return (linear(g, x, "w", 6) + x) + g.constant("b", (6,), D)
+
+
+def _activation_after_residual(g: Graph, x: Tensor) -> Tensor:
+    return g.silu(linear(g, x, "w", 6) + x)
+
+
+def _two_activations(g: Graph, x: Tensor) -> Tensor:
+    return g.gelu(g.silu(linear(g, x, "w", 6)))
+
+
+def _two_residuals(g: Graph, x: Tensor) -> Tensor:
+    return (linear(g, x, "w", 6) + x) + x
+
+
+def _second_bias(g: Graph, x: Tensor) -> Tensor:
+    return linear(g, x, "w", 6, bias=True) + g.constant("c", (6,), D)
+
+
+def _input_as_bias(g: Graph, x: Tensor) -> Tensor:
+    return linear(g, x, "w", 6) + g.input("b", (6,), D)
+
+
+def _scalar_bias(g: Graph, x: Tensor) -> Tensor:
+    return linear(g, x, "w", 6) + g.constant("b", (1,), D)
+
+
+def _row_residual(g: Graph, x: Tensor) -> Tensor:
+    return linear(g, x, "w", 6) + g.input("r", (1, 6), D)
+
+
+def _column_residual(g: Graph, x: Tensor) -> Tensor:
+    return linear(g, x, "w", 6) + g.input("r", ("tokens", 1), D)
+
+
+def _broadcast_product(g: Graph, x: Tensor) -> Tensor:
+    return linear(g, x, "w", 6) + g.input("r", (2, "tokens", 6), D)
+
+
+def _wide_bias(g: Graph, x: Tensor) -> Tensor:
+    return g.constant("b", (6,), "f64") + linear(g, x.cast("f32"), "w", 6)
+
+
+def _narrow_bias(g: Graph, x: Tensor) -> Tensor:
+    return linear(g, x, "w", 6) + g.constant("b", (6,), "bf16")
+
+
+def _wide_residual(g: Graph, x: Tensor) -> Tensor:
+    return x + linear(g, x.cast("f32"), "w", 6)
+
+
+def _narrow_residual(g: Graph, x: Tensor) -> Tensor:
+    return linear(g, x, "w", 6) + x.cast("f32")
+
+
+@pytest.mark.parametrize(
+    ("build", "left"),
+    [
+        (_used_twice, {"matmul": 1, "silu": 1, "mul": 1}),
+        (_squared, {"matmul": 1, "add": 1}),
+        (_is_output, {"matmul": 1, "add": 1}),
+        (_bias_after_activation, {"matmul": 1, "add": 1}),
+        (_bias_after_residual, {"matmul": 1, "add": 1}),
+        (_activation_after_residual, {"matmul": 1, "silu": 1}),
+        (_two_activations, {"matmul": 1, "gelu": 1}),
+        (_two_residuals, {"matmul": 1, "add": 1}),
+        (_second_bias, {"matmul": 1, "add": 1}),
+        (_input_as_bias, {"matmul": 1, "add": 1}),
+        (_scalar_bias, {"matmul": 1, "add": 1}),
+        (_row_residual, {"matmul": 1, "add": 1}),
+        (_column_residual, {"matmul": 1, "add": 1}),
+        (_broadcast_product, {"matmul": 1, "add": 1}),
+        (_wide_bias, {"cast": 1, "matmul": 1, "add": 1}),
+        (_narrow_bias, {"matmul": 1, "add": 1}),
+        (_wide_residual, {"cast": 1, "matmul": 1, "add": 1}),
+        (_narrow_residual, {"cast": 1, "matmul": 1, "add": 1}),
+    ],
+)
+def test_epilogue_leaves_alone(build: object, left: dict[str, int]) -> None:
+    assert callable(build)
+    g, x = start()
+    g.output(build(g, x), "y")
+    assert ops(check(g, "fuse-epilogue")) == left
+
+
+def test_epilogue_without_residual() -> None:
+    g, x = start()
+    g.output(g.silu(linear(g, x, "w", 6) + g.constant("b", (6,), D)) + x, "y")
+    assert ops(check(g, "fuse-epilogue{residual=false}")) == {"matmul": 1, "add": 1}
+
+
+# fuse-glu
+
+
+def gated(
+    g: Graph,
+    x: Tensor,
+    up_x: Tensor | None = None,
+    *,
+    activation: str = "silu",
+    swapped: bool = False,
+    fused: bool = False,
+) -> Tensor:
+    gate = linear(g, x, "gate", 8)
+    if fused:
+        gate = g.matmul(x, g.constant("gate2.w", (8, 6), D), transpose_rhs=True, epilogue=activation)
+    elif activation == "silu":
+        gate = g.silu(gate)
+    else:
+        gate = g.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
+    up = linear(g, x if up_x is None else up_x, "up", 8)
+    return up * gate if swapped else gate * up
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_glu(activation: str, swapped: bool, fused: bool) -> None:
+    g, x = start()
+    g.output(gated(g, x, activation=activation, swapped=swapped, fused=fused), "y")
+    after = check(g, "canonicalize,fuse-glu")
+    assert ops(after) == {"glu_matmul": 1}
+    assert after.function().nodes[0].problem.attr("activation") == activation
+
+
+def test_glu_after_fuse_epilogue() -> None:
+    g, x = start()
+    g.output(gated(g, x), "y")
+    assert ops(check(g, "fuse-epilogue,fuse-glu")) == {"glu_matmul": 1}
+
+
+def test_glu_of_weights_as_they_are_multiplied() -> None:
+    g, x = start()
+    gate, up = (g.constant(name, (6, 8), D) for name in ("gate", "up"))
+    g.output(g.silu(x @ gate) * (x @ up), "y")
+    assert ops(check(g, "fuse-glu")) == {"glu_matmul": 1}
+
+
+def _other_x(g: Graph, x: Tensor) -> Tensor:
+    return gated(g, x, g.input("z", ("tokens", 6), D))
+
+
+def _no_activation(g: Graph, x: Tensor) -> Tensor:
+    return linear(g, x, "gate", 8) * linear(g, x, "up", 8)
+
+
+def _both_activated(g: Graph, x: Tensor) -> Tensor:
+    return g.silu(linear(g, x, "gate", 8)) * g.silu(linear(g, x, "up", 8))
+
+
+def _biased_gate(g: Graph, x: Tensor) -> Tensor:
+    return g.silu(linear(g, x, "gate", 8, bias=True)) * linear(g, x, "up", 8)
+
+
+def _biased_up(g: Graph, x: Tensor) -> Tensor:
+    return g.silu(linear(g, x, "gate", 8)) * linear(g, x, "up", 8, bias=True)
+
+
+def _mixed_layouts(g: Graph, x: Tensor) -> Tensor:
+    return g.silu(linear(g, x, "gate", 6)) * (x @ g.constant("up", (6, 6), D))
+
+
+def _mixed_dtypes(g: Graph, x: Tensor) -> Tensor:
+    return g.silu(linear(g, x, "gate", 6)) * linear(g, x, "up", 6, dtype="f32")
+
+
+def _input_weight(g: Graph, x: Tensor) -> Tensor:
+    return g.silu(linear(g, x, "gate", 6)) * g.matmul(x, g.input("up", (6, 6), D), transpose_rhs=True)
+
+
+def _gate_used_twice(g: Graph, x: Tensor) -> Tensor:
+    gate = linear(g, x, "gate", 6)
+    g.output(gate, "gate")
+    return g.silu(gate) * linear(g, x, "up", 6)
+
+
+def _up_used_twice(g: Graph, x: Tensor) -> Tensor:
+    up = linear(g, x, "up", 6)
+    g.output(up, "up")
+    return g.silu(linear(g, x, "gate", 6)) * up
+
+
+def _activation_used_twice(g: Graph, x: Tensor) -> Tensor:
+    gate = g.silu(linear(g, x, "gate", 6))
+    g.output(gate, "gate")
+    return gate * linear(g, x, "up", 6)
+
+
+def _broadcast_gate(g: Graph, x: Tensor) -> Tensor:
+    return g.silu(linear(g, x, "gate", 1)) * linear(g, x, "up", 6)
+
+
+def _square(g: Graph, x: Tensor) -> Tensor:
+    gate = g.silu(linear(g, x, "gate", 6))
+    return gate * gate
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        _other_x,
+        _no_activation,
+        _both_activated,
+        _biased_gate,
+        _biased_up,
+        _mixed_layouts,
+        _mixed_dtypes,
+        _input_weight,
+        _gate_used_twice,
+        _up_used_twice,
+        _activation_used_twice,
+        _broadcast_gate,
+        _square,
+    ],
+)
+def test_glu_leaves_alone(build: object) -> None:
+    assert callable(build)
+    g, x = start()
+    g.output(build(g, x), "y")
+    assert ops(check(g, "fuse-glu")) == ops(g)
+
+
+# fuse-add-norm
+
+
+def test_add_norm_has_both_results() -> None:
+    g, x = start()
+    total = x + g.input("r", ("tokens", 6), D)
+    normed = g.rms_norm(total, g.constant("n", (6,), D), eps=1e-3)
+    g.output(total * normed, "y")
+    after = check(g, "fuse-add-norm")
+    assert ops(after) == {"add_rms_norm": 1, "mul": 1}
+    assert after.function().nodes[0].problem.attr("eps") == 1e-3
+
+
+def test_add_norm_stands_before_all_users_of_the_sum() -> None:
+    g, x = start()
+    total = x + g.input("r", ("tokens", 6), D)
+    early = g.silu(total)
+    weights = [g.constant(f"n{i}", (6,), D) for i in range(2)]
+    normed = [g.rms_norm(total, w) for w in weights]
+    g.output(early * normed[0] * normed[1], "y")
+    assert ops(check(g, "fuse-add-norm")) == {"add_rms_norm": 1, "silu": 1, "rms_norm": 1, "mul": 2}
+
+
+@pytest.mark.parametrize("case", ["broadcast", "dtype", "late weight", "no sum"])
+def test_add_norm_leaves_alone(case: str) -> None:
+    g, x = start()
+    total = {
+        "broadcast": lambda: x + g.constant("b", (6,), D),
+        "dtype": lambda: x + g.input("r", ("tokens", 6), "f32"),
+        "late weight": lambda: x + x,
+        "no sum": lambda: x * x,
+    }[case]()
+    w = g.constant("n", (6,), D)
+    g.output(g.rms_norm(total, g.silu(w) if case == "late weight" else w), "y")
+    assert ops(check(g, "fuse-add-norm")) == ops(g)
+
+
+# fuse-qkv
+
+
+def test_qkv_of_different_widths() -> None:
+    g, x = start()
+    for i, n in enumerate((8, 4, 4)):
+        g.output(linear(g, x, f"w{i}", n), f"y{i}")
+    after = check(g, "fuse-qkv")
+    assert ops(after) == {"concat": 1, "matmul": 1, "split": 1}
+    wide = next(n for n in after.function().nodes if n.op == "transformer.matmul")
+    assert wide.problem.results[0].shape == ("tokens", 16)
+    assert wide.problem.operand(1).constant
+
+
+def test_qkv_with_biases() -> None:
+    g, x = start(2, 3, 6)
+    for i, n in enumerate((8, 4, 4)):
+        g.output(g.silu(linear(g, x, f"w{i}", n, bias=True)), f"y{i}")
+    assert ops(check(g, "fuse-qkv")) == {"concat": 2, "matmul": 1, "split": 1, "silu": 3}
+
+
+def test_qkv_of_weights_as_they_are_multiplied() -> None:
+    g, x = start()
+    for i, n in enumerate((8, 4, 4)):
+        g.output(x @ g.constant(f"w{i}", (6, n), D), f"y{i}")
+    assert ops(check(g, "fuse-qkv")) == {"concat": 1, "matmul": 1, "split": 1}
+
+
+def test_qkv_stands_where_the_first_one_stood() -> None:
+    g, x = start()
+    first = g.silu(linear(g, x, "a", 6))
+    second = linear(g, x, "b", 6)
+    g.output(first * second, "y")
+    assert ops(check(g, "fuse-qkv")) == {"concat": 1, "matmul": 1, "split": 1, "silu": 1, "mul": 1}
+
+
+def test_qkv_groups_by_what_can_be_merged() -> None:
+    g, x = start()
+    z = g.input("z", ("tokens", 6), D)
+    outputs = [
+        linear(g, x, "a", 4),
+        linear(g, x, "b", 4, bias=True),
+        linear(g, z, "c", 4),
+        linear(g, x, "d", 5),
+        linear(g, x, "e", 5, bias=True),
+        linear(g, x, "f", 5, dtype="f32"),
+        x @ g.constant("g", (6, 5), D),
+    ]
+    for i, y in enumerate(outputs):
+        g.output(y, f"y{i}")
+    assert ops(check(g, "fuse-qkv")) == {"concat": 3, "matmul": 5, "split": 2}
+
+
+def test_qkv_leaves_alone() -> None:
+    g, x = start()
+    linear(g, x, "a", 6)
+    late = g.silu(g.constant("late", (6, 6), D))
+    outputs = [
+        g.matmul(x, late, transpose_rhs=True),
+        g.matmul(x, g.constant("c", (6, 6), D), transpose_rhs=True, epilogue="silu"),
+        g.matmul(x, g.constant("d", (6, 6), D), None, x, transpose_rhs=True),
+        g.matmul(x, g.input("e", (6, 6), D), transpose_rhs=True),
+        g.matmul(x, g.constant("f", (6, 6), D), g.input("b", (6,), D), transpose_rhs=True),
+    ]
+    for i, y in enumerate(outputs):
+        g.output(y, f"y{i}")
+    assert ops(check(g, "fuse-qkv")) == ops(g)
+
+
+def test_qkv_of_computed_weights() -> None:
+    g, x = start()
+    weights = [g.silu(g.constant(f"w{i}", (6, 6), D)) for i in range(2)]
+    for i, w in enumerate(weights):
+        g.output(x @ w, f"y{i}")
+    assert ops(check(g, "fuse-qkv")) == {"silu": 2, "concat": 1, "matmul": 1, "split": 1}
+
+
+def test_qkv_of_more_widths_than_a_split_can_have() -> None:
+    g, x = start()
+    for n in range(1, 20):
+        for i in range(2):
+            g.output(linear(g, x, f"w{n}.{i}", n), f"y{n}.{i}")
+    assert ops(check(g, "fuse-qkv")) == {"concat": 3, "matmul": 3, "split": 3}
+
+
+# locations
+
+
+def test_fused_ops_keep_the_locations_of_their_parts() -> None:
+    g, x = start()
+    with g.scope("mlp"):
+        with g.scope("fc1"):
+            y = linear(g, x, "w", 6)
+        with g.scope("act"):
+            y = g.silu(y)
+    g.output(y, "y")
+    after = lowered(g, "fuse-epilogue")
+    assert after.function().nodes[0].location == "mlp.fc1"
+    assert '"mlp.act"' in after.text(locations=True)
