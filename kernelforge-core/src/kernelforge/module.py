@@ -96,7 +96,13 @@ class Module:
         from kernelforge.dialect import context_for
         from kernelforge.mlir import parse_module
 
-        return cls(parse_module(text, context_for(catalog.ops)), catalog.ops)
+        try:
+            return cls(parse_module(text, context_for(catalog.ops)), catalog.ops)
+        except UsageError as error:
+            if "unregistered dialect" not in str(error):
+                raise
+            known = sorted({op.dialect for op in catalog.ops.values()})
+            raise UsageError(str(error), hint=f"the registered dialects are: {', '.join(known)}") from None
 
     @property
     def context(self) -> ir.Context:
