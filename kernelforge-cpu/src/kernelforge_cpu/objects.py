@@ -1,0 +1,174 @@
+"""Compiled objects on disk: the second start of the same kernels compiles nothing and does not import MLIR.
+
+An object's key is the hash of everything it depends on: the text, the toolchain, the target with its features. Files
+carry a checksum; they are used only when it holds. A folder that cannot be written costs the reuse, nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from kernelforge import home
+from kernelforge.errors import KernelForgeWarning, UsageError
+from kernelforge_cpu import jit
+from kernelforge_cpu.isa import CpuTarget, host_target
+
+MAGIC = b"KFOBJ\x00\x01\n"
+SUM = 32
+FORMAT = "1"
+"""Changes when the way from text to object changes other than by `jit.PIPELINE`."""
+DEFAULT_MAX_MB = 2048
+FRESH_S = 86_400.0
+"""A hit marks a file as used (for eviction) at most once in this time."""
+
+
+@dataclass
+class Stats:
+    """What happened in this process."""
+
+    hits: int = 0
+    compiled: int = 0
+    compile_s: float = 0.0
+    rebuilt: int = 0
+    """Of `compiled`: because the cached file was damaged."""
+    evicted: int = 0
+    _told: set[str] = field(default_factory=set)
+
+    def tell_once(self, subject: str, message: str) -> None:
+        if subject not in self._told:
+            self._told.add(subject)
+            warnings.warn(message, KernelForgeWarning, stacklevel=3)
+
+
+STATS = Stats()
+
+
+def load_objects(texts: Sequence[str], target: CpuTarget | None = None) -> jit.Library:
+    """One library of all kernels in these MLIR modules (default target: the host), from the cache or compiled now.
+
+    Raises UsageError with the diagnostics of a text that does not compile.
+    """
+    target = target or host_target()
+    return jit.load([fetch(text, target, lambda t=text: jit.compile_object(t, cpu=target)) for text in texts])  # type: ignore[misc]  # bound per text
+
+
+def load_llvm(ir_text: str) -> jit.Library:
+    """The same for one module of LLVM IR, for the host."""
+    return jit.load([fetch(ir_text, host_target(), lambda: jit.compile_llvm(ir_text, host_target()))])
+
+
+def fetch(text: str, target: CpuTarget, build: Callable[[], bytes]) -> bytes:
+    """The object of `text` for `target`."""
+    file = folder() / f"{key(text, target)}.o"
+    code = _read(file)
+    if code is not None:
+        STATS.hits += 1
+        return code
+    start = time.perf_counter()
+    code = build()
+    STATS.compiled += 1
+    STATS.compile_s += time.perf_counter() - start
+    _write(file, code)
+    return code
+
+
+def folder() -> Path:
+    return home.cache_dir() / "objects"
+
+
+def key(text: str, target: CpuTarget) -> str:
+    parts = (FORMAT, jit.PIPELINE, *toolchain(), target.key, str(target.lanes), text)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+@cache
+def toolchain() -> tuple[str, ...]:
+    """Versions of what turns text into code."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def of(distribution: str) -> str:
+        try:
+            return f"{distribution} {version(distribution)}"
+        except PackageNotFoundError:
+            return distribution
+
+    return of("torch-mlir"), of("llvmlite")
+
+
+def max_bytes() -> int:
+    """KERNELFORGE_CACHE_MAX_MB (default 2048). Raises UsageError when it is not a number."""
+    told = os.environ.get("KERNELFORGE_CACHE_MAX_MB", "") or str(DEFAULT_MAX_MB)
+    if not told.isdecimal():
+        raise UsageError(f"KERNELFORGE_CACHE_MAX_MB is {told!r}", hint="give a whole number of MiB, such as 2048")
+    return int(told) * 1024**2
+
+
+def evict(limit: int) -> int:
+    """Delete the least recently used objects until at most nine tenths of `limit` bytes are left, if there are more.
+    Their number.
+    """
+    found = []
+    for file in folder().glob("*.o"):
+        try:
+            status = file.stat()
+        except OSError:
+            continue
+        found.append((status.st_mtime, status.st_size, file))
+    total, deleted = sum(size for _, size, _ in found), 0
+    if total <= limit:
+        return 0
+    for _, size, file in sorted(found):
+        if total <= limit * 0.9:
+            break
+        try:
+            file.unlink()
+        except OSError:
+            continue
+        total, deleted = total - size, deleted + 1
+    STATS.evicted += deleted
+    return deleted
+
+
+def _read(file: Path) -> bytes | None:
+    """The object in `file`, or None. A damaged file is named once and then written again."""
+    try:
+        content = file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        STATS.tell_once(
+            "read", f"the object cache {file.parent} cannot be read ({error.strerror}): kernels are compiled anew"
+        )
+        return None
+    start = len(MAGIC) + SUM
+    code = content[start:]
+    if content[: len(MAGIC)] != MAGIC or content[len(MAGIC) : start] != hashlib.sha256(code).digest():
+        STATS.rebuilt += 1
+        STATS.tell_once(file.name, f"the cached object {file} is damaged: its kernel is compiled anew")
+        return None
+    try:
+        if time.time() - file.stat().st_mtime > FRESH_S:
+            os.utime(file)
+    except OSError:
+        pass  # someone else's cache: usable, not ours to mark
+    return code
+
+
+def _write(file: Path, code: bytes) -> None:
+    limit = max_bytes()
+    try:
+        home.write_atomic(file, MAGIC + hashlib.sha256(code).digest() + code)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        STATS.tell_once(
+            "write", f"the object cache {file.parent} cannot be written ({reason}): compiled kernels are not kept"
+        )
+        return
+    evict(limit)
