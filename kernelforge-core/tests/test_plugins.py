@@ -17,7 +17,7 @@ import pytest
 from plugin_dist import IN_RANGE, Site
 
 import kernelforge
-from kernelforge.descriptors import PassSpec, TunerSpec
+from kernelforge.descriptors import CommandSpec, PassSpec, TunerSpec
 from kernelforge.errors import KernelForgeWarning, PluginError
 from kernelforge.hookspecs import hookimpl, hookspec
 from kernelforge.plugins import core_registry, load_registry
@@ -137,6 +137,23 @@ def test_range_is_checked_again_when_the_requirement_changes(site: Site, load: C
     broken(load, "moving", "incompatible", "it wants kernelforge-core>=7")
 
 
+def test_distribution_without_metadata(site: Site, load: Callable[..., Registry]) -> None:
+    site.add("bare", TUNER.format(name="mine"))
+    (site.folder / "acme_bare-1.0.dist-info" / "METADATA").unlink()
+    assert load().plugins["bare"].distribution == "unknown distribution"
+    assert load().plugins["bare"].state == "loaded"
+
+
+def test_entry_points_that_cannot_be_read(site: Site) -> None:
+    site.add("good", TUNER.format(name="mine"))
+    site.add("torn", "")
+    (site.folder / "acme_torn-1.0.dist-info" / "entry_points.txt").write_bytes(b"\xff\xfe")
+    ran = site.run("plugins", "list")
+    assert ran.returncode == 0
+    assert "the entry points of acme-torn cannot be read: UnicodeDecodeError" in ran.stderr
+    assert "good" in ran.stdout
+
+
 def test_unreadable_requirement_is_incompatible(site: Site, load: Callable[..., Registry]) -> None:
     site.add("odd", "", requires="kernelforge-core >>= 1")
     broken(load, "odd", "incompatible", "its requirement 'kernelforge-core >>= 1' cannot be read")
@@ -233,6 +250,23 @@ def test_hook_brought_by_a_plugin() -> None:
 def test_hook_brought_by_a_plugin_wants_descriptors(wrong: object) -> None:
     with pytest.raises(PluginError, match="wants a dataclass with the fields name and provenance"):
         load_registry(entry_points=[], extra_plugins=flavour_plugins(wrong))
+
+
+def test_verb_and_group_of_verbs_cannot_share_a_name() -> None:
+    def plugin(name: str, group: str = "") -> object:
+        class Verbs:
+            @hookimpl
+            def kernelforge_commands(self) -> list[CommandSpec]:
+                return [CommandSpec(name, "nowhere:f", group=group)]
+
+        return Verbs()
+
+    verb, sub_verb = plugin("bake"), plugin("list", group="bake")
+    sub_verb.__class__.__name__ = "Bakery"
+    with pytest.raises(PluginError, match=r"'bake' is a verb of Verbs \(.*\), so it cannot be a group of verbs"):
+        load_registry(entry_points=[], extra_plugins=[verb, sub_verb])
+    with pytest.raises(PluginError, match=r"'bake' is a group of verbs of Bakery \(.*\), so it cannot be a verb"):
+        load_registry(entry_points=[], extra_plugins=[sub_verb, verb])
 
 
 def test_optional_hook_may_be_absent(site: Site, load: Callable[..., Registry]) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kernelforge import __version__
-from kernelforge.errors import PluginError
+from kernelforge.errors import KernelForgeWarning, PluginError
 from kernelforge.hookspecs import GROUP
 from kernelforge.provenance import Provenance
 from kernelforge.quarantine import Quarantine
@@ -16,6 +17,8 @@ from kernelforge.registry import State
 
 CORE = "core"
 """Entry-point name of the plugin with core's own descriptors: loaded first, and never left out."""
+
+UNKNOWN = "unknown distribution"
 
 _CORE_REQUIREMENT = re.compile(r"kernelforge[-_.]+core(?![\w.-])", re.IGNORECASE)
 
@@ -78,7 +81,7 @@ class Candidate:
 
 def installed_plugins(entry_points: Iterable[importlib.metadata.EntryPoint] | None) -> list[Candidate]:
     """The entry points given, or those of the environment: core first, then in name order."""
-    found = importlib.metadata.entry_points(group=GROUP) if entry_points is None else entry_points
+    found = _environment() if entry_points is None else entry_points
     return sorted(map(_candidate, found), key=lambda c: (c.name != CORE, c.name, c.distribution))
 
 
@@ -88,11 +91,40 @@ def plugin_object(plugin: object) -> Candidate:
     return Candidate(name, "given as an object", "", load=lambda: plugin, installed=False)
 
 
+def _environment() -> Iterable[importlib.metadata.EntryPoint]:
+    try:
+        return importlib.metadata.entry_points(group=GROUP)
+    except Exception:
+        # One unreadable file of any distribution fails the whole query: ask each distribution for its own.
+        return list(_readable())
+
+
+def _readable() -> Iterator[importlib.metadata.EntryPoint]:
+    seen: set[str] = set()
+    for dist in importlib.metadata.distributions():
+        name, _ = _named(dist)
+        try:
+            found = dist.entry_points
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            warnings.warn(KernelForgeWarning(f"the entry points of {name} cannot be read: {reason}"), stacklevel=2)
+            continue
+        if name not in seen:
+            seen.add(name)
+            yield from found.select(group=GROUP)
+
+
 def _candidate(entry_point: importlib.metadata.EntryPoint) -> Candidate:
     dist = entry_point.dist
     if dist is None:
-        return Candidate(entry_point.name, "unknown distribution", "", entry_point.load)
-    return Candidate(entry_point.name, dist.name, dist.version, entry_point.load, dist.requires or ())
+        return Candidate(entry_point.name, UNKNOWN, "", entry_point.load)
+    name, version = _named(dist)
+    return Candidate(entry_point.name, name, version, entry_point.load, dist.requires or ())
+
+
+def _named(dist: importlib.metadata.Distribution) -> tuple[str, str]:
+    """Name and version; a distribution without METADATA has neither."""
+    return dist.metadata["Name"] or UNKNOWN, dist.metadata["Version"] or ""
 
 
 def _check_core_range(requirement: str) -> None:

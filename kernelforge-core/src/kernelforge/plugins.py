@@ -178,8 +178,18 @@ class _Loader:
             other = owner if key in stamped else self._owners.get((hook, key))
             if other is not None:
                 raise PluginError(f"{hook}: '{key}' is already registered by {other}")
+            if isinstance(descriptor, CommandSpec):
+                self._check_verb(descriptor)
             stamped[key] = dataclasses.replace(descriptor, provenance=owner)
         return list(stamped.values())
+
+    def _check_verb(self, spec: CommandSpec) -> None:
+        """Raises PluginError for a group that is a verb already, and for a verb that is a group."""
+        for other in self.descriptors.get("kernelforge_commands", ()):
+            if spec.group == other.name and not other.group:
+                raise PluginError(f"'{spec.group}' is a verb of {other.provenance}, so it cannot be a group of verbs")
+            if spec.name == other.group and not spec.group:
+                raise PluginError(f"'{spec.name}' is a group of verbs of {other.provenance}, so it cannot be a verb")
 
     def _keep(self, candidate: Candidate, fresh: dict[str, list[Any]]) -> None:
         for hook, descriptors in fresh.items():

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernelforge import __version__
-from kernelforge.home import plugins_dir
+from kernelforge.home import plugins_dir, write_atomic
 
 PATIENCE_S = 60.0
 """An import of a living process that takes longer than this counts as one that does not end."""
@@ -66,12 +66,9 @@ class Quarantine:
 
     def begin(self) -> None:
         """Leave the marker. Nothing is left where the folder cannot be written."""
+        trace = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": time.time()})
         with contextlib.suppress(OSError):
-            self._marker.parent.mkdir(parents=True, exist_ok=True)
-            trace = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": time.time()})
-            draft = Path(f"{self._marker}.{os.getpid()}")
-            draft.write_text(trace, encoding="utf-8")
-            draft.replace(self._marker)
+            write_atomic(self._marker, trace)
 
     def end(self, *, imported: bool) -> None:
         """The import returned (`imported`) or raised: the process lives."""

@@ -10,7 +10,7 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TextIO
@@ -238,6 +238,8 @@ def _run_verb(spec: CommandSpec, arguments: Sequence[str], out: Output) -> int:
             result = command.invoke(context)
     except typer.Exit as end:
         return end.exit_code
+    except typer.Abort:
+        raise KeyboardInterrupt from None
     except typer.TyperException as error:
         raise UsageError(error.format_message(), hint=f"kernelforge {out.command} --help") from None
     if result is not None:
@@ -246,7 +248,7 @@ def _run_verb(spec: CommandSpec, arguments: Sequence[str], out: Output) -> int:
 
 
 @contextlib.contextmanager
-def _collected_warnings(out: Output) -> Any:
+def _collected_warnings(out: Output) -> Iterator[None]:
     """Send KernelForgeWarnings to `out`; others take their usual way."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", KernelForgeWarning)
