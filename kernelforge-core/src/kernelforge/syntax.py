@@ -44,7 +44,9 @@ def tensor_text(shape: Sequence[Dim], dtype: str) -> str:
 
 def string_text(value: str) -> str:
     """A quoted string; what is not printable ASCII is escaped byte by byte."""
-    escaped = (chr(b) if 32 <= b < 127 and b not in b'"\\' else f"\\{b:02X}" for b in value.encode())
+    escaped = (
+        chr(b) if 32 <= b < 127 and b != ord('"') else f"\\{b:02X}" for b in value.replace("\\", "\\\\").encode()
+    )
     return f'"{"".join(escaped)}"'
 
 
