@@ -129,9 +129,15 @@ class Module:
 
     def clone(self) -> Module:
         """A copy in the same context."""
-        from kernelforge.mlir import parse_module
+        from kernelforge.mlir import ir
 
-        return Module(parse_module(self.text(locations=True), self.context), self.ops)
+        with self.context:
+            copy = ir.Module.create(loc=self.operation.location)
+            for name, value in self.operation.attributes.items():
+                copy.operation.attributes[name] = value
+            for op in self.mlir.body.operations:
+                op.operation.clone(ip=ir.InsertionPoint(copy.body))
+        return Module(copy, self.ops)
 
     def verify(self) -> None:
         """Raises UsageError with MLIR's diagnostics."""

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kernelforge.mlir import ir, run_pipeline
+from kernelforge.mlir import ir
 from kernelforge.module import Module
 from kernelforge.op import OpError
 from kernelforge.passes import Pass
-from kernelforge.passes.rewriting import Body, Op, tensor_type
+from kernelforge.passes.rewriting import Body, Op, run_upstream, tensor_type
 
 EMBEDDING, MATMUL = "transformer.embedding", "transformer.matmul"
 CAST, CONCAT, RESHAPE = "transformer.cast", "transformer.concat", "transformer.reshape"
@@ -40,7 +40,7 @@ class Canonicalize(Pass):
         changed = True
         while changed:
             # Dead users would hide that a value is used once only.
-            run_pipeline(module.mlir, "builtin.module(canonicalize)")
+            run_upstream(module, "canonicalize")
             changed = _simplify(Body(module))
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from kernelforge.module import Module
 from kernelforge.passes import Pass
-
-if TYPE_CHECKING:
-    from kernelforge.module import Module
+from kernelforge.passes.rewriting import run_upstream
 
 
 @dataclass(frozen=True)
@@ -16,6 +15,4 @@ class Cse(Pass):
     name: ClassVar[str] = "cse"
 
     def run(self, module: Module) -> None:
-        from kernelforge.mlir import run_pipeline
-
-        run_pipeline(module.mlir, "builtin.module(cse)")
+        run_upstream(module, "cse")

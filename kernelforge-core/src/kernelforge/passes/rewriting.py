@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from kernelforge.dialect import create, operand_values, read_attrs
-from kernelforge.mlir import ir
+from kernelforge.mlir import PassManager, ir
 from kernelforge.module import CONSTANT, Module
 from kernelforge.op import Attrs, OpDef
 from kernelforge.problem import Attr, TensorType
@@ -129,3 +129,11 @@ def uses(value: ir.Value) -> int:
 def tensor_type(value: ir.Value) -> TensorType:
     """Its type; dynamic dimensions are UNKNOWN."""
     return read_tensor(str(value.type))
+
+
+def run_upstream(module: Module, name: str) -> None:
+    """Run one of MLIR's own passes. It does not verify the module: the pipeline does, after every pass."""
+    with module.context:
+        manager = PassManager.parse(f"builtin.module({name})")
+        manager.enable_verifier(False)
+        manager.run(module.operation)
