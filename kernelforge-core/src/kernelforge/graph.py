@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import index
 from typing import TYPE_CHECKING
 
 from kernelforge.dialects.transformer import attention, elementwise, layout, lookup, matmul, norms, rope
@@ -77,12 +78,12 @@ class Tensor:
     def split(self, sizes: Sequence[int], axis: int = -1) -> tuple[Tensor, ...]:
         return self.graph.split(self, sizes, axis)
 
-    def __getitem__(self, index: object) -> Tensor:
+    def __getitem__(self, key: object) -> Tensor:
         """Basic indexing: integers drop their axis, slices without step cut theirs, `...` stands for the axes between.
 
         A dynamic axis can only be taken whole.
         """
-        wanted = list(index) if isinstance(index, tuple) else [index]
+        wanted = list(key) if isinstance(key, tuple) else [key]
         if Ellipsis in wanted:
             at = wanted.index(Ellipsis)
             wanted[at : at + 1] = [slice(None)] * (self.rank - len(wanted) + 1)
@@ -121,6 +122,10 @@ def _box(item: object, dim: Dim) -> tuple[int, int]:
     return item % dim, 1
 
 
+def _type(shape: Sequence[Dim], dtype: str) -> TensorType:
+    return TensorType(tuple(d if isinstance(d, str) else index(d) for d in shape), dtype)
+
+
 class Graph:
     """A function under construction. `catalog` is where `op()` looks up ops; None: the installed plugins'."""
 
@@ -140,11 +145,11 @@ class Graph:
 
         Raises UsageError for a second argument of that name, an unknown dtype or a dimension that is none.
         """
-        return self._argument(name, TensorType(tuple(shape), dtype), {DONATED: ""} if donated else {})
+        return self._argument(name, _type(shape, dtype), {DONATED: ""} if donated else {})
 
     def constant(self, name: str, shape: Sequence[int], dtype: str) -> Tensor:
         """A weight: a tensor that is known when the module is compiled, by this name. Raises UsageError as `input`."""
-        t = TensorType(tuple(shape), dtype)
+        t = _type(shape, dtype)
         if not t.static:
             raise UsageError(f"constant '{name}' cannot have dynamic dimensions: {t}")
         return self._argument(name, t, {CONSTANT: ""})
