@@ -323,7 +323,7 @@ def test_what_a_graph_refuses() -> None:
         g.input("z", ("two words",), "f32")
     with pytest.raises(UsageError, match="unknown dtype 'f8'"):
         g.input("z", (2,), "f8")
-    assert g.input("n", (np.int64(3),), "f32").shape == (3,)
+    assert g.input("n", (np.int64(3),), "f32").shape == (3,)  # type: ignore[arg-type]  # what numpy shapes may hold
     with pytest.raises(UsageError, match="negative dimension -2"):
         g.input("z", (-2,), "f32")
     with pytest.raises(UsageError, match="is not a tensor of this graph"):
