@@ -18,6 +18,9 @@ from kernelforge.registry import State
 CORE = "core"
 """Entry-point name of the plugin with core's own descriptors: loaded first, and never left out."""
 
+GIVEN = "given as an object"
+"""Instead of a distribution, of a plugin that was not installed."""
+
 UNKNOWN = "unknown distribution"
 
 _CORE_REQUIREMENT = re.compile(r"kernelforge[-_.]+core(?![\w.-])", re.IGNORECASE)
@@ -88,7 +91,7 @@ def installed_plugins(entry_points: Iterable[importlib.metadata.EntryPoint] | No
 def plugin_object(plugin: object) -> Candidate:
     """A module or object with hooks as a plugin that is there already."""
     name = str(getattr(plugin, "__name__", type(plugin).__name__))
-    return Candidate(name, "given as an object", "", load=lambda: plugin, installed=False)
+    return Candidate(name, GIVEN, "", load=lambda: plugin, installed=False)
 
 
 def _environment() -> Iterable[importlib.metadata.EntryPoint]:
@@ -124,7 +127,8 @@ def _candidate(entry_point: importlib.metadata.EntryPoint) -> Candidate:
 
 def _named(dist: importlib.metadata.Distribution) -> tuple[str, str]:
     """Name and version; a distribution without METADATA has neither."""
-    return dist.metadata["Name"] or UNKNOWN, dist.metadata["Version"] or ""
+    told = dist.metadata
+    return told["Name"] if "Name" in told else UNKNOWN, told["Version"] if "Version" in told else ""
 
 
 def _check_core_range(requirement: str) -> None:
