@@ -13,9 +13,9 @@ from kernelforge.provenance import BUILTIN, Provenance
 if TYPE_CHECKING:
     from kernelforge.graph import Graph, Tensor
     from kernelforge.registry import Registry
-
     from kernelforge_llm.config import ModelConfig
-    from kernelforge_llm.model import StepInputs, WeightTable
+    from kernelforge_llm.model import StepInputs
+    from kernelforge_llm.weights import WeightTable
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,11 @@ class ArchitectureSpec:
 
 
 class Architecture(Protocol):
-    def config(self, raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
-        """Read config.json and generation_config.json. Raises AssetError for what is wrong or not supported."""
+    def config(self, raw: Mapping[str, Any], generation: Mapping[str, Any], *, source: str) -> ModelConfig:
+        """Read config.json and generation_config.json, mostly through `ModelConfig.from_hf`.
+
+        `source` names the file in messages. Raises AssetError for what is wrong or not supported.
+        """
         ...
 
     def hidden_states(self, g: Graph, config: ModelConfig, weights: WeightTable, step: StepInputs) -> Tensor:
@@ -46,17 +49,22 @@ class Architecture(Protocol):
         ...
 
 
-def find_architecture(raw: Mapping[str, Any], registry: Registry) -> Architecture:
-    """The architecture that `config.json` names. Raises AssetError listing the known ones when it is unknown."""
-    specs: tuple[ArchitectureSpec, ...] = tuple(registry.extra("kernelforge_architectures"))
-    names = raw.get("architectures") or []
-    wanted = names[0] if isinstance(names, list) and names else None
+def find_architecture(raw: Mapping[str, Any], registry: Registry, *, source: str) -> Architecture:
+    """The architecture that config.json names. Raises AssetError, which names the file `source`, when it is unknown."""
+    from kernelforge_llm.config import architecture_name
+
+    specs: tuple[ArchitectureSpec, ...] = registry.extra("kernelforge_architectures")
+    try:
+        name = architecture_name(raw)
+    except AssetError as error:
+        raise AssetError(f"{source}: {error}") from None
+    wanted = name or raw.get("model_type")
     for spec in specs:
-        if spec.name == wanted or (wanted is None and spec.model_type == raw.get("model_type")):
+        if wanted == (spec.name if name else spec.model_type):
             found: Architecture = resolve(spec.load)()
             return found
-    shown = wanted or raw.get("model_type") or "none named"
+    what = f"architecture {wanted!r} is unknown" if wanted else "names no architecture"
     raise AssetError(
-        f"unknown architecture {shown!r} in config.json",
-        hint=f"known: {', '.join(sorted(s.name for s in specs))}; a plugin can add one (hook kernelforge_architectures)",
+        f"{source}: {what}",
+        hint=f"known: {', '.join(sorted(s.name for s in specs))}; a plugin may add one (kernelforge_architectures)",
     )

@@ -28,7 +28,7 @@ INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _FOLDER_HINT = "a model is a folder with config.json, model.safetensors and tokenizer.json, or org/name on the Hub"
 
 
@@ -173,7 +173,7 @@ def resolve_model(model: str | os.PathLike[str]) -> Path:
         if _is_weights(path.name):
             return path.parent
         raise AssetError(f"{path} is not named as a checkpoint's weights are ({WEIGHTS_FILE})", hint=_FOLDER_HINT)
-    if not _REPO_ID.fullmatch(os.fspath(model)):
+    if not REPO_ID.fullmatch(os.fspath(model)):
         raise AssetError(f"there is no model at {path}", hint=_FOLDER_HINT)
     return _download(os.fspath(model))
 
@@ -257,6 +257,7 @@ def _write_weights(folder: Path, tensors: TensorSource, shard_bytes: int) -> Non
         file = WEIGHTS_FILE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         arrays = {name: np.asarray(tensors.tensor(name), order="C") for name in names}
         save_file(arrays, folder / file, metadata={"format": "pt"})
+        shutil.copymode(folder / CONFIG_FILE, folder / file)  # save_file makes it readable by its owner alone
         weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         _write_json(folder / INDEX_FILE, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})

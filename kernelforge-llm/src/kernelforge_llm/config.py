@@ -260,7 +260,7 @@ def _parse_rope(values: Mapping[str, Any]) -> tuple[RopeConfig, list[str]]:
 def _parse_sliding(values: Mapping[str, Any]) -> tuple[int | None, tuple[bool, ...]]:
     """The window, and for each layer whether it has it."""
     window, kinds = values.get("sliding_window"), values.get("layer_types")
-    if not _or(values, "use_sliding_window", True) or (window is None and kinds is None):
+    if not values.get("use_sliding_window", True) or (window is None and kinds is None):
         return None, ()
     if kinds is None:
         first, count = _or(values, "max_window_layers", 0), _required(values, "num_hidden_layers")

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kernelforge.dtype import to_numpy
-
 from kernelforge_llm.checkpoint import TensorSource
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from kernelforge_llm.model import WeightFormat
+    from kernelforge_llm.weights import WeightFormat
 
 _HF_NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
@@ -30,14 +29,17 @@ class _Converted:
         return self.source.shape(name)
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        return to_numpy(self.target)
+        return to_numpy(self.target) if len(self.shape(name)) > 1 else self.source.dtype(name)
 
     def tensor(self, name: str) -> np.ndarray[Any, np.dtype[Any]]:
-        return self.source.tensor(name).astype(to_numpy(self.target))
+        return self.source.tensor(name).astype(self.dtype(name), copy=False)
 
 
 def converted(source: TensorSource, weights: WeightFormat) -> TensorSource:
-    """The same tensors in the dtype of `weights`, one converted at a time; themselves for "native"."""
+    """The same tensors with matrices in the dtype of `weights`, one converted at a time; themselves for "native".
+
+    Norms and biases stay as they are: a model computes with them unconverted, whatever the format of its matrices.
+    """
     return source if weights == "native" else _Converted(source, weights)
 
 

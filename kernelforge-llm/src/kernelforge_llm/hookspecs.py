@@ -13,5 +13,5 @@ if TYPE_CHECKING:
 
 @hookspec
 def kernelforge_architectures() -> Iterable[ArchitectureSpec]:
-    """Model architectures. Called once; each name (the class name in a checkpoint's config.json) is unique over all plugins."""
+    """Model architectures. Called once; no two plugins may have one of the same name, the class name in config.json."""
     raise AssertionError("a hook specification is never called")

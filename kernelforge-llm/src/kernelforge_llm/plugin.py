@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 from kernelforge.descriptors import CommandSpec, ImporterSpec
 from kernelforge.hookspecs import hookimpl
-
 from kernelforge_llm.architecture import ArchitectureSpec
 
 kernelforge_hookspecs = "kernelforge_llm.hookspecs"

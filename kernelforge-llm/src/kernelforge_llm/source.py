@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kernelforge_llm.checkpoint import Checkpoint, TensorSource, resolve_model
-from kernelforge_llm.config import read_config
+from kernelforge_llm.config import CONFIG_FILE, read_config
 from kernelforge_llm.shapes import NAMED_SHAPES, random_checkpoint
 from kernelforge_llm.tokenizer import Tokenizer
 
@@ -20,6 +20,7 @@ TINYPY = Path(__file__).parent / "assets" / "tinypy"
 @dataclass(frozen=True)
 class Source:
     name: str
+    """As people call it."""
     config: Mapping[str, Any]
     """Content of config.json."""
     generation: Mapping[str, Any]
@@ -28,15 +29,24 @@ class Source:
     tokenizer: Tokenizer | None = None
     folder: Path | None = None
 
+    @property
+    def config_file(self) -> str:
+        """What to call the config in messages."""
+        return str(self.folder / CONFIG_FILE) if self.folder else f"the config of {self.name}"
+
 
 def open_source(path: str | os.PathLike[str] | None = None) -> Source:
     """The model at `path`: a Hugging Face folder, `org/name` on the Hub, "tinypy" or None for the built-in one.
 
     Raises AssetError for a missing or broken one.
     """
-    folder = TINYPY if path is None or (str(path) == "tinypy" and not Path("tinypy").exists()) else resolve_model(path)
+    if path is None or (str(path) == "tinypy" and not Path(path).exists()):
+        folder, name = TINYPY, "tinypy"
+    else:
+        folder = resolve_model(path)
+        name = folder.resolve().name if Path(path).expanduser().exists() else str(path)
     config, generation = read_config(folder)
-    return Source(folder.name, config, generation, Checkpoint.open(folder), Tokenizer.load(folder), folder)
+    return Source(name, config, generation, Checkpoint.open(folder), Tokenizer.load(folder), folder)
 
 
 def random_source(shape: str, seed: int = 0) -> Source:

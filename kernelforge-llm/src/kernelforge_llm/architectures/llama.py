@@ -14,15 +14,15 @@ from kernelforge_llm.model import rope_attributes
 
 if TYPE_CHECKING:
     from kernelforge.graph import Graph, Tensor
-
-    from kernelforge_llm.model import StepInputs, WeightTable
+    from kernelforge_llm.model import StepInputs
+    from kernelforge_llm.weights import WeightTable
 
 
 class Llama:
     """`LlamaForCausalLM`, with its optional attention and MLP biases."""
 
-    def config(self, raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
-        return ModelConfig.from_hf(raw, generation=generation)
+    def config(self, raw: Mapping[str, Any], generation: Mapping[str, Any], *, source: str) -> ModelConfig:
+        return ModelConfig.from_hf(raw, generation=generation, source=source)
 
     def hidden_states(self, g: Graph, config: ModelConfig, weights: WeightTable, step: StepInputs) -> Tensor:
         with g.scope("embed_tokens"):
@@ -56,9 +56,7 @@ def linear(g: Graph, x: Tensor, weights: WeightTable, name: str, width: int, *, 
     return y + weights.vector(f"{name}.bias", (width,)) if bias else y
 
 
-def attention(
-    g: Graph, x: Tensor, config: ModelConfig, weights: WeightTable, step: StepInputs, layer: int
-) -> Tensor:
+def attention(g: Graph, x: Tensor, config: ModelConfig, weights: WeightTable, step: StepInputs, layer: int) -> Tensor:
     """Grouped-query attention over the cache, into which this step's keys and values are written first."""
     name = f"model.layers.{layer}.self_attn"
     heads, groups, head_dim = config.num_heads, config.num_kv_heads, config.head_dim

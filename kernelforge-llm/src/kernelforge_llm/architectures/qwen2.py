@@ -8,11 +8,19 @@ from typing import Any
 from kernelforge_llm.architectures.llama import Llama
 from kernelforge_llm.config import ModelConfig
 
+DEFAULTS = {
+    "num_key_value_heads": 32,
+    "use_sliding_window": False,  # published configs carry a window that is off
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+"""What transformers' Qwen2Config and Qwen3Config have where a key is absent."""
+
 
 class Qwen2(Llama):
     """`Qwen2ForCausalLM`."""
 
-    def config(self, raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
-        # Published configs carry a window that is off unless use_sliding_window says otherwise.
-        defaults = {"use_sliding_window": False}
-        return ModelConfig.from_hf(raw, generation=generation, defaults=defaults, sliding=True, qkv_bias=True)
+    def config(self, raw: Mapping[str, Any], generation: Mapping[str, Any], *, source: str) -> ModelConfig:
+        return ModelConfig.from_hf(
+            raw, generation=generation, source=source, defaults=DEFAULTS, sliding=True, qkv_bias=True
+        )

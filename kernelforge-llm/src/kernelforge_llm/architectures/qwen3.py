@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from kernelforge_llm.architectures.llama import Llama
+from kernelforge_llm.architectures.qwen2 import DEFAULTS
 from kernelforge_llm.config import ModelConfig
 
 
 class Qwen3(Llama):
     """`Qwen3ForCausalLM`."""
 
-    def config(self, raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
-        defaults = {"use_sliding_window": False, "head_dim": 128}
-        return ModelConfig.from_hf(raw, generation=generation, defaults=defaults, sliding=True, qk_norm=True)
+    def config(self, raw: Mapping[str, Any], generation: Mapping[str, Any], *, source: str) -> ModelConfig:
+        defaults = {**DEFAULTS, "head_dim": 128}
+        return ModelConfig.from_hf(
+            raw, generation=generation, source=source, defaults=defaults, sliding=True, qk_norm=True
+        )

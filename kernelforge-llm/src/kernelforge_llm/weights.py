@@ -1,0 +1,78 @@
+"""The table of weights that an architecture draws its constants from, and the formats they can be converted to."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Literal
+
+from kernelforge.errors import AssetError, KernelForgeWarning
+from kernelforge_llm.checkpoint import missing_tensor
+
+if TYPE_CHECKING:
+    from kernelforge.graph import Graph, Tensor
+    from kernelforge_llm.checkpoint import TensorSource
+
+WeightFormat = Literal["native", "f32", "bf16", "f16"]
+"""What matrices are converted to when a model is compiled; "native" leaves them as they are in the checkpoint."""
+
+_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
+
+_DERIVED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+"""Endings of tensors that older checkpoints carry and that follow from the config."""
+
+
+class WeightTable:
+    """Declares weights as constants of a graph, after checking them against the checkpoint."""
+
+    def __init__(self, g: Graph, source: TensorSource, weights: WeightFormat, where: str) -> None:
+        """`where` names the checkpoint in messages."""
+        self._g, self._source, self._format, self._where = g, source, weights, where
+        self._names = frozenset(source.names())
+        self._made: dict[str, Tensor] = {}
+
+    def matrix(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A matrix or table in the format that the user chose; float64 becomes f32.
+
+        Raises AssetError when the checkpoint has no such tensor, or one of another shape, or one that is not of floats.
+        """
+        return self._tensor(name, shape, self._format)
+
+    def vector(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A norm's weight or a bias, always f32: they are small. Raises as `matrix`."""
+        return self._tensor(name, shape, "f32")
+
+    def _tensor(self, name: str, shape: tuple[int, ...], wanted: WeightFormat) -> Tensor:
+        if name not in self._made:
+            tensor = self._g.constant(name, shape, self._checked_dtype(name, shape))
+            if wanted == "native" and tensor.dtype == "f64":
+                wanted = "f32"
+            self._made[name] = tensor if wanted in ("native", tensor.dtype) else self._g.cast(tensor, wanted)
+        return self._made[name]
+
+    def _checked_dtype(self, name: str, shape: tuple[int, ...]) -> str:
+        if name not in self._names:
+            raise missing_tensor(name, tuple(sorted(self._names)), self._where)
+        found, dtype = tuple(self._source.shape(name)), self._source.dtype(name).name
+        if found != shape:
+            raise AssetError(
+                f"{self._where}: tensor {name!r} has shape {list(found)}, its config.json asks for {list(shape)}",
+                hint="is this the config.json that belongs to the weights?",
+            )
+        if dtype not in _DTYPES:
+            raise AssetError(
+                f"{self._where}: tensor {name!r} holds {dtype} numbers, which is not supported",
+                hint=f"supported: {', '.join(_DTYPES)}",
+            )
+        return _DTYPES[dtype]
+
+    def warn_unused(self, known: tuple[str, ...] = ()) -> None:
+        """Warn of tensors that nobody asked for, less those in `known`: a sign that config.json is of another model."""
+        left = self._names - self._made.keys() - frozenset(known)
+        unused = sorted(name for name in left if not name.endswith(_DERIVED))
+        if unused:
+            more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+            warnings.warn(
+                f"{self._where} has tensors that are not used: {', '.join(unused[:3])}{more}",
+                KernelForgeWarning,
+                stacklevel=2,
+            )
