@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kernelforge.errors import UsageError
 
 if TYPE_CHECKING:
     from kernelforge.backend import Buffer, Device
-
     from kernelforge_llm.config import ModelConfig
 
 
@@ -17,7 +15,7 @@ class KVCache:
     """Keys and values of up to `sequences` sequences of up to `context` positions.
 
     Buffers are [sequences, context, num_kv_heads, head_dim] f32. `lengths` says how many positions of each sequence are
-    filled; `reset` and `truncate` only change that, the memory is overwritten later.
+    filled; `truncate` only changes that, the memory is overwritten later.
     """
 
     def __init__(self, device: Device, config: ModelConfig, *, sequences: int, context: int) -> None:
@@ -25,12 +23,10 @@ class KVCache:
         self.context = context
         self.lengths = [0] * sequences
         self.buffers: dict[str, Buffer] = {
-            f"{kind}.{layer}": device.allocate(shape, "f32") for layer in range(config.num_layers) for kind in ("key", "value")
+            f"{kind}.{layer}": device.allocate(shape, "f32")
+            for layer in range(config.num_layers)
+            for kind in ("key", "value")
         }
-
-    def reset(self) -> None:
-        """Forget all sequences."""
-        self.lengths = [0] * len(self.lengths)
 
     def truncate(self, sequence: int, length: int) -> None:
         """Keep only the first `length` positions of a sequence. Raises UsageError when it has fewer."""
@@ -38,12 +34,11 @@ class KVCache:
             raise UsageError(f"sequence {sequence} holds {self.lengths[sequence]} positions, cannot be cut to {length}")
         self.lengths[sequence] = length
 
-    def extend(self, counts: Sequence[int]) -> None:
-        """Note that `counts[i]` positions were added to sequence i. Raises UsageError when one would not fit."""
-        for sequence, count in enumerate(counts):
-            if self.lengths[sequence] + count > self.context:
-                raise UsageError(
-                    f"{self.lengths[sequence] + count} tokens do not fit the context of {self.context}",
-                    hint="shorten the prompt, or load the model with a larger context (--context)",
-                )
-        self.lengths = [have + count for have, count in zip(self.lengths, counts, strict=True)]
+    def require_room(self, sequence: int, count: int) -> None:
+        """Raises UsageError unless `count` more positions fit into a sequence."""
+        total = self.lengths[sequence] + count
+        if total > self.context:
+            raise UsageError(
+                f"{total} tokens do not fit the context of {self.context}",
+                hint="give fewer, or load the model with a larger context (--context) if it allows it",
+            )

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import operator
 import os
+import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
+from kernelforge.backend import Buffer, Executable
 from kernelforge.errors import AssetError, UsageError
+from kernelforge.importer import Program
 from kernelforge.session import Session
-
 from kernelforge_llm.cache import KVCache
 from kernelforge_llm.config import ModelConfig
-from kernelforge_llm.model import PREFILL_TOKENS, Model, WeightFormat
+from kernelforge_llm.model import PREFILL_TOKENS, Model
 from kernelforge_llm.sampling import Sampler, greedy
 from kernelforge_llm.source import Source, open_source
 from kernelforge_llm.stream import StopStrings, TextStream
+from kernelforge_llm.weights import WeightFormat
 
-if TYPE_CHECKING:
-    import numpy as np
-    from kernelforge.backend import Executable
-    from kernelforge.importer import Program
+Logits = NDArray[np.float32]
 
-    Ids = np.ndarray[Any, np.dtype[np.int32]]
-    Logits = np.ndarray[Any, np.dtype[np.float32]]
 
 class Token(NamedTuple):
     """One generated token."""
@@ -31,7 +33,7 @@ class Token(NamedTuple):
     id: int | None
     """None for the text that was held back when generation ended."""
     text: str
-    """The text that became complete with it; may be empty, may end before a character that is not complete yet."""
+    """The text that became complete with it: at times empty, never the beginning of a character."""
 
 
 def load(
@@ -46,14 +48,14 @@ def load(
 ) -> Decoder:
     """Load a model for generation.
 
-    `path` is a Hugging Face folder, `org/name` on the Hub, or None for the built-in `tinypy`. `weights` converts matrices
-    while compiling ("native" keeps the checkpoint's dtype). `context` is the cache's capacity in positions, by default the
-    model's own up to 4096; `sequences` how many it can hold side by side. Raises AssetError for a missing or broken
-    checkpoint, DeviceError when the target is not usable.
+    `path` is a Hugging Face folder, `org/name` on the Hub, or None for the built-in `tinypy`. `weights` converts
+    matrices while compiling ("native" keeps the checkpoint's dtype). `context` is the cache's capacity in positions,
+    by default the model's own up to 4096; `sequences` how many it can hold side by side. Raises AssetError for a
+    missing or broken checkpoint, DeviceError when the target is not usable.
     """
-    return open_decoder(
-        open_source(path), session or Session(target, threads=threads), weights=weights, context=context, sequences=sequences
-    )
+    source = open_source(path)
+    session = session or Session(target, threads=threads)
+    return open_decoder(source, session, weights=weights, context=context, sequences=sequences)
 
 
 def open_decoder(
@@ -69,6 +71,12 @@ def open_decoder(
     return Decoder(model, session)
 
 
+class _Step(NamedTuple):
+    executable: Executable
+    logits: int
+    """Which of its outputs they are."""
+
+
 class Decoder:
     """A model on a device. Not for concurrent use by several threads."""
 
@@ -77,22 +85,31 @@ class Decoder:
         self.config: ModelConfig = model.config
         self.context: int = model.context
         self.tokenizer = model.source.tokenizer
+        self.compile_s = 0.0
+        """Seconds spent compiling so far; each of the two steps is compiled when it is first needed."""
 
     @cached_property
-    def prefill(self) -> Executable:
-        """The step for any number of tokens and rows."""
-        return self._compile(self.model.programs[1])
-
-    @cached_property
-    def decode(self) -> Executable:
+    def _one(self) -> _Step:
         """The step for one token of one sequence."""
         return self._compile(self.model.programs[0])
 
-    def _compile(self, program: Program) -> Executable:
+    @cached_property
+    def _many(self) -> _Step:
+        """The step for any number of tokens and rows."""
+        return self._compile(self.model.programs[1])
+
+    def _compile(self, program: Program) -> _Step:
+        start = time.perf_counter()
         tensors = self.model.source.tensors
-        return self.session.compile(program.module, constants=tensors, dims=program.dims, max_dims=program.max_dims)
+        executable = self.session.compile(
+            program.module, constants=tensors, dims=program.dims, max_dims=program.max_dims
+        )
+        names = [executable.plan.values[value].name for value in executable.plan.outputs]
+        self.compile_s += time.perf_counter() - start
+        return _Step(executable, names.index("logits"))
 
     def new_cache(self) -> KVCache:
+        """An empty cache for this model's number of sequences."""
         return KVCache(self.session.device, self.config, sequences=self.model.sequences, context=self.context)
 
     def step(
@@ -103,63 +120,95 @@ class Decoder:
         every_row: bool = False,
         pad_to: int | None = None,
     ) -> Logits:
-        """Append `batch[i]` to sequence i of the cache; the logits [rows, vocab] of the last token of each sequence that
-        got any, or of every token.
+        """Append `batch[i]` to sequence i of the cache, all in one pass of the model.
 
-        `pad_to` lays every sequence out in that many tokens, the rest being padding (a fixed shape for any batch). Raises
-        UsageError for a token id out of range or a sequence that would not fit the context.
+        Returns the logits [rows, vocab] after the last token of each sequence that got any, or after every token.
+        `pad_to` lays every sequence out in that many tokens, the rest being padding (a fixed shape for any batch).
+        Raises UsageError for a token id out of range or a sequence that would not fit the context, and leaves the
+        cache as it was.
         """
-        import numpy as np
-
         if len(batch) != len(cache.lengths):
             raise UsageError(f"got {len(batch)} sequences for a cache of {len(cache.lengths)}")
-        starts = list(cache.lengths)
-        for ids in batch:
-            self._check_ids(ids)
-        cache.extend([len(ids) for ids in batch])
+        counts = [len(ids) for ids in batch]
+        for sequence, count in enumerate(counts):
+            cache.require_room(sequence, count)
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         rows: list[int] = []
-        for slot, (ids, start) in enumerate(zip(batch, starts, strict=True)):
-            padding = max(0, (pad_to or 0) - len(ids))
-            first = len(tokens)
-            tokens.extend([*ids, *[0] * padding])
-            positions.extend([*range(start, start + len(ids)), *[-1] * padding])
-            slots.extend([slot] * (len(ids) + padding))
-            if ids:
-                rows.extend(range(first, first + len(ids)) if every_row else [first + len(ids) - 1])
-        arrays = [np.array(values, np.int32) for values in (tokens, positions, slots, rows)]
-        return self._run(cache, *arrays)
+        for slot, (ids, count, start) in enumerate(zip(batch, counts, cache.lengths, strict=True)):
+            if count:
+                self._check_ids(ids)
+                first = len(tokens)
+                rows += range(first, first + count) if every_row else (first + count - 1,)
+                tokens += ids
+                positions += range(start, start + count)
+                slots += [slot] * count
+            if pad_to is not None and count < pad_to:
+                padding = pad_to - count
+                tokens += [0] * padding
+                positions += [-1] * padding
+                slots += [slot] * padding
+        if not rows:
+            raise UsageError("there are no tokens to run", hint="give at least one")
+        logits = self._run(cache, tokens, positions, slots, rows)
+        cache.lengths = list(map(operator.add, cache.lengths, counts))
+        return logits
 
-    def _run(self, cache: KVCache, tokens: Ids, positions: Ids, slots: Ids, rows: Ids) -> Logits:
-        single = tokens.size == 1 and rows.size == 1
-        executable = self.decode if single else self.prefill
-        inputs = {"tokens": tokens, "positions": positions, "slots": slots, "rows": rows, **cache.buffers}
-        outputs = executable.run(inputs)
-        for value, output in zip(executable.plan.outputs, outputs, strict=True):
-            if executable.plan.values[value].name == "logits":
-                return output  # type: ignore[return-value]
-        raise AssertionError("the step has no output 'logits'")
+    def _run(
+        self,
+        cache: KVCache,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        slots: Sequence[int],
+        rows: Sequence[int],
+    ) -> Logits:
+        compiled = self._one if len(tokens) == 1 else self._many
+        inputs: dict[str, NDArray[Any] | Buffer] = {
+            "tokens": np.array(tokens, np.int32),
+            "positions": np.array(positions, np.int32),
+            "slots": np.array(slots, np.int32),
+            "rows": np.array(rows, np.int32),
+            **cache.buffers,
+        }
+        return cast("Logits", compiled.executable.run(inputs)[compiled.logits])
+
+    def feed(self, cache: KVCache, ids: Sequence[int], sequence: int = 0) -> Logits:
+        """Append any number of tokens to one sequence; the logits [vocab] after the last. Raises as `step`."""
+        length, count = cache.lengths[sequence], len(ids)
+        cache.require_room(sequence, count)
+        self._check_ids(ids)
+        if not count:
+            raise UsageError("there are no tokens to run", hint="give at least one")
+        for start in range(0, count, PREFILL_TOKENS):
+            part = ids[start : start + PREFILL_TOKENS]
+            end = len(part)
+            scores = self._run(cache, part, range(length, length + end), [sequence] * end, (end - 1,))
+            cache.lengths[sequence] = length = length + end
+        last: Logits = scores[0]
+        return last
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         for token in ids:
             if not 0 <= token < self.config.vocab_size:
-                raise UsageError(f"token id {token} is out of range", hint=f"the vocabulary has {self.config.vocab_size}")
-
-    # --- the public face ---
+                raise UsageError(
+                    f"token id {token} is out of range", hint=f"ids are from 0 to {self.config.vocab_size - 1}"
+                )
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """Token ids of a prompt; ids pass through, checked. Raises AssetError for text without a tokenizer, UsageError for
-        an empty prompt or an id out of range."""
+        """Token ids of a prompt; ids pass through, checked.
+
+        Raises AssetError for text without a tokenizer, UsageError for an empty prompt or an id out of range.
+        """
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise AssetError(
-                    f"'{self.model.source.name}' has no tokenizer.json, so it cannot read text", hint="pass token ids (--prompt-ids)"
+                    f"'{self.model.source.name}' has no tokenizer.json, so it cannot read text",
+                    hint="give token ids (--prompt-ids 1,2,3)",
                 )
             ids = self.tokenizer.encode(prompt)
         else:
-            ids = [int(i) for i in prompt]
+            ids = [operator.index(i) for i in prompt]
         if not ids:
             raise UsageError("the prompt is empty", hint="give at least one token")
         self._check_ids(ids)
@@ -171,12 +220,13 @@ class Decoder:
 
     def logits_batch(self, batch: Sequence[Sequence[int]], *, pad_to: int | None = None) -> list[Logits]:
         """The logits of several sequences in one pass, each [len(ids), vocab]. At most `sequences` of them."""
-        import numpy as np
-
-        if len(batch) > self.model.sequences:
-            raise UsageError(f"{len(batch)} sequences, the model was loaded for {self.model.sequences}", hint="load(sequences=N)")
-        filled = [list(ids) for ids in batch] + [[]] * (self.model.sequences - len(batch))
+        sequences = self.model.sequences
+        if len(batch) > sequences:
+            raise UsageError(f"{len(batch)} sequences, the model was loaded for {sequences}", hint="load(sequences=N)")
+        filled = [self.encode(ids) for ids in batch] + [[]] * (sequences - len(batch))
         cache = self.new_cache()
+        for sequence, ids in enumerate(filled):
+            cache.require_room(sequence, len(ids))
         pieces: list[list[Logits]] = [[] for _ in filled]
         for start in range(0, max(map(len, filled)), PREFILL_TOKENS):
             chunk = [ids[start : start + PREFILL_TOKENS] for ids in filled]
@@ -198,8 +248,8 @@ class Decoder:
     ) -> Iterator[Token]:
         """Generate up to `max_tokens` tokens after `prompt`, one at a time.
 
-        Ends at a stop string (which is not part of the text), at one of `stop_ids`, at the model's end-of-sequence token
-        unless `ignore_eos`, or when the context is full. Raises UsageError when the prompt itself does not fit.
+        Ends at a stop string (which is not part of the text), at one of `stop_ids`, at the model's end-of-sequence
+        token unless `ignore_eos`, or when the context is full. Raises UsageError when the prompt itself does not fit.
         """
         ids = self.encode(prompt)
         if len(ids) > self.context:
@@ -214,21 +264,19 @@ class Decoder:
         self, ids: list[int], max_tokens: int, sampler: Sampler, stop: StopStrings, ends: set[int]
     ) -> Iterator[Token]:
         cache = self.new_cache()
-        history = list(ids)
         stream = TextStream(self.tokenizer, ids)
-        for start in range(0, len(ids), PREFILL_TOKENS):
-            scores = self.step(cache, [ids[start : start + PREFILL_TOKENS], *[[]] * (self.model.sequences - 1)])
-        for count in range(max_tokens):
-            token = sampler(scores[0], history)
+        history = list(ids)
+        fed = 0
+        for _ in range(max_tokens):
+            token = sampler(self.feed(cache, history[fed:]), history)
+            fed = len(history)
             if token in ends:
                 break
             history.append(token)
             text = stop.push(stream.push(token))
             yield Token(token, text)
-            if stop.hit or cache.lengths[0] >= self.context:
+            if stop.hit is not None or fed == self.context:
                 break
-            if count + 1 < max_tokens:
-                scores = self.step(cache, [[token], *[[]] * (self.model.sequences - 1)])
         rest = stop.push(stream.flush()) + stop.flush()
         if rest:
             yield Token(None, rest)

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+_LEAST_TEMPERATURE = 1e-30  # a float32 that divides without becoming 0; no two logits of one scale are that close
+_COLUMNS = 512
+
+
 class Sampler(Protocol):
     """Chooses a token id."""
 
@@ -75,6 +79,7 @@ def make_sampler(sampling: Sampling) -> Sampler:
     import numpy as np
 
     generator = np.random.Generator(np.random.PCG64(sampling.seed))
+    temperature = np.float32(max(sampling.temperature, _LEAST_TEMPERATURE))
 
     def sample(logits: NDArray[np.float32], history: Sequence[int], /) -> int:
         if sampling.repetition_penalty != 1.0 and len(history):
@@ -85,13 +90,13 @@ def make_sampler(sampling: Sampling) -> Sampler:
         ids = _top_k(logits, sampling.top_k)
         kept = logits if ids is None else logits[ids]
         with np.errstate(over="ignore"):  # a tiny temperature makes all but the largest -inf, as it should
-            weights = np.exp((kept.astype(np.float64) - float(logits[best])) / sampling.temperature)
+            weights = np.exp((kept - logits[best]) / temperature)
         if sampling.top_p < 1.0:
             inside = _top_p(weights, sampling.top_p)
             ids, weights = inside if ids is None else ids[inside], weights[inside]
         if sampling.min_p > 0.0:
             weights = np.where(weights >= sampling.min_p, weights, 0.0)
-        sums = weights.cumsum()
+        sums = weights.cumsum(dtype=np.float64)
         drawn = int(sums.searchsorted(generator.random() * sums[-1], side="right"))
         return drawn if ids is None else int(ids[drawn])
 
@@ -101,9 +106,10 @@ def make_sampler(sampling: Sampling) -> Sampler:
 def _penalise(logits: NDArray[np.float32], history: Sequence[int], penalty: float) -> NDArray[np.float32]:
     import numpy as np
 
-    seen = np.unique(np.asarray(history, dtype=np.int64))
+    seen = np.asarray(history, dtype=np.int64)  # a token that is there twice gets the same value twice
+    found = logits[seen]
     result = logits.copy()
-    result[seen] = np.where(result[seen] > 0, result[seen] / penalty, result[seen] * penalty)
+    result[seen] = np.where(found > 0, found / penalty, found * penalty)
     return result
 
 
@@ -113,21 +119,31 @@ def _top_k(logits: NDArray[np.float32], k: int) -> NDArray[np.int64] | None:
 
     if not 0 < k < logits.size:
         return None
+    columns = max(_COLUMNS, 2 * k)
+    whole = logits.size - logits.size % columns
+    ids: NDArray[np.int64] | None = None
+    if whole > 2 * columns:
+        # Each column's maximum is a logit, so that the k-th largest of them is at most the k-th largest logit: what is
+        # below it is out, and few are left for the slower selection.
+        maxima = logits[:whole].reshape(-1, columns).max(axis=0)
+        ids = np.flatnonzero(logits >= np.partition(maxima, columns - k)[columns - k])
+        logits = logits[ids]
     least = np.partition(logits, logits.size - k)[logits.size - k]
     above = np.flatnonzero(logits > least)
     level = np.flatnonzero(logits == least)[: k - above.size]
-    return np.sort(np.concatenate([above, level]))
+    chosen = np.sort(np.concatenate([above, level]))
+    return chosen if ids is None else ids[chosen]
 
 
-def _top_p(weights: NDArray[np.float64], p: float) -> NDArray[np.int64]:
+def _top_p(weights: NDArray[np.float32], p: float) -> NDArray[np.int64]:
     """Places of the largest weights that together first reach the share `p`, ascending."""
     import numpy as np
 
     # Weights below the cut sum to less than 1 - p, so that all that is wanted lies above it: few are left to be sorted.
-    total = float(weights.sum())
+    total = float(weights.sum(dtype=np.float64))
     places = np.flatnonzero(weights >= (1.0 - p) * total / weights.size)
     order = places[np.argsort(-weights[places], kind="stable")]
-    count = int(weights[order].cumsum().searchsorted(p * total)) + 1
+    count = int(weights[order].cumsum(dtype=np.float64).searchsorted(p * total)) + 1
     return np.sort(order[:count])
 
 

@@ -89,6 +89,8 @@ class StopStrings:
 
     def push(self, text: str) -> str:
         """The text that is certain to come before any stop string; nothing once one was met."""
+        if not self._stops:
+            return text
         if self.hit is not None:
             return ""
         held = self._held + text
