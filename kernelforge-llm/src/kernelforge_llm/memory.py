@@ -10,7 +10,8 @@ from typing import Self
 
 import psutil
 
-INTERVAL_S = 0.01
+INTERVAL_S = 0.05
+"""Seldom enough to leave what is measured meanwhile alone."""
 
 
 def anonymous_bytes() -> int:

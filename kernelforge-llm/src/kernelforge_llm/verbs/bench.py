@@ -1,114 +1,112 @@
 """`kernelforge llm-bench`: prefill and decode speed of a model, medians over repeats."""
 
+from __future__ import annotations
+
 import statistics
 import time
-from collections.abc import Sequence
-from typing import Annotated, Any, Optional
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
+
 from kernelforge.cli import output
-from kernelforge.errors import UsageError
+from kernelforge_llm.verbs.options import Model, Random, Weights, at_least, chosen_source
+
+if TYPE_CHECKING:
+    from kernelforge_llm.decoder import Decoder
 
 
 def llm_bench(
-    model: Annotated[Optional[str], typer.Option(help="Folder, or org/name on the Hub; default: built-in tinypy.")] = None,
-    random: Annotated[Optional[str], typer.Option(help="Random weights at a named shape instead of a model.")] = None,
-    weights: Annotated[str, typer.Option(help="Weight format: native, f32, bf16 or f16.")] = "native",
+    model: Model = None,
+    random: Random = None,
+    weights: Weights = "native",
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the measured prefill.")] = 256,
     gen_tokens: Annotated[int, typer.Option(help="Tokens of the measured decode.")] = 64,
     depth: Annotated[int, typer.Option(help="Tokens in the cache before either is measured.")] = 0,
     repeat: Annotated[int, typer.Option(help="Measurements of each; the median counts.")] = 5,
 ) -> dict[str, Any]:
-    """Measure a model.
+    """Measure a model: prefill, and decode.
 
-    Prefill: PROMPT_TOKENS tokens in one go. Decode: GEN_TOKENS greedy steps of one token. Both start at DEPTH tokens of
-    context. Compiling and a warm-up run come first and are not counted.
+    Prefill is PROMPT_TOKENS tokens at once, decode is GEN_TOKENS greedy steps of one token; both start with DEPTH
+    tokens in the cache. Compiling and one warm-up run come first and are not counted.
     """
-    out = output.current()
-    for name, value, least in (("prompt-tokens", prompt_tokens, 1), ("gen-tokens", gen_tokens, 1), ("depth", depth, 0), ("repeat", repeat, 1)):
-        if value < least:
-            raise UsageError(f"--{name} {value}", hint=f"at least {least}")
-    if model is not None and random is not None:
-        raise UsageError("--model and --random exclude each other", hint="give one of them")
+    at_least(1, prompt_tokens=prompt_tokens, gen_tokens=gen_tokens, repeat=repeat)
+    at_least(0, depth=depth)
 
-    from kernelforge.session import Session
-
+    from kernelforge.cli.options import open_session
     from kernelforge_llm.decoder import open_decoder
     from kernelforge_llm.memory import PeakMemory
-    from kernelforge_llm.source import any_source, open_source, random_source
 
-    source = random_source(random) if random is not None else any_source(model) if model else open_source()
-    with PeakMemory() as peak, Session(out.target, threads=out.threads) as session:
-        began = time.perf_counter()
-        decoder = open_decoder(source, session, weights=weights)  # type: ignore[arg-type]  # checked there
-        needed = depth + max(prompt_tokens, gen_tokens + 1)
+    out = output.current()
+    source = chosen_source(model, random)
+    with PeakMemory() as peak, open_session() as session:
+        decoder = open_decoder(source, session, weights=weights)
+        needed = depth + max(prompt_tokens, gen_tokens)
         if needed > decoder.context:
-            decoder = open_decoder(source, session, weights=weights, context=needed)  # type: ignore[arg-type]
-        vocab = decoder.config.vocab_size
-        cache = decoder.new_cache()
-        _feed(decoder, cache, _tokens(depth, vocab))
-        prefills: list[float] = []
-        firsts: list[float] = []
-        decodes: list[float] = []
-        prompt = _tokens(prompt_tokens, vocab)
+            decoder = open_decoder(source, session, weights=weights, context=needed)
+        runs: list[_Run] = []
         with out.progress("measuring", repeat + 1) as progress:
-            for round_ in range(repeat + 1):
-                cache.truncate(0, depth)
-                start = time.perf_counter()
-                scores = _feed(decoder, cache, prompt)
-                end = time.perf_counter()
-                token = int(scores[-1].argmax())
-                first = time.perf_counter() - start
-                cache.truncate(0, depth)
-                begin = time.perf_counter()
-                for _ in range(gen_tokens):
-                    token = int(decoder.step(cache, [[token]])[0].argmax())
-                decoded = time.perf_counter() - begin
+            for run in _measure(decoder, prompt_tokens, gen_tokens, depth, repeat + 1):
+                runs.append(run)
                 progress.advance()
-                if round_ == 0:  # the warm-up: compiles, touches the memory
-                    ready = time.perf_counter() - began
-                    continue
-                prefills.append(prompt_tokens / (end - start))
-                firsts.append(first)
-                decodes.append(gen_tokens / decoded)
-    data = {
+        threads = session.device.info.threads
+    del runs[0]  # the warm-up: compiles, touches the memory
+    figures = {
+        "prefill_tok_s": _summary([prompt_tokens / run.prefill for run in runs]),
+        "decode_tok_s": _summary([gen_tokens / run.decode for run in runs]),
+        "time_to_first_token_s": _summary([run.first_token for run in runs]),
+    }
+    counted = f"{threads} thread{'s' if threads > 1 else ''}"
+    out.print(f"{source.name}, weights {weights}, {out.target}, {counted}, {depth} tokens in the cache")
+    titles = (f"prefill {prompt_tokens}, tokens/s", f"decode {gen_tokens}, tokens/s", "first token, s")
+    rows = [(title, *summary.values()) for title, summary in zip(titles, figures.values(), strict=True)]
+    out.table(("", "median", "min", "max"), rows)
+    out.print(f"peak memory {peak.nbytes / 1e6:.0f} MB, compiled in {decoder.compile_s:.1f} s")
+    return {
         "model": source.name,
         "target": out.target,
-        "threads": session.device.info.threads,
+        "threads": threads,
         "weights": weights,
         "prompt_tokens": prompt_tokens,
         "gen_tokens": gen_tokens,
         "depth": depth,
         "repeat": repeat,
-        "prefill_tok_s": _summary(prefills),
-        "decode_tok_s": _summary(decodes),
-        "time_to_first_token_s": _summary(firsts),
-        "ready_s": ready,
+        **figures,
+        "compile_s": decoder.compile_s,
         "peak_anonymous_bytes": peak.nbytes,
     }
-    out.print(f"{source.name}, weights {weights}, {out.target}, {data['threads']} threads, depth {depth}")
-    rows = [
-        (f"prefill {prompt_tokens}", "tok/s", *data["prefill_tok_s"].values()),
-        (f"decode {gen_tokens}", "tok/s", *data["decode_tok_s"].values()),
-        ("first token", "s", *data["time_to_first_token_s"].values()),
-    ]
-    out.table(("what", "unit", "median", "min", "max"), rows)
-    out.print(f"peak anonymous memory {peak.nbytes / 1e6:.0f} MB")
-    return data
 
 
-def _tokens(count: int, vocab: int) -> list[int]:
-    """Fixed, varied token ids."""
-    return [(i * 7919 + 13) % vocab for i in range(count)]
+class _Run(NamedTuple):
+    """Seconds of one measurement."""
+
+    prefill: float
+    first_token: float
+    """From the prompt to the choice of the first token."""
+    decode: float
 
 
-def _feed(decoder: Any, cache: Any, ids: Sequence[int]) -> Any:
-    from kernelforge_llm.model import PREFILL_TOKENS
+def _measure(decoder: Decoder, prompt_tokens: int, gen_tokens: int, depth: int, count: int) -> Iterator[_Run]:
+    from kernelforge_llm.sampling import greedy
 
-    scores = None
-    for start in range(0, len(ids), PREFILL_TOKENS):
-        scores = decoder.step(cache, [ids[start : start + PREFILL_TOKENS]])
-    return scores
+    vocab = decoder.config.vocab_size
+    cache = decoder.new_cache()
+    prompt = [(i * 7919 + 13) % vocab for i in range(max(prompt_tokens, depth))]  # fixed, varied
+    if depth:
+        decoder.feed(cache, prompt[:depth])
+    for _ in range(count):
+        start = time.perf_counter()
+        scores = decoder.feed(cache, prompt[:prompt_tokens])
+        fed = time.perf_counter()
+        token = greedy(scores)
+        chosen = time.perf_counter()
+        cache.truncate(0, depth)
+        begin = time.perf_counter()
+        for _ in range(gen_tokens):
+            token = greedy(decoder.feed(cache, [token]))
+        end = time.perf_counter()
+        cache.truncate(0, depth)
+        yield _Run(fed - start, chosen - start, end - begin)
 
 
 def _summary(values: Sequence[float]) -> dict[str, float]:
