@@ -115,7 +115,7 @@ def test_ops_on_constants_are_folded() -> None:
     text = f"""
     func.func @main(%x: tensor<2x4xf32>, %a: tensor<3x4xbf16> {{kernelforge.name = "a", kernelforge.constant}},
                     %b: tensor<5x4xbf16> {{kernelforge.name = "b", kernelforge.constant}}) -> tensor<2x8xf32> {{
-      %w = "transformer.concat"(%a, %b) {{axis = 0 : i64}} : (tensor<3x4xbf16>, tensor<5x4xbf16>) -> tensor<8x4xbf16>
+      %w = "transformer.concat"(%a, %b) {{axis = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 0, 0, 0, 0, 0, 0>}} : (tensor<3x4xbf16>, tensor<5x4xbf16>) -> tensor<8x4xbf16>
       %f = "transformer.cast"(%w) {{dtype = "f32"}} : (tensor<8x4xbf16>) -> tensor<8x4xf32>
       %y = "transformer.matmul"(%x, %f) {{transpose_rhs = true, {NO_BIAS}}} : (tensor<2x4xf32>, tensor<8x4xf32>) -> tensor<2x8xf32>
       return %y : tensor<2x8xf32>
@@ -140,7 +140,9 @@ def chain(length: int) -> str:
     lines = [f'%{i + 1} = "transformer.silu"(%{i}) : (tensor<?x7xf32>) -> tensor<?x7xf32>' for i in range(length)]
     total = "%1"
     for i in range(2, length + 1):
-        lines.append(f'%s{i} = "transformer.add"({total}, %{i}) : (tensor<?x7xf32>, tensor<?x7xf32>) -> tensor<?x7xf32>')
+        lines.append(
+            f'%s{i} = "transformer.add"({total}, %{i}) : (tensor<?x7xf32>, tensor<?x7xf32>) -> tensor<?x7xf32>'
+        )
         total = f"%s{i}"
     body = "\n".join(lines)
     return f"func.func @main(%0: tensor<?x7xf32>) -> tensor<?x7xf32> {{\n{body}\nreturn {total} : tensor<?x7xf32> }}"

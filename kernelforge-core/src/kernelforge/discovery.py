@@ -127,8 +127,9 @@ def _candidate(entry_point: importlib.metadata.EntryPoint) -> Candidate:
 
 def _named(dist: importlib.metadata.Distribution) -> tuple[str, str]:
     """Name and version; a distribution without METADATA has neither."""
-    told = dist.metadata
-    return told["Name"] if "Name" in told else UNKNOWN, told["Version"] if "Version" in told else ""
+    told = dist.metadata  # typed without `get` before Python 3.12
+    name = told["Name"] if "Name" in told else UNKNOWN  # noqa: SIM401
+    return name, told["Version"] if "Version" in told else ""  # noqa: SIM401
 
 
 def _check_core_range(requirement: str) -> None:

@@ -135,7 +135,8 @@ class _Planner:
     def _in_place(self, index: int, node: Node, position: int, bound: list[int | None]) -> int:
         """The result that overwrites operand `position`; the operand is copied first if its memory must survive."""
         operand, source = bound[position], node.operands[position]
-        assert operand is not None and source is not None
+        assert operand is not None
+        assert source is not None
         root = self.values[self._root(operand)]
         writable = root.place == "arena" or (root.place == "input" and root.donated)
         if not writable or self._read_later(index, operand, source):

@@ -233,7 +233,9 @@ def parse_problem(text: str) -> Problem:
     """Inverse of `str(problem)`. Raises UsageError with the part that is wrong."""
     match = _PROBLEM.fullmatch(text.strip())
     if match is None:
-        raise UsageError(f"'{text}' is not a problem", hint='written as "dialect.op(f32[2,3], _) -> (f32[2,3]) {name=1}"')
+        raise UsageError(
+            f"'{text}' is not a problem", hint='written as "dialect.op(f32[2,3], _) -> (f32[2,3]) {name=1}"'
+        )
     operands = tuple(None if t == "_" else parse_tensor_type(t) for t in _split_operands(match["operands"]))
     results = tuple(parse_tensor_type(t) for t in _split_operands(match["results"]))
     try:

@@ -83,7 +83,9 @@ def bind_inputs(plan: Plan, inputs: Mapping[str, Array | Buffer]) -> tuple[dict[
         for have, want in zip(array.shape, value.type.shape, strict=True):
             size = dims.setdefault(want, have) if isinstance(want, str) else want
             if have != size:
-                raise UsageError(f"input '{value.name}' has shape {array.shape}, wants {list(value.type.shape)} ({want}={size})")
+                raise UsageError(
+                    f"input '{value.name}' has shape {array.shape}, wants {list(value.type.shape)} ({want}={size})"
+                )
         arrays[i] = array
     return arrays, dims
 
@@ -127,7 +129,11 @@ class ReferenceExecutable:
         value = self._plan.values[i]
         if value.place != "view":
             return memory[i]
-        base = np.ascontiguousarray(memory[value.base]) if not memory[value.base].flags.c_contiguous else memory[value.base]
+        base = (
+            np.ascontiguousarray(memory[value.base])
+            if not memory[value.base].flags.c_contiguous
+            else memory[value.base]
+        )
         flat = base.reshape(-1)[value.offset :]
         shape = value.type.static_shape(dims)
         strides = tuple(s * value.type.itemsize for s in value.type.element_strides())

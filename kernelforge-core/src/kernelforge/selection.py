@@ -35,10 +35,17 @@ class Lookup(Protocol):
         """Records of this variant on this device, best first: exact ones by median, then others by distance."""
         ...
 
+    def stamp(self) -> str:
+        """Changes when the records change: selections made before must not be reused."""
+        ...
+
 
 class NoRecords:
     def matches(self, problem: Problem, variant: KernelVariant, device: DeviceInfo) -> Iterable[RecordMatch]:
         return ()
+
+    def stamp(self) -> str:
+        return ""
 
 
 NO_RECORDS = NoRecords()
@@ -97,7 +104,9 @@ def select(
     )
     if variant is not None and variant not in {v.name for v in candidates}:
         names = ", ".join(v.name for v in candidates) or "none"
-        raise UsageError(f"unknown variant '{variant}' of {problem.op} on target '{device.target}'", hint=f"known: {names}")
+        raise UsageError(
+            f"unknown variant '{variant}' of {problem.op} on target '{device.target}'", hint=f"known: {names}"
+        )
     judged = [_judge(problem, v, device, records) for v in candidates]
     accepted = [d for d in judged if isinstance(d.verdict, Accept)]
     rejected = [d for d in judged if isinstance(d.verdict, Reject)]
@@ -108,7 +117,9 @@ def select(
         winner, reason = forced, "asked for by name"
     elif not accepted:
         reasons = "; ".join(f"{d.variant.name}: {d.verdict.reason}" for d in rejected if isinstance(d.verdict, Reject))
-        raise UsageError(f"no kernel on target '{device.target}' can run {problem}", hint=reasons or "no variant is registered")
+        raise UsageError(
+            f"no kernel on target '{device.target}' can run {problem}", hint=reasons or "no variant is registered"
+        )
     else:
         winner, reason = _rank(accepted)
     if config is not None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from kernelforge.constant import ArraySource, Named
 from kernelforge.module import Function, Module
-from kernelforge.passes import Pipeline, default_pipeline
+from kernelforge.passes import DEFAULT, Pipeline
 from kernelforge.plan import Plan, Step, Value
+from kernelforge.plan_cache import cached_plan, code_stamp, keep_plan, plan_key
 from kernelforge.planning import make_plan
 from kernelforge.problem import Problem
 from kernelforge.selection import Lookup, Selection, select
@@ -50,9 +52,16 @@ class Session:
         self.device: Device = self.registry.backend(target).open(device, threads=threads)
         self.records = records if records is not None else RecordStore.default()
         self.variants = dict(variants or {})
-        self.pipeline = Pipeline.parse(pipeline, self.registry) if pipeline is not None else default_pipeline(self.registry)
+        self._pipeline_text = DEFAULT if pipeline is None else pipeline
+        if pipeline is not None:
+            _ = self.pipeline  # a bad text is an error here, not when something is compiled
         self._selections: dict[Problem, Selection] = {}
         self._functions: dict[str, Function] = {}
+
+    @cached_property
+    def pipeline(self) -> Pipeline:
+        """The passes that modules are lowered with."""
+        return Pipeline.parse(self._pipeline_text, self.registry)
 
     def __enter__(self) -> Self:
         return self
@@ -98,9 +107,37 @@ class Session:
         dims: Mapping[str, int] | None = None,
         max_dims: Mapping[str, int] | None = None,
     ) -> Plan:
-        """Lower `module` and plan it. `dims` fixes dynamic dimensions; `max_dims` bounds the others for the arena."""
+        """Lower `module` and plan it. `dims` fixes dynamic dimensions; `max_dims` bounds the others for the arena.
+
+        The plan of a text is kept on disk; see `kernelforge.plan_cache`.
+        """
+        key = self._plan_key(module, dims, max_dims) if isinstance(module, str) else None
+        if key is not None and (kept := cached_plan(key)) is not None:
+            return kept
         function = self._function(module)
-        return make_plan(function, self.registry.ops, self.select, target=self.target, dims=dims, max_dims=max_dims)
+        plan = make_plan(function, self.registry.ops, self.select, target=self.target, dims=dims, max_dims=max_dims)
+        if key is not None:
+            keep_plan(key, plan)
+        return plan
+
+    def _plan_key(self, text: str, dims: Mapping[str, int] | None, max_dims: Mapping[str, int] | None) -> str | None:
+        code = code_stamp(self.registry)
+        if code is None:
+            return None
+        return plan_key(
+            text,
+            self._pipeline_text,
+            sorted((dims or {}).items()),
+            sorted((max_dims or {}).items()),
+            self.device.info.target,
+            self.device.info.fingerprint,
+            self.device.info.threads,
+            sorted(self.device.info.features),
+            self.device.info.limits,
+            sorted(self.variants.items()),
+            self.records.stamp(),
+            code,
+        )
 
     def compile(
         self,
@@ -179,6 +216,13 @@ def problem_plan(problem: Problem, selection: Selection, registry: Registry) -> 
             name = op.results[i] if not op.variadic_results else f"{op.results[0][1:]}{i}"
             values.append(Value(t, "output", name))
     step = Step(
-        problem, problem.dims, tuple(operands), tuple(results), selection.variant.name, dict(selection.config), 0, "problem"
+        problem,
+        problem.dims,
+        tuple(operands),
+        tuple(results),
+        selection.variant.name,
+        dict(selection.config),
+        0,
+        "problem",
     )
     return Plan(selection.variant.target, tuple(values), (step,), inputs, tuple(results))

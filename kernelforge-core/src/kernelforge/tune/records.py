@@ -45,6 +45,14 @@ class RecordStore:
         """All records, in the file's order."""
         return self._load()
 
+    def stamp(self) -> str:
+        """Place, size and time of the file."""
+        try:
+            status = self.path.stat()
+        except OSError:
+            return str(self.path)
+        return f"{self.path} {status.st_size} {status.st_mtime_ns}"
+
     def append(self, record: Record) -> None:
         """Keep `record`: one whole line, written at once. Raises AssetError when the file cannot be written."""
         self._load()

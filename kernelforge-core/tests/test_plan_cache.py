@@ -1,0 +1,125 @@
+"""Plans on disk: the same plan comes back, anything that decides it makes another key, damage is said and mended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kernelforge import plan_cache
+from kernelforge.errors import KernelForgeWarning
+from kernelforge.graph import Graph
+from kernelforge.hookspecs import hookimpl
+from kernelforge.plan_cache import plan_from_json, plan_to_json
+from kernelforge.plugins import core_registry, load_registry
+from kernelforge.selection import NO_RECORDS
+from kernelforge.session import Session
+from kernelforge.variant import KernelVariant
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KERNELFORGE_HOME", str(tmp_path))
+    return tmp_path / "cache" / "plans"
+
+
+def module() -> str:
+    g = Graph("main")
+    x = g.input("x", ("tokens", 8), "f32")
+    q, k = (g.constant(name, (4, 8), "bf16") for name in ("q", "k"))
+    cache = g.input("cache", (1, 16, 2, 2), "f32", donated=True)
+    positions, slots = (g.input(name, ("tokens",), "i32") for name in ("positions", "slots"))
+    keys = g.matmul(x, k, transpose_rhs=True).reshape(-1, 2, 2)
+    g.output(g.kv_cache_update(cache, keys, positions, slots), "cache_out")
+    g.output(g.matmul(x, q, transpose_rhs=True), "y")
+    return g.text()
+
+
+def session(**options: object) -> Session:
+    return Session("reference", registry=core_registry(), records=NO_RECORDS, **options)  # type: ignore[arg-type]
+
+
+def test_a_plan_round_trips_through_json() -> None:
+    plan = session().plan(module(), max_dims={"tokens": 4})
+    assert any(v.constant is not None for v in plan.values)
+    assert plan_from_json(plan_to_json(plan)) == plan
+
+
+def test_a_second_session_reuses_the_plan_without_lowering(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = session().plan(module())
+    assert len(list(state.glob("*.json"))) == 1
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("lowered again")
+
+    monkeypatch.setattr(Session, "lower", refuse)
+    again = session().plan(module())
+    assert again == plan
+    with pytest.raises(AssertionError, match="lowered again"):
+        session().plan(module(), dims={"tokens": 1})
+    with pytest.raises(AssertionError, match="lowered again"):
+        session(pipeline="cse").plan(module())
+    with pytest.raises(AssertionError, match="lowered again"):
+        session(variants={"transformer.matmul": "reference"}).plan(module())
+
+
+def test_changed_code_and_changed_records_make_another_key(monkeypatch: pytest.MonkeyPatch, state: Path) -> None:
+    session().plan(module())
+    monkeypatch.setattr(plan_cache, "_stamp", lambda packages: f"other code of {packages}")
+    session().plan(module())
+    assert len(list(state.glob("*.json"))) == 2
+
+
+def test_a_plugin_given_as_an_object_is_never_cached(state: Path) -> None:
+    class Mine:
+        """Brings a kernel whose code may change without a trace."""
+
+        @hookimpl
+        def kernelforge_kernels(self) -> list[KernelVariant]:
+            return [KernelVariant("mine", "transformer.silu", "reference", "nowhere:build")]
+
+    registry = load_registry(allow=["core"], extra_plugins=[Mine()])
+    Session("reference", registry=registry, records=NO_RECORDS).plan(module())
+    assert not list(state.glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda t: t[: len(t) // 2],
+        lambda t: t.replace('"format":1', '"format":99'),
+        lambda t: t.replace('"arena"', '"moon"', 1).replace('"output"', '"moon"', 1),
+        lambda t: t.replace("transformer.matmul(", "transformer matmul("),
+        lambda t: t.replace('"inputs":[0', '"inputs":[999'),
+        lambda t: "[]",
+    ],
+)
+def test_a_damaged_file_is_said_and_replaced(damage: object, state: Path) -> None:
+    plan = session().plan(module())
+    (file,) = state.glob("*.json")
+    whole = file.read_text()
+    broken = damage(whole)  # type: ignore[operator]
+    assert broken != whole
+    file.write_text(broken)
+    with pytest.warns(KernelForgeWarning, match="is damaged"):
+        again = session().plan(module())
+    assert again == plan
+    assert file.read_text() == whole
+
+
+def test_a_cached_plan_computes_the_same(state: Path) -> None:
+    rng = np.random.default_rng(0)
+    import ml_dtypes
+
+    weights = {n: rng.standard_normal((4, 8)).astype(ml_dtypes.bfloat16) for n in ("q", "k")}
+    inputs = {
+        "x": rng.standard_normal((3, 8)).astype(np.float32),
+        "cache": np.zeros((1, 16, 2, 2), np.float32),
+        "positions": np.arange(3, dtype=np.int32),
+        "slots": np.zeros(3, np.int32),
+    }
+    first = session().compile(module(), constants=weights).run(inputs)
+    second = session().compile(module(), constants=weights).run(inputs)
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
