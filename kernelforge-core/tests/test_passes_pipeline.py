@@ -12,7 +12,7 @@ from pass_checks import REGISTRY, check, ops
 from kernelforge.errors import KernelForgeError, PluginError, UsageError
 from kernelforge.graph import Graph, Tensor
 from kernelforge.module import Module
-from kernelforge.passes import Pass, Pipeline, default_pipeline
+from kernelforge.passes import DEFAULT, Pass, Pipeline
 from kernelforge.passes.canonicalize import Canonicalize
 from kernelforge.passes.fuse_epilogue import FuseEpilogue
 
@@ -76,7 +76,8 @@ def test_callback_sees_the_module_after_each_pass() -> None:
 
 def test_every_printed_module_parses_back() -> None:
     texts: list[str] = []
-    default_pipeline(REGISTRY).run(decoder().module(REGISTRY), lambda _, module: texts.append(str(module)))
+    pipeline = Pipeline.parse(DEFAULT, REGISTRY)
+    pipeline.run(decoder().module(REGISTRY), lambda _, module: texts.append(str(module)))
     assert len(texts) == 8
     assert all(str(Module.parse(text, REGISTRY)) == text for text in texts)
 
@@ -133,7 +134,7 @@ def decoder(layers: int = 2, *, bias: bool = False) -> Graph:
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_default_pipeline_on_a_decoder(bias: bool) -> None:
-    after = check(decoder(bias=bias), str(default_pipeline(REGISTRY)))
+    after = check(decoder(bias=bias), DEFAULT)
     assert ops(after) == {
         "embedding": 1,
         "rms_norm": 5,

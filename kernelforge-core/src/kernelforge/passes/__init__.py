@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from kernelforge.registry import Registry
 
 DEFAULT = "canonicalize,cse,fuse-glu,fuse-epilogue,fuse-qkv,fuse-add-norm,canonicalize,cse"
-"""The order matters where two fusions want one op. Gated pairs come first: fuse-qkv would merge their matmuls.
+"""The text of the pipeline that modules are lowered with unless another one is asked for.
+
+The order matters where two fusions want one op. Gated pairs come first: fuse-qkv would merge their matmuls.
 Epilogues come before fuse-qkv, which merges only bare matmuls: a matmul gets its bias before it is merged, and keeps
 its activation or residual rather than lose it to a merger. They also come before fuse-add-norm: where a matmul's result
 goes into a sum and the sum into a norm, a matmul that adds in its epilogue and then a norm touch memory four times
@@ -97,8 +99,3 @@ def _load(call: PassCall, registry: Registry) -> Pass:
         raise PluginError(f"pass '{spec.name}' of {spec.provenance}: {spec.load} is not a Pass of that name")
     loaded: Pass = cls(**read_options(cls, call.name, call.options))
     return loaded
-
-
-def default_pipeline(registry: Registry) -> Pipeline:
-    """The pipeline that modules are lowered with unless another one is asked for."""
-    return Pipeline.parse(DEFAULT, registry)
