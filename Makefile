@@ -21,7 +21,8 @@ help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-7s %s\n", $$1, $$2 }'
 
 demo: $(SYNCED) ## generate text with the model that comes with the package
-	.venv/bin/kernelforge llm-inference --prompt "$$PROMPT" --max-tokens 120 --temperature 0.6 --seed 1
+	@printf '\n%s' "$$PROMPT"
+	@.venv/bin/kernelforge llm-inference --prompt "$$PROMPT" --max-tokens 100 --temperature 0.6 --seed 3
 
 test: $(SYNCED) ## run all tests
 	.venv/bin/pytest
@@ -49,7 +50,7 @@ clean: ## remove the environment and what was built
 
 $(SYNCED): pyproject.toml $(wildcard */pyproject.toml plugins-example/*/pyproject.toml) | $(UV)
 	@echo "Installing the packages into .venv"
-	$(UV) sync --all-packages $(if $(PYTHON),--python $(PYTHON))
+	UV_COMPILE_BYTECODE=1 $(UV) sync --all-packages $(if $(PYTHON),--python $(PYTHON))
 	@touch $@
 
 .uv/bin/uv:
