@@ -82,7 +82,10 @@ def host_target() -> CpuTarget:
 
     level = level_of(probe())
     features = llvm.get_host_cpu_features().flatten()
-    return CpuTarget(llvm.get_process_triple(), llvm.get_host_cpu_name(), features, level, LEVELS[level].lanes)
+    triple = llvm.get_process_triple()
+    if probe().os == "windows":
+        triple += "-elf"  # the object format that LLVM's linker loads without help from the C runtime
+    return CpuTarget(triple, llvm.get_host_cpu_name(), features, level, LEVELS[level].lanes)
 
 
 def host_targets() -> tuple[CpuTarget, ...]:

@@ -29,11 +29,10 @@ KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64
 """`void kernel(void** buffers, int64_t* dims, int64_t part, int64_t parts)`; a call releases the GIL."""
 
 PIPELINE = (
-    "builtin.module(canonicalize,cse,convert-vector-to-llvm{reassociate-fp-reductions=false},convert-scf-to-cf,arith-expand,"
-    "convert-math-to-llvm,convert-index-to-llvm,convert-arith-to-llvm,convert-func-to-llvm,convert-cf-to-llvm,convert-ub-to-llvm,"
-    "reconcile-unrealized-casts)"
+    "builtin.module(canonicalize,cse,convert-vector-to-llvm{reassociate-fp-reductions=false},convert-scf-to-cf,"
+    "arith-expand,convert-to-llvm,reconcile-unrealized-casts)"
 )
-"""From func, scf, arith, math, index and vector to llvm."""
+"""From func, scf, arith, math, index, vector and memref to llvm."""
 
 _NUMBERS = itertools.count()
 _LOCK = threading.Lock()  # one MLIR context, one thread at a time
@@ -138,7 +137,9 @@ def _context() -> ir.Context:
 def _with_attributes(ir_text: str, target: CpuTarget) -> str:
     """Full-width vectors (LLVM prefers half on some AVX-512 CPUs) and the triple, which intrinsics depend on."""
     attributes = f'nounwind "prefer-vector-width"="{32 * target.lanes}"'
-    defined = re.sub(r"^(define [^\n]*\)) \{$", rf"\1 {attributes} {{", ir_text, flags=re.MULTILINE)
+    if "windows" in target.triple:
+        attributes += ' "no-stack-arg-probe"'  # it would call into the C runtime
+    defined = re.sub(r"^(define [^\n]*\)(?: #\d+)?) \{$", rf"\1 {attributes} {{", ir_text, flags=re.MULTILINE)
     return f'target triple = "{target.triple}"\n{defined}'
 
 

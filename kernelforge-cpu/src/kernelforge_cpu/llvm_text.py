@@ -16,15 +16,14 @@ TOKEN = re.compile(
     r"|(?P<sign>[-+])(?P<special>inf|qnan|s?nan\(0x(?P<payload>[0-9a-fA-F]+)\))"
     r"|(?P<decimal>[-+]?\d+\.\d*(?:[eE][-+]?\d+)?))(?![\w.])"
 )
+CONSTANT_LINE = re.compile(r"^.*(?:\df0x|\bf0x[0-9A-F]|\d\.\d|[-+](?:inf|qnan|s?nan\()).*$", re.MULTILINE)
 MANTISSA = {"half": 10, "bfloat": 7, "float": 23, "double": 52}
 BITS = {"half": 16, "bfloat": 16, "float": 32, "double": 64}
 
 
 def respell(ir_text: str) -> str:
     """Every floating-point constant as its bits, in the spelling that all LLVM versions read."""
-    return "\n".join(
-        _line(line) if "float" in line or "half" in line or "double" in line else line for line in ir_text.split("\n")
-    )
+    return CONSTANT_LINE.sub(lambda found: _line(found[0]), ir_text)
 
 
 def _line(line: str) -> str:
