@@ -184,10 +184,17 @@ def test_verb_of_a_package_that_is_not_installed(run: Run, monkeypatch: pytest.M
     assert err.endswith("hint: pip install kernelforge-llm\n")
 
 
-def test_verb_of_a_plugin_that_is_left_out(run: Run) -> None:
-    code, _, err = run("llm-inference", "--plugin", "core")
-    assert code == 2
-    assert "there is no verb 'llm-inference'" in err
+def test_plugin_option_holds_for_this_command_only(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site.add("other", "")
+    monkeypatch.syspath_prepend(str(site.folder))
+    default_registry.cache_clear()
+    assert app.main(["plugins", "info", "other", "--plugin", "core"]) == 0
+    assert "state         blocked" in capsys.readouterr().out
+    assert app.main(["plugins", "info", "other"]) == 0
+    assert "state         loaded" in capsys.readouterr().out
+    default_registry.cache_clear()
 
 
 def test_unknown_verb_names_the_plugins_that_failed(site: Site) -> None:

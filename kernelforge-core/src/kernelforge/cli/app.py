@@ -15,14 +15,13 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TextIO
 
-from kernelforge import __version__
+from kernelforge import __version__, registry
 from kernelforge.cli.output import Output, describe, use
 from kernelforge.errors import KernelForgeError, KernelForgeWarning, UsageError
 from kernelforge.home import env_flag
 
 if TYPE_CHECKING:
     from kernelforge.descriptors import CommandSpec
-    from kernelforge.registry import Registry
 
 INTERRUPTED = 130
 
@@ -146,8 +145,12 @@ def _run_reported(given: Sequence[str], out: Output) -> tuple[int, list[dict[str
 def _run(given: Sequence[str], out: Output) -> int:
     request = parse_request(given)
     out.requested_target = request.target
-    out.plugins = tuple(request.plugins)
     out.threads = request.thread_count()
+    with _only_plugins(request.plugins):
+        return _dispatch(request, out)
+
+
+def _dispatch(request: Request, out: Output) -> int:
     words = request.words
     if request.version:
         out.command = "--version"
@@ -179,31 +182,30 @@ def _find(words: Sequence[str], out: Output) -> CommandSpec | str:
     """The verb that `words` begin with, or the name of a group of verbs when they name only that."""
     from kernelforge.plugins import core_registry
 
-    for registry in (core_registry(), None):
-        commands = (registry or out.registry).commands
+    for loaded in (core_registry, registry.default_registry):
+        commands = loaded().commands
         for key in (" ".join(words[:2]), words[0]):
             if key in commands:
                 return commands[key]
         sub_verbs = [spec.name for spec in commands.values() if spec.group == words[0]]
         if sub_verbs and (len(words) == 1 or words[1] in ("--help", "-h")):
             return words[0]
-    raise _unknown_verb(words, out.registry)
+    raise _unknown_verb(words, out)
 
 
-def _unknown_verb(words: Sequence[str], registry: Registry) -> KernelForgeError:
+def _unknown_verb(words: Sequence[str], out: Output) -> KernelForgeError:
     verb = words[0]
-    sub_verbs = [spec.name for spec in registry.commands.values() if spec.group == verb]
+    commands, statuses = out.registry.commands.values(), out.registry.plugins.values()
+    sub_verbs = [spec.name for spec in commands if spec.group == verb]
     if sub_verbs:
         return UsageError(f"'{verb}' has no verb '{words[1]}'", hint=f"one of: {', '.join(sorted(sub_verbs))}")
-    broken = [status for status in registry.plugins.values() if status.state not in ("loaded", "blocked")]
+    broken = [status for status in statuses if status.state not in ("loaded", "blocked")]
     distribution = FIRST_PARTY_VERBS.get(verb)
-    if distribution is not None and not any(
-        status.distribution == distribution for status in registry.plugins.values()
-    ):
+    if distribution is not None and not any(s.distribution == distribution for s in statuses):
         return UsageError(
             f"'{verb}' comes with {distribution}, which is not installed", hint=f"pip install {distribution}"
         )
-    near = get_close_matches(verb, {spec.group or spec.name for spec in registry.commands.values()})
+    near = get_close_matches(verb, {spec.group or spec.name for spec in commands})
     hint = f"did you mean {' or '.join(near)}?" if near else "kernelforge --help lists the verbs"
     if broken:
         hint += f" (plugins that are not loaded may have it: {', '.join(status.name for status in broken)})"
@@ -245,6 +247,23 @@ def _run_verb(spec: CommandSpec, arguments: Sequence[str], out: Output) -> int:
     if result is not None:
         out.data = dict(result)
     return 0
+
+
+@contextlib.contextmanager
+def _only_plugins(names: Sequence[str]) -> Iterator[None]:
+    """With names: whatever is loaded meanwhile, here or in a process started here, is only these plugins and core."""
+    if not names:
+        yield
+        return
+    variable = "KERNELFORGE_PLUGINS"
+    before = os.environ.get(variable)
+    os.environ[variable] = ",".join(names)
+    registry.default_registry.cache_clear()
+    try:
+        yield
+    finally:
+        os.environ.pop(variable) if before is None else os.environ.update({variable: before})
+        registry.default_registry.cache_clear()
 
 
 @contextlib.contextmanager

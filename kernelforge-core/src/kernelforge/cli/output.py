@@ -38,7 +38,6 @@ import platform
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kernelforge import __version__
@@ -71,7 +70,6 @@ class Output:
         json: bool = False,
         target: str | None = None,
         threads: int | None = None,
-        plugins: Sequence[str] = (),
     ) -> None:
         self.command = command
         self.json = json
@@ -79,8 +77,6 @@ class Output:
         """What `--target` was given; None when it was not."""
         self.threads = threads
         """What `--threads` was given; None lets the backend decide."""
-        self.plugins = tuple(plugins)
-        """The plugins that `--plugin` allows; empty allows all."""
         self.data: dict[str, Any] = {}
         """`data` of the envelope; what the verb returns replaces it."""
         self.warnings: list[str] = []
@@ -90,13 +86,12 @@ class Output:
     def target(self) -> str:
         return self.requested_target or DEFAULT_TARGET
 
-    @cached_property
+    @property
     def registry(self) -> Registry:
         """What the installed plugins bring. Raises PluginError when one that was asked for by name fails."""
-        from kernelforge.plugins import load_registry
         from kernelforge.registry import default_registry
 
-        return load_registry(allow=self.plugins) if self.plugins else default_registry()
+        return default_registry()
 
     # The result: stdout, only in text mode.
 
