@@ -179,6 +179,24 @@ def test_vectorize_touches_exactly_its_elements(target: CpuTarget, element: str,
 
 
 @each_target
+@pytest.mark.parametrize("element", ["f32", "bf16", "f16", "i8"])
+def test_a_partial_store_leaves_its_neighbours_alone(target: CpuTarget, element: str) -> None:
+    """Also for counts that are known when compiling, which take another path."""
+    n = target.lanes
+    k = KernelBuilder("partial", target)
+    x, out = k.buffer(0, "f32").load(0, n), k.buffer(1, element)
+    for count in range(n + 1):
+        out.at(2 * n * count).store(k.convert(x, element), valid=k.i64(count))
+        out.at(2 * n * (n + 1 + count)).store(k.convert(x, element), valid=k.dim(0) + count)
+    got = np.full((2 * (n + 1), 2 * n), 99, DTYPE[element])
+    run(k, [np.arange(1, n + 1, dtype=np.float32), got], [0])
+    lanes = np.arange(2 * n)
+    for count, row in enumerate(got):
+        want = np.where(lanes < count % (n + 1), lanes + 1, 99).astype(DTYPE[element])
+        np.testing.assert_array_equal(row.astype(np.float32), want.astype(np.float32))
+
+
+@each_target
 def test_vectorize_carries_values_and_ignores_empty_ranges(target: CpuTarget, rng: np.random.Generator) -> None:
     k = KernelBuilder("total", target)
     x, out = k.buffer(0, "f32"), k.buffer(1, "f32")
@@ -300,6 +318,17 @@ def test_kernels_of_one_module_share_equal_functions_and_refuse_different_ones()
         module_text(kernel("first", 2.0), kernel("second", 3.0))
     with pytest.raises(UsageError, match="function 'scaled' cannot be loaded: Symbols not found"):
         library.address("scaled")
+
+
+def test_a_function_can_be_kept_out_of_line() -> None:
+    def code(inline: bool) -> str:
+        k = KernelBuilder("caller", TARGETS[0])
+        f = k.function("callee", [F32], lambda f, x: [x * 2.0], inline=inline)
+        k.buffer(0, "f32").store(k.call(f, k.buffer(0, "f32").load())[0])
+        return assembly(k.text())
+
+    assert "callee" in code(inline=False)
+    assert "callee" not in code(inline=True)
 
 
 def test_misuse_is_refused_where_it_is_written() -> None:

@@ -29,6 +29,10 @@ FOLDS: dict[str, Callable[[int, int], int]] = {
     "sub": int.__sub__,
     "mul": int.__mul__,
     "shl": int.__lshift__,
+    "shrs": int.__rshift__,
+    "and": int.__and__,
+    "min": min,
+    "max": max,
 }
 
 
@@ -361,6 +365,9 @@ class Builder:
         if valid is None:
             self.lines.append(f"llvm.store {stored.name}, {at.name} {{alignment = {align} : i64}} : {t}, !llvm.ptr")
             return
+        if isinstance(valid.const, int):
+            self.store_lanes(at, stored, valid.const, align)
+            return
         mask = self.mask(valid, t.lanes)
         if t.bits == 16:
             stored = self.bitcast(stored, t.of("i16"))
@@ -368,6 +375,18 @@ class Builder:
         self.lines.append(
             f"llvm.intr.masked.store {stored.name}, {at.name}, {mask.name} {{alignment = {align} : i32}} : {types}"
         )
+
+    def store_lanes(self, at: Pointer, value: Value, count: int, align: int) -> None:
+        """The first `count` lanes, in pieces of powers of two.
+
+        Not masked: LLVM stores too many bytes for a constant mask of one lane of a 16-bit vector that was truncated.
+        """
+        start = 0
+        while start < count:
+            n = min(value.type.lanes, 1 << ((count - start).bit_length() - 1))
+            piece = self.slice(value, start, n) if n > 1 else self.extract(value, start)
+            self.store(at, piece, start, None, align)
+            start += n
 
     def prefetch(self, at: Pointer, locality: int, write: bool) -> None:
         attributes = f"cache = 1 : i32, hint = {locality} : i32, rw = {int(write)} : i32"

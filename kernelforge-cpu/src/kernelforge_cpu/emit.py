@@ -67,19 +67,21 @@ class KernelBuilder(Builder):
             at = self.at_entry(f"llvm.getelementptr {at.name}[{index}] : (!llvm.ptr) -> !llvm.ptr, i64", PTR)
         return self.at_entry(f"llvm.load {at.name} {{alignment = 8 : i64}} : !llvm.ptr -> i64", I64)
 
-    def function(self, name: str, params: Sequence[Type], write: Callable[..., Sequence[Value]]) -> Function:
+    def function(
+        self, name: str, params: Sequence[Type], write: Callable[..., Sequence[Value]], *, inline: bool = True
+    ) -> Function:
         """A private function: `write(builder, *params)` writes its body into its own builder and returns its results.
 
-        Kernels of one module share functions of the same name, which must then have the same text.
+        Kernels of one module share functions of the same name, which must then have the same text. One that is never
+        inlined keeps the loops around its calls quick to compile.
         """
         inner = Builder(self.target, params)
         results = list(write(inner, *inner.params))
         types = tuple(v.type for v in results)
         arguments = ", ".join(f"{p.name}: {p.type}" for p in inner.params)
         header = f"func.func private @{name}({arguments}) -> ({', '.join(map(str, types))})"
-        self.functions[name] = (
-            f"{header} attributes {{llvm.linkage = #llvm.linkage<internal>}} {{\n{inner.body(results)}\n}}"
-        )
+        attributes = "llvm.linkage = #llvm.linkage<internal>" + ("" if inline else ", llvm.no_inline")
+        self.functions[name] = f"{header} attributes {{{attributes}}} {{\n{inner.body(results)}\n}}"
         return Function(name, tuple(params), types)
 
     def share(self, n: Value | int, grain: int = 1) -> tuple[Value, Value]:
