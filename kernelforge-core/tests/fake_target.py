@@ -10,6 +10,7 @@ import numpy as np
 
 from kernelforge import builtin
 from kernelforge.backend import Buffer, Catalog, TensorSource, Timing
+from kernelforge.cli.output import Output
 from kernelforge.constant import evaluate
 from kernelforge.descriptors import BackendSpec
 from kernelforge.errors import UsageError
@@ -73,7 +74,7 @@ class FakeExecutable:
     def run(self, inputs: Mapping[str, Array | Buffer]) -> tuple[Array | Buffer, ...]:
         bound, _ = bind_inputs(self._plan, inputs)
         memory = {**self._constants, **bound}
-        operands = [None if v is None else memory[v] for v in self._step.operands]
+        operands = [None if v is None else self._array(v, memory) for v in self._step.operands]
         results = self._op.evaluate(self._step.problem, operands)
         self.kernel.runs += 1
         outputs: list[Array | Buffer] = []
@@ -87,6 +88,13 @@ class FakeExecutable:
             else:
                 outputs.append(array)
         return tuple(outputs)
+
+    def _array(self, value: int, memory: Mapping[int, Array]) -> Array:
+        found = self._plan.values[value]
+        if found.place != "view":
+            return memory[value]
+        strides = [s * found.type.itemsize for s in found.type.element_strides()]
+        return np.lib.stride_tricks.as_strided(memory[found.base], found.type.static_shape(), strides)
 
     def measure(self, inputs: Mapping[str, Array | Buffer], *, repeats: int) -> Timing:
         self.kernel.on_measure()
@@ -131,6 +139,18 @@ class FakePlugin:
     @hookimpl
     def kernelforge_kernels(self) -> Sequence[KernelVariant]:
         return self.variants
+
+
+class FakeOutput(Output):
+    """A run of a verb with plugins of one's own."""
+
+    def __init__(self, registry: Registry, target: str = "fake") -> None:
+        super().__init__("verb", target=target)
+        self._registry = registry
+
+    @property
+    def registry(self) -> Registry:
+        return self._registry
 
 
 def registry(*variants: KernelVariant) -> Registry:

@@ -334,8 +334,7 @@ def test_a_missing_baseline(tmp_path: Path) -> None:
 
 
 def run_suite_verb(registry: Registry, **options: Any) -> dict[str, Any]:
-    out = output.Output("benchmark-suite", target="fake")
-    out.registry = registry
+    out = fake_target.FakeOutput(registry)
     with output.use(out):
         try:
             bench_verbs.suite(**{"substring": "decoder_mha_qkv", "repeat": 1, **options})

@@ -13,10 +13,10 @@ from fake_target import Array, Kernel, variant
 
 from kernelforge.backend import Timing
 from kernelforge.bench.matmul import matmul_problem
-from kernelforge.errors import WrongResultError
-from kernelforge.problem import Problem, TensorType, parse_problem
+from kernelforge.errors import UsageError, WrongResultError
+from kernelforge.problem import Problem, TensorType, parse_problem, parse_tensor_type
 from kernelforge.registry import Registry
-from kernelforge.session import Session
+from kernelforge.session import Session, memory_of
 from kernelforge.tune.measure import Subject, measure_in_turn
 from kernelforge.tune.records import RecordStore
 from kernelforge.tune.verify import Workload, compare, tolerance
@@ -161,10 +161,11 @@ def test_strided_operands_have_poison_between_their_elements(registry: Registry,
     with fake_target.session(store, variant("v", op="transformer.silu")) as session:
         workload = Workload(session, parse_problem(key))
         x = workload.case().inputs["x"]
-        assert x.strides == (40, 4)
-        between = np.lib.stride_tricks.as_strided(x[0, 3:], (7,), (4,))
-        assert np.isnan(between[1:]).all()
-        assert not np.isnan(x).any()
+        assert x.shape == (3, 10)
+        assert np.isnan(x[:, 4:]).all()
+        assert not np.isnan(x[:, :4]).any()
+        executable = session.compile_problem(workload.problem)
+        assert workload.verify(executable).largest == 0.0
 
 
 def test_the_reference_target_verifies_samples_of_every_op(registry: Registry, store: RecordStore) -> None:
@@ -231,3 +232,36 @@ def test_a_failing_subject_can_be_told() -> None:
         measure_in_turn([good, bad])
     assert bad.running
     assert not good.running
+
+
+@pytest.mark.parametrize(
+    ("view", "memory"),
+    [
+        ("f32[3,4]", "f32[3,4]"),
+        ("f32[3,4]:[4,1]", "f32[3,4]:[4,1]"),
+        ("f32[3,4]:[10,1]", "f32[3,10]"),
+        ("f32[tokens,2,4]:[20,4,1]", "f32[tokens,20]"),
+        ("f32[2,tokens,4]:[4,8,1]", "f32[tokens,8]"),
+        ("f32[3,4]:[1,3]", "f32[4,3]"),
+        ("f32[4,5]:[0,1]", "f32[5,1]"),
+    ],
+)
+def test_the_memory_of_a_view(view: str, memory: str) -> None:
+    assert str(memory_of(parse_tensor_type(view))) == memory
+
+
+def test_views_that_overlap_have_no_memory_of_their_own() -> None:
+    for view in ("f32[3,4]:[2,1]", "f32[2,tokens]:[9,1]"):
+        with pytest.raises(UsageError, match="does not lie in rows of its outermost axis"):
+            memory_of(parse_tensor_type(view))
+
+
+def test_an_operand_that_is_written_in_place_must_be_contiguous(registry: Registry, store: RecordStore) -> None:
+    op = registry.ops["transformer.kv_cache_update"]
+    operands = ("f32[1,8,2,4]:[128,16,4,1]", "f32[3,2,4]", "i32[3]", "i32[3]")
+    problem = op.problem([parse_tensor_type(t) for t in operands], {})
+    with (
+        fake_target.session(store, variant("v", op=op.full_name)) as session,
+        pytest.raises(UsageError, match=r"operand 'cache' .* is written in place and must be contiguous"),
+    ):
+        session.compile_problem(problem)

@@ -65,9 +65,7 @@ class WithModels(fake_target.FakePlugin):
 
 
 def output_of(using: Registry | None = None, target: str = "fake") -> output.Output:
-    out = output.Output("verb", target=target)
-    out.registry = using or registry()
-    return out
+    return fake_target.FakeOutput(using or registry(), target)
 
 
 def run(verb: Callable[..., Any], *arguments: Any, using: Registry | None = None, **options: Any) -> dict[str, Any]:
@@ -125,12 +123,16 @@ def test_a_model_is_all_its_problems(capsys: pytest.CaptureFixture[str]) -> None
     found = [(p["problem"].split(" ")[0], p["programs"], p["steps"]) for p in data["problems"]]
     assert found == [
         ("transformer.matmul(f32[1,16],", ("decode",), 2),
-        ("transformer.matmul(f32[32,16],", ("prefill",), 2),
+        ("transformer.matmul(f32[?0,16],", ("prefill",), 2),
     ]
     assert "prefill" in capsys.readouterr().out
     tuned = run(tune_verb.tune, model="toy:two", using=using)
     assert [p["programs"] for p in tuned["problems"]] == [("decode",), ("prefill",)]
+    assert "f32[32,16]" in tuned["problems"][1]["problem"]
     assert all(p["best"]["config"] == {"tile": 8} for p in tuned["problems"])
+    after = run(why_verb.why, model="toy:two", using=using)["problems"]
+    sources = [(p["config"]["tile"], p["config_source"]) for p in after]
+    assert sources == [(8, "record"), (8, "nearest-record")]
     with pytest.raises(AssetError, match=r"cannot read the model 'x\.onnx': none of the importers \(toy\) reads it"):
         run(why_verb.why, model="x.onnx", using=using)
     with pytest.raises(AssetError, match="no importer is installed"):

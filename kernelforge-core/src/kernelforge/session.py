@@ -8,12 +8,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from kernelforge.constant import ArraySource, Named
+from kernelforge.errors import UsageError
 from kernelforge.module import Function, Module
 from kernelforge.passes import DEFAULT, Pipeline
 from kernelforge.plan import Plan, Step, Value
 from kernelforge.plan_cache import cached_plan, code_stamp, keep_plan, plan_key
 from kernelforge.planning import make_plan
-from kernelforge.problem import Problem
+from kernelforge.problem import Problem, TensorType
 from kernelforge.selection import Lookup, Selection, select
 from kernelforge.tune.records import RecordStore
 
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 class Session:
     """An opened device of a target, with the plugins and records that decide what runs on it.
 
-    `variants` forces variants by op name (`{"transformer.matmul": "blocked"}`); `pipeline` is a pass pipeline's text, the
-    default one when None; `records` answers for measurements, by default the user's own file.
+    `variants` forces variants by op name (`{"transformer.matmul": "blocked"}`); `pipeline` is a pass pipeline's text,
+    the default one when None; `records` answers for measurements, by default the user's own file.
     """
 
     def __init__(
@@ -165,7 +166,8 @@ class Session:
     ) -> Executable:
         """An executable of one op: inputs and constants are named by the op's operands, outputs by its results.
 
-        `variant` and `config` force the kernel. Operands whose type says `constant` are taken from `constants`.
+        `variant` and `config` force the kernel. Operands whose type says `constant` are taken from `constants`. For one
+        that has gaps or another order of axes the input is the memory that it lies in: see `memory_of`.
         """
         problem = problem.canonical()
         forced = variant if variant is not None else self.variants.get(problem.op)
@@ -189,6 +191,19 @@ def operand_names(problem: Problem, registry: Registry) -> tuple[str, ...]:
     return tuple(names)
 
 
+def memory_of(t: TensorType) -> TensorType:
+    """The row-major tensor that `t` is a view of, from its first element on: `t` itself when it is contiguous, else of
+    shape [size, stride] of its outermost axis, the one with the largest stride. Raises UsageError when axes overlap."""
+    if t.contiguous or t.constant:
+        return t
+    strides = t.element_strides()
+    outer = max(range(t.rank), key=lambda axis: strides[axis])
+    inner = [(d, s) for axis, (d, s) in enumerate(zip(t.shape, strides, strict=True)) if axis != outer]
+    if any(isinstance(d, str) for d, _ in inner) or sum((int(d) - 1) * s for d, s in inner) >= strides[outer]:
+        raise UsageError(f"{t} does not lie in rows of its outermost axis")
+    return TensorType((t.shape[outer], strides[outer]), t.dtype)
+
+
 def problem_plan(problem: Problem, selection: Selection, registry: Registry) -> Plan:
     """A plan of one step. Results that the op writes in place are the donated inputs themselves."""
     op = registry.ops[problem.op]
@@ -204,7 +219,15 @@ def problem_plan(problem: Problem, selection: Selection, registry: Registry) -> 
         if t.constant:
             values.append(Value(t, "constant", name, constant=Named(name, t)))
         else:
-            values.append(Value(t, "input", name, donated=i in aliases.values()))
+            memory, donated = memory_of(t), i in aliases.values()
+            if donated and memory != t:
+                raise UsageError(
+                    f"operand '{name}' of {op.full_name} is written in place and must be contiguous, not {t}"
+                )
+            values.append(Value(memory, "input", name, donated=donated))
+            if memory != t:
+                values.append(Value(t, "view", base=len(values) - 1))
+                operands[-1] = len(values) - 1
     inputs = tuple(i for i, v in enumerate(values) if v.place == "input")
     results: list[int] = []
     for i, t in enumerate(problem.results):

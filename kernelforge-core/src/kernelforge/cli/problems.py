@@ -19,12 +19,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Asked:
-    """A static problem, and where a model has it."""
+    """A problem, and where a model has it."""
 
     problem: Problem
+    """As it is run: dimensions may be dynamic."""
+    static: Problem
+    """With the sizes at which it is measured."""
     programs: tuple[str, ...] = ()
     steps: int = 1
     """How many steps of those programs are this problem."""
+
+    @classmethod
+    def of(cls, problem: Problem) -> Asked:
+        return cls(problem, problem)
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class Request:
         if self.model is not None:
             return model_problems(session, load_model(session.registry, self.model, self.weights))
         if self.problem is not None:
-            return [Asked(checked_problem(session.registry, self.problem))]
+            return [Asked.of(checked_problem(session.registry, self.problem))]
         assert self.op is not None
         op = find_op(session.registry, self.op)
         if op.full_name != MATMUL:
@@ -55,7 +62,7 @@ class Request:
         m, n, k = self.sizes
         if m is None or n is None or k is None:
             raise UsageError("matmul needs its sizes", hint="for example --m 64 --n 64 --k 128")
-        return [Asked(matmul_problem(session.registry, m, n, k, self.dtype, constant=self.constant))]
+        return [Asked.of(matmul_problem(session.registry, m, n, k, self.dtype, constant=self.constant))]
 
 
 def find_op(registry: Registry, name: str) -> OpDef:
@@ -111,16 +118,16 @@ def load_model(registry: Registry, source: str, weights: str) -> ImportedModel:
 
 
 def model_problems(session: Session, model: ImportedModel) -> list[Asked]:
-    """Every distinct problem of the model's programs on the session's target, dynamic dimensions at their upper
-    bounds."""
-    found: dict[Problem, Asked] = {}
+    """Every distinct problem of the model's programs on the session's target, measured at the programs' sizes and,
+    where a dimension is dynamic, at its upper bound."""
+    found: dict[tuple[Problem, Problem], Asked] = {}
     for program in model.programs:
         plan = session.plan(program.module, dims=program.dims, max_dims=program.max_dims)
         for step in plan.steps:
             static = step.problem.with_dims(_sizes(step.dims, {**program.max_dims, **program.dims}, program.name))
-            before = found.get(static, Asked(static, steps=0))
+            before = found.get((step.problem, static), Asked(step.problem, static, steps=0))
             programs = tuple(dict.fromkeys((*before.programs, program.name)))
-            found[static] = Asked(static, programs, before.steps + 1)
+            found[step.problem, static] = Asked(step.problem, static, programs, before.steps + 1)
     return list(found.values())
 
 

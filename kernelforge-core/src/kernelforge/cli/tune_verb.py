@@ -43,11 +43,11 @@ def tune(
     out = output.current()
     request = Request(op, (m, n, k), dtype, constant, problem, model, weights)
     with closing(open_session()) as session:
-        asked = request.resolve(session)
+        asked = list({each.static: each for each in request.resolve(session)}.values())
         store = RecordStore.default()
         end = time.monotonic() + (budget_s if budget_s is not None else BUDGET_S * len(asked))
         out.data = {"problems": [], "records": str(store.path)}
-        planned = sum(planned_trials(session, a.problem, tunable(session, a.problem, variant or ())) for a in asked)
+        planned = sum(planned_trials(session, a.static, tunable(session, a.static, variant or ())) for a in asked)
         with out.progress("tuning", planned) as bar:
 
             def advance(record: Record) -> None:
@@ -56,7 +56,7 @@ def tune(
             for i, each in enumerate(asked):
                 result = tune_problem(
                     session,
-                    each.problem,
+                    each.static,
                     store=store,
                     tuner=tuner,
                     variants=variant or (),

@@ -14,7 +14,7 @@ from kernelforge.dtype import FLOATS, epsilon, to_numpy
 from kernelforge.errors import UsageError, WrongResultError
 from kernelforge.op import OpDef
 from kernelforge.problem import Problem, TensorType
-from kernelforge.session import operand_names
+from kernelforge.session import memory_of, operand_names
 
 if TYPE_CHECKING:
     from kernelforge.backend import Buffer, Device, Executable
@@ -91,7 +91,7 @@ class Case:
     """Inputs and the results that the reference gives for them."""
 
     inputs: Mapping[str, Array]
-    """By operand name, without the constants."""
+    """By operand name, without the constants; as `Session.compile_problem` takes them."""
     expected: tuple[Array, ...]
 
 
@@ -174,15 +174,14 @@ class Workload:
 
 
 def _laid_out(array: Array, t: TensorType) -> Array:
-    """`array` with the strides of its type; the elements between, which a kernel must not read, are poisoned."""
-    if t.contiguous:
+    """`array` in the memory that its type describes; what lies between its elements, and a kernel must not read, is
+    poisoned."""
+    memory = memory_of(t)
+    if memory == t:
         return array
-    strides = t.element_strides()
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(array.shape, strides, strict=True))
-    memory = np.full(extent, np.nan if t.dtype in FLOATS else -1, array.dtype)
-    view = as_strided(memory, array.shape, [stride * t.itemsize for stride in strides])
-    view[...] = array
-    return view
+    base = np.full(memory.static_shape(), np.nan if t.dtype in FLOATS else -1, array.dtype)
+    as_strided(base, array.shape, [stride * t.itemsize for stride in t.element_strides()])[...] = array
+    return base
 
 
 def _poison_free_memory(problem: Problem) -> None:
