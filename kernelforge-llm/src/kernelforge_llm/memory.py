@@ -8,8 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import psutil
-
 INTERVAL_S = 0.05
 """Seldom enough to leave what is measured meanwhile alone."""
 
@@ -20,6 +18,10 @@ def anonymous_bytes() -> int:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("RssAnon:"):
                 return int(line.split()[1]) * 1024
+    import psutil
+
+    import psutil
+
     return int(psutil.Process().memory_info().rss)
 
 

@@ -1,0 +1,43 @@
+"""Variants of `transformer.matmul` and `transformer.glu_matmul`. Cheap to import: builders are named, not loaded."""
+
+from __future__ import annotations
+
+from kernelforge.variant import KernelVariant
+
+HERE = "kernelforge_cpu.kernels.matmul"
+
+VARIANTS = (
+    *(
+        KernelVariant(
+            name="vectorized",
+            op=f"transformer.{op}",
+            target="cpu",
+            build=f"{HERE}.vectorized:build_matmul",
+            summary=summary,
+            supports=f"{HERE}.vectorized:takes_matmul",
+            space=f"{HERE}.config:matmul_space",
+            default=f"{HERE}.config:matmul_default",
+            priority=10,
+        )
+        for op, summary in (
+            ("matmul", "packed rhs, register tiles, fused epilogue; any number of rows"),
+            ("glu_matmul", "as for matmul, both products in one pass over x"),
+        )
+    ),
+    *(
+        KernelVariant(
+            name=name,
+            op="transformer.matmul",
+            target="cpu",
+            build=f"{HERE}.numba_variants:build_{name}",
+            summary=summary,
+            supports=f"{HERE}.numba_variants:takes_f32",
+            space=f"{HERE}.numba_variants:block_space",
+            priority=priority,
+        )
+        for name, summary, priority in (
+            ("parallel", "numba, blocks of the result shared by all threads", 1),
+            ("blocked", "numba, cache blocks, one thread", 0),
+        )
+    ),
+)

@@ -1,0 +1,103 @@
+"""Rotary position embedding by a table of cosines and sines."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from kernelforge.variant import Reject
+from kernelforge_cpu.kernel import NativeKernel, Phase
+from kernelforge_cpu.kernels.axes import emit_size, shared, size_of
+from kernelforge_cpu.kernels.common import new_kernel
+from kernelforge_cpu.kernels.strided import takes_rows, tensor
+
+if TYPE_CHECKING:
+    from kernelforge.problem import Attr, Problem
+    from kernelforge.variant import Config, DeviceInfo, Verdict
+    from kernelforge_cpu.emit import Pointer, Value
+    from kernelforge_cpu.kernel import Array
+
+GRAIN = 32768
+"""Elements below which another thread costs more than it saves."""
+
+MAX_TABLE_POSITIONS = 131072
+"""A table of this length and 128 rotated elements has 64 MiB."""
+
+
+def takes_rope(problem: Problem, device: DeviceInfo) -> Verdict:
+    positions = problem.attr("max_position")
+    assert isinstance(positions, int)
+    if positions > MAX_TABLE_POSITIONS:
+        return Reject(f"tabulates at most {MAX_TABLE_POSITIONS} positions, not {positions}")
+    if isinstance(problem.operand(0).shape[-1], str):
+        return Reject("takes heads of a static size")
+    return takes_rows(problem, device)
+
+
+@lru_cache(maxsize=4)
+def rotations(head_size: int, attrs: tuple[tuple[str, Attr], ...]) -> Array:
+    """f32 [max_position, 2, pairs]: cosine and sine of every position's angles, computed in float64. Equal arguments give
+    the same array, so that all ropes of a model share one."""
+    import numpy as np
+
+    from kernelforge.dialects.transformer.rope import inverse_frequencies
+
+    named = dict(attrs)
+    positions = named["max_position"]
+    assert isinstance(positions, int)
+    frequencies = inverse_frequencies(head_size, named)
+    table = np.empty((positions, 2, frequencies.size), np.float32)
+    for first in range(0, positions, 4096):  # in blocks, to keep the float64 angles small
+        angles = np.arange(first, min(first + 4096, positions))[:, None] * frequencies
+        table[first : first + 4096, 0], table[first : first + 4096, 1] = np.cos(angles), np.sin(angles)
+    return table
+
+
+def build_rope(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
+    """Per token and vector of pairs, cosines and sines are loaded once for all heads."""
+    k = new_kernel(problem, config, device)
+    shape, interleaved = problem.operand(0).shape, bool(problem.attr("interleaved"))
+    size = shape[-1]
+    assert isinstance(size, int)
+    table = rotations(size, problem.attrs)
+    pairs = table.shape[2]
+    x, positions, out = (tensor(k, problem, i) for i in range(3))
+    turns = k.buffer(3, "f32")
+    heads = emit_size(k, problem, size_of(shape[1]))
+    steps = [[emit_size(k, problem, s) for s in t.strides] for t in (x, positions, out)]
+    # No wider than the pairs: a vector with empty lanes costs as much as a full one.
+    lanes = min(k.lanes, 1 << max(0, pairs.bit_length() - 1))
+
+    def copy(source: Pointer, result: Pointer, first: int) -> None:
+        with k.for_(0, heads) as head:
+            src, dst = source.at(head.i * steps[0][1]), result.at(head.i * steps[2][1])
+            k.vectorize(first, size, lambda i, valid: dst.store(src.load(i, k.lanes, valid=valid), i, valid=valid))
+
+    def rotate(source: Pointer, result: Pointer, row: Pointer) -> None:
+        def step(i: Value, valid: Value | None) -> None:
+            cos, sin = row.load(i, lanes, valid=valid), row.load(i + pairs, lanes, valid=valid)
+            with k.for_(0, heads) as head:
+                src, dst = source.at(head.i * steps[0][1]), result.at(head.i * steps[2][1])
+                if interleaved:
+                    both = None if valid is None else valid * 2
+                    x = src.load_f32(i * 2, 2 * lanes, valid=both)
+                    a, b = (k.shuffle(x, x, range(first, 2 * lanes, 2)) for first in (0, 1))
+                    a, b = k.fma(a, cos, -(b * sin)), k.fma(b, cos, a * sin)
+                    dst.store(k.shuffle(a, b, [j // 2 + j % 2 * lanes for j in range(2 * lanes)]), i * 2, valid=both)
+                else:
+                    a, b = (src.load_f32(i + first, lanes, valid=valid) for first in (0, pairs))
+                    dst.store(k.fma(a, cos, -(b * sin)), i, valid=valid)
+                    dst.store(k.fma(b, cos, a * sin), i + pairs, valid=valid)
+
+        k.vectorize(0, pairs, step, lanes=lanes)
+
+    with k.for_(*k.share(emit_size(k, problem, size_of(shape[0])))) as token:
+        source, result = x.pointer.at(token.i * steps[0][0]), out.pointer.at(token.i * steps[2][0])
+        position = k.convert(positions.pointer.load(token.i * steps[1][0]), "i64")
+        with k.if_(position.lt(0)) as branch:
+            copy(source, result, 0)
+        with branch.else_():
+            rotate(source, result, turns.at(position * (2 * pairs)))
+            if 2 * pairs < size:
+                copy(source, result, 2 * pairs)
+    return NativeKernel((Phase(k.name, shared(problem, size_of(*shape), GRAIN)),), k.text(), tables=(table,))
