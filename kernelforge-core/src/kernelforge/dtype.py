@@ -34,7 +34,8 @@ def to_numpy(dtype: str) -> np.dtype[np.generic]:
     if dtype == "bf16":
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
+        bf16: np.dtype[np.generic] = np.dtype(ml_dtypes.bfloat16)
+        return bf16
     if dtype not in _NUMPY:
         raise UsageError(f"unknown dtype '{dtype}'", hint=f"one of {', '.join(ITEMSIZE)}")
     return np.dtype(_NUMPY[dtype])

@@ -42,7 +42,7 @@ class HostBuffer:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.array.shape
+        return tuple(self.array.shape)
 
     @property
     def dtype(self) -> str:
@@ -75,7 +75,7 @@ def bind_inputs(plan: Plan, inputs: Mapping[str, Array | Buffer]) -> tuple[dict[
         if value.name not in inputs:
             raise UsageError(f"input '{value.name}' is missing", hint=f"it is {value.type}")
         given = inputs[value.name]
-        array = given.array if isinstance(given, HostBuffer) else np.asarray(given)  # type: ignore[arg-type]
+        array = given.array if isinstance(given, HostBuffer) else np.asarray(given)
         if array.dtype != to_numpy(value.type.dtype):
             raise UsageError(f"input '{value.name}' has dtype {array.dtype}, wants {value.type.dtype}")
         if array.ndim != value.type.rank:
@@ -121,8 +121,8 @@ class ReferenceExecutable:
         outputs: list[Array | Buffer] = []
         for i in self._plan.outputs:
             root = self._plan.values[self._plan.root(i)]
-            given = inputs.get(root.name) if root.place == "input" else None
-            outputs.append(given if isinstance(given, HostBuffer) else self._array(i, memory, dims))
+            buffer = inputs.get(root.name) if root.place == "input" else None
+            outputs.append(buffer if isinstance(buffer, HostBuffer) else self._array(i, memory, dims))
         return tuple(outputs)
 
     def _array(self, i: int, memory: Mapping[int, Array], dims: Mapping[str, int]) -> Array:

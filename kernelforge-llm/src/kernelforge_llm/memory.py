@@ -20,8 +20,6 @@ def anonymous_bytes() -> int:
                 return int(line.split()[1]) * 1024
     import psutil
 
-    import psutil
-
     return int(psutil.Process().memory_info().rss)
 
 
