@@ -58,8 +58,11 @@ def llm_bench(
     }
     counted = f"{threads} thread{'s' if threads > 1 else ''}"
     out.print(f"{source.name}, weights {weights}, {out.target}, {counted}, {depth} tokens in the cache")
-    titles = (f"prefill {prompt_tokens}, tokens/s", f"decode {gen_tokens}, tokens/s", "first token, s")
-    rows = [(title, *summary.values()) for title, summary in zip(titles, figures.values(), strict=True)]
+    scales = {f"prefill {prompt_tokens}, tokens/s": 1, f"decode {gen_tokens}, tokens/s": 1, "first token, ms": 1000}
+    rows = [
+        (title, *(_rounded(value * scale) for value in summary.values()))
+        for (title, scale), summary in zip(scales.items(), figures.values(), strict=True)
+    ]
     out.table(("", "median", "min", "max"), rows)
     out.print(f"peak memory {peak.nbytes / 1e6:.0f} MB, compiled in {decoder.compile_s:.1f} s")
     return {
@@ -111,3 +114,7 @@ def _measure(decoder: Decoder, prompt_tokens: int, gen_tokens: int, depth: int, 
 
 def _summary(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def _rounded(value: float) -> float:
+    return round(value) if value >= 100 else value
