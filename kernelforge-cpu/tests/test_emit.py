@@ -249,6 +249,23 @@ def test_lanes(target: CpuTarget, rng: np.random.Generator) -> None:
 
 
 @each_target
+@pytest.mark.parametrize("element", ["bf16", "f16", "i8"])
+def test_lanes_of_narrow_types_move_without_conversion(target: CpuTarget, element: str) -> None:
+    n = target.lanes
+    k = KernelBuilder("narrow", target)
+    source, out = k.buffer(0, element), k.buffer(1, element)
+    row = source.load(0, n)
+    out.store(k.shuffle(row, row, range(n)[::-1]), 0)
+    out.store(k.insert(row, k.extract(row, 0), k.dim(0)), n)
+    out.store(k.select(k.dim(0).eq(1), row, source.load(0, n)), 2 * n)
+    x, got = np.arange(n).astype(DTYPE[element]), np.zeros(3 * n, DTYPE[element])
+    run(k, [x, got], [1])
+    inserted = x.copy()
+    inserted[1] = x[0]
+    np.testing.assert_array_equal(got.astype(np.float32), np.concatenate([x[::-1], inserted, x]).astype(np.float32))
+
+
+@each_target
 def test_branches_loops_calls_and_scratch(target: CpuTarget) -> None:
     """Collatz steps through a private function, into stack scratch, with a branch that has results."""
     k = KernelBuilder("collatz", target)

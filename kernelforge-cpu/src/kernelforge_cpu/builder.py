@@ -255,14 +255,18 @@ class Builder:
         return self.op(f"vector.broadcast {a.name} : {a.type} to {t}", t)
 
     def extract(self, a: Value, lane: int | Value) -> Value:
-        return self.op(
-            f"vector.extract {a.name}[{self.position(lane)}] : {a.type.element} from {a.type}", Type(a.type.element)
-        )
+        lanes = self.movable(a)
+        one = Type(lanes.type.element)
+        text = f"vector.extract {lanes.name}[{self.position(lane)}] : {one} from {lanes.type}"
+        return self.bitcast(self.op(text, one), Type(a.type.element))
 
     def insert(self, a: Value, scalar: Value, lane: int | Value) -> Value:
-        return self.op(
-            f"vector.insert {scalar.name}, {a.name}[{self.position(lane)}] : {scalar.type} into {a.type}", a.type
-        )
+        lanes, one = self.movable(a), self.movable(scalar)
+        text = f"vector.insert {one.name}, {lanes.name}[{self.position(lane)}] : {one.type} into {lanes.type}"
+        return self.bitcast(self.op(text, lanes.type), a.type)
+
+    def movable(self, a: Value) -> Value:
+        return self.bitcast(a, movable(a.type))
 
     def position(self, lane: int | Value) -> str:
         if isinstance(lane, int):
@@ -273,8 +277,9 @@ class Builder:
 
     def shuffle(self, a: Value, b: Value, lanes: Sequence[int]) -> Value:
         """A vector of the named lanes: i < n is a's lane i, n <= i < 2n is b's lane i - n."""
-        t = vec(len(lanes), a.type.element)
-        return self.op(f"vector.shuffle {a.name}, {b.name} [{', '.join(map(str, lanes))}] : {a.type}, {b.type}", t)
+        x, y = self.movable(a), self.movable(b)
+        text = f"vector.shuffle {x.name}, {y.name} [{', '.join(map(str, lanes))}] : {x.type}, {y.type}"
+        return self.bitcast(self.op(text, vec(len(lanes), x.type.element)), vec(len(lanes), a.type.element))
 
     def slice(self, a: Value, start: int, lanes: int) -> Value:
         return self.shuffle(a, a, range(start, start + lanes))
@@ -346,12 +351,13 @@ class Builder:
         at, t = self.advance(base, offset), Type(base.element, lanes)
         align = align or max(1, BITS[base.element] // 8)
         if valid is None:
-            return self.op(f"llvm.load {at.name} {{alignment = {align} : i64}} : !llvm.ptr -> {t}", t)
-        # 16-bit floats move as integers: where the target has no such type LLVM's masked operations call conversions
-        moved = t.of("i16") if t.bits == 16 else t
-        mask, other = self.mask(valid, lanes), self.bitcast(self.const(fill, t), moved)
-        types = f"(!llvm.ptr, {mask.type}, {moved}) -> {moved}"
-        text = f"llvm.intr.masked.load {at.name}, {mask.name}, {other.name} {{alignment = {align} : i32}} : {types}"
+            moved = movable(t)
+            text = f"llvm.load {at.name} {{alignment = {align} : i64}} : !llvm.ptr -> {moved}"
+        else:
+            mask, other = self.mask(valid, lanes), self.movable(self.const(fill, t))
+            moved = other.type
+            types = f"(!llvm.ptr, {mask.type}, {moved}) -> {moved}"
+            text = f"llvm.intr.masked.load {at.name}, {mask.name}, {other.name} {{alignment = {align} : i32}} : {types}"
         return self.bitcast(self.op(text, moved), t)
 
     def store(
@@ -360,17 +366,16 @@ class Builder:
         stored = (
             self.convert(value, base.element) if isinstance(value, Value) else self.const(value, Type(base.element))
         )
+        stored = self.movable(stored)
         at, t = self.advance(base, offset), stored.type
         align = align or max(1, BITS[base.element] // 8)
         if valid is None:
             self.lines.append(f"llvm.store {stored.name}, {at.name} {{alignment = {align} : i64}} : {t}, !llvm.ptr")
             return
         if isinstance(valid.const, int):
-            self.store_lanes(at, stored, valid.const, align)
+            self.store_lanes(at.of(t.element), stored, valid.const, align)
             return
         mask = self.mask(valid, t.lanes)
-        if t.bits == 16:
-            stored = self.bitcast(stored, t.of("i16"))
         types = f"{stored.type}, {mask.type} into !llvm.ptr"
         self.lines.append(
             f"llvm.intr.masked.store {stored.name}, {at.name}, {mask.name} {{alignment = {align} : i32}} : {types}"
@@ -470,6 +475,11 @@ class Builder:
     def body(self, results: Sequence[Value] = ()) -> str:
         names, types = ", ".join(v.name for v in results), ", ".join(str(v.type) for v in results)
         return "\n".join([*self.entry, *self.lines, f"return {names} : {types}" if results else "return"])
+
+
+def movable(t: Type) -> Type:
+    """16-bit floats as integers: where a target has no such type, LLVM moves their lanes through conversion calls."""
+    return t.of("i16") if t.is_float and t.bits == 16 else t
 
 
 def literal(value: Number, element: str) -> str:
