@@ -265,3 +265,22 @@ def test_an_operand_that_is_written_in_place_must_be_contiguous(registry: Regist
         pytest.raises(UsageError, match=r"operand 'cache' .* is written in place and must be contiguous"),
     ):
         session.compile_problem(problem)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "slots", "capacity"), [(1, 1, 1024), (8, 8, 512), (128, 1, 512), (9, 4, 2), (5, 2, 4)]
+)
+def test_attention_is_timed_at_the_context_that_its_cost_counts(tokens: int, slots: int, capacity: int) -> None:
+    op = fake_target.registry().ops["transformer.attention"]
+    cache, ids = f"f32[{slots},{capacity},2,4]", f"i32[{tokens}]"
+    problem = op.problem([parse_tensor_type(t) for t in (f"f32[{tokens},2,4]", cache, cache, ids, ids)], {})
+    arrays = op.typical_inputs(problem, np.random.default_rng(0))
+    positions, owners = arrays[3], arrays[4]
+    assert positions is not None
+    assert owners is not None
+    seen = positions >= 0
+    assert len({*zip(owners[seen].tolist(), positions[seen].tolist(), strict=True)}) == seen.sum()
+    assert owners.max() < slots
+    assert positions.max() < capacity
+    if tokens * 4 < slots * capacity:
+        assert (positions + 1).mean() == pytest.approx(capacity / 2, abs=1)

@@ -1,7 +1,7 @@
 """What an op is: operands, attributes, type inference, a numpy reference, a workload sampler, a cost model.
 
-One `OpDef` is the single source of truth for an op. Its MLIR class and verifier, the graph builder's checks, the reference
-backend, the tests and the tuner's inputs all come from it.
+One `OpDef` is the single source of truth for an op. Its MLIR class and verifier, the graph builder's checks, the
+reference backend, the tests and the tuner's inputs all come from it.
 """
 
 from __future__ import annotations
@@ -89,9 +89,13 @@ class OpDef:
     """`(static problem) -> Cost`."""
     attributes: tuple[Attribute, ...] = ()
     inputs: Ref | None = None
-    """`(static problem, numpy Generator) -> list[ndarray | None]`: valid inputs; None: normal floats, small integers."""
+    """`(static problem, numpy Generator) -> list[ndarray | None]`: valid inputs; None: normal floats, small integers.
+    """
+    typical: Ref | None = None
+    """As `inputs`, for timing: the work is that which `cost` counts; None: that of any inputs is."""
     view: Ref | None = None
-    """`(operand_types, attrs) -> tuple[View, ...] | None`: how the results view the first operand; None: a copy is needed."""
+    """`(operand_types, attrs) -> tuple[View, ...] | None`: how the results view the first operand; None: a copy is
+    needed."""
     exact: bool = False
     """It only moves values (layout, gathering): the reference then runs in the operands' own dtypes."""
     in_place: tuple[tuple[int, int], ...] = ()
@@ -208,6 +212,13 @@ class OpDef:
             else:
                 arrays.append(rng.integers(0, 8, t.static_shape()).astype(to_numpy(t.dtype)))
         return arrays
+
+    def typical_inputs(self, problem: Problem, rng: np.random.Generator) -> list[Array | None]:
+        """Valid inputs for a static problem, to be timed: the work is that which the cost model counts."""
+        if self.typical is None:
+            return self.make_inputs(problem, rng)
+        made: list[Array | None] = resolve(self.typical)(problem, rng)
+        return made
 
 
 def _checked_attr(spec: Attribute, value: Attr) -> Attr:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -117,12 +117,13 @@ class Workload:
         return {n: a for n, a, c in zip(self.names, self._operands, self._constant, strict=True) if c and a is not None}
 
     def timing_inputs(self) -> dict[str, Array | Buffer]:
-        """Inputs that are the same in every process, so that work that depends on values (positions) is comparable."""
-        return self.bind(self.case(np.random.default_rng(0)))
+        """Typical inputs, the same in every process: the work may depend on values (positions), and is to be
+        comparable."""
+        return self.bind(self._inputs(self.op.typical_inputs(self.problem, np.random.default_rng(0))))
 
-    def case(self, rng: np.random.Generator | None = None) -> Case:
+    def case(self) -> Case:
         """Fresh inputs. Memory that the op overwrites is poisoned with NaN where it will be written."""
-        fresh = self.op.make_inputs(self.problem, rng or self._rng)
+        fresh = self.op.make_inputs(self.problem, self._rng)
         arrays = [old if c else new for old, new, c in zip(self._operands, fresh, self._constant, strict=True)]
         expected = self.op.evaluate(self.problem, arrays)
         for result, position in self.op.in_place:
@@ -134,20 +135,22 @@ class Workload:
             # An op that reads what it overwrites (an addition in place) cannot be poisoned.
             if np.array_equal(again[result], expected[result]):
                 arrays[position] = poisoned
-        inputs = {
+        return Case(self._inputs(arrays), expected)
+
+    def _inputs(self, arrays: Sequence[Array | None]) -> dict[str, Array]:
+        return {
             name: _laid_out(a, t)
             for name, a, t in zip(self.names, arrays, self.problem.operands, strict=True)
             if a is not None and t is not None and not t.constant
         }
-        return Case(inputs, expected)
 
-    def bind(self, case: Case) -> dict[str, Array | Buffer]:
-        """The case's inputs as an executable takes them: what is overwritten lies in a buffer of the device."""
-        bound: dict[str, Array | Buffer] = dict(case.inputs)
+    def bind(self, inputs: Mapping[str, Array]) -> dict[str, Array | Buffer]:
+        """Inputs as an executable takes them: what is overwritten lies in a buffer of the device."""
+        bound: dict[str, Array | Buffer] = dict(inputs)
         for _, position in self.op.in_place:
             name = self.names[position]
-            if name in case.inputs:
-                array = case.inputs[name]
+            if name in inputs:
+                array = inputs[name]
                 operand = self.problem.operand(position)
                 buffer = self._device.allocate(array.shape, operand.dtype)
                 buffer.write(array)
@@ -160,7 +163,7 @@ class Workload:
         return self._check(executable, self.case()) | self._check(executable, self.case())
 
     def _check(self, executable: Executable, case: Case) -> Error:
-        inputs = self.bind(case)
+        inputs = self.bind(case.inputs)
         _poison_free_memory(self.problem)
         outputs = executable.run(inputs)
         results = executable.plan.steps[-1].problem.results

@@ -182,6 +182,23 @@ def attention_inputs(problem: Problem, rng: np.random.Generator) -> list[Array |
     return arrays
 
 
+def attention_typical(problem: Problem, rng: np.random.Generator) -> list[Array | None]:
+    """Over a cache: the tokens shared out to the slots, each slot's in a run whose middle is that of the capacity."""
+    import numpy as np
+
+    arrays = attention_inputs(problem, rng)
+    if problem.operands[3] is not None:
+        tokens, (slots, capacity) = problem.operand(0).static_shape()[0], problem.operand(1).static_shape()[:2]
+        run = -(-tokens // min(slots, tokens))
+        start = max(0, min(capacity // 2 - (run + 1) // 2, capacity - run))
+        place = start + np.arange(tokens) % run
+        arrays[3] = np.where(place < capacity, place, -1).astype(np.int32)
+        arrays[4] = (np.arange(tokens) // run).astype(np.int32)
+        if problem.operands[5] is not None:
+            arrays[5] = np.full(slots, max(1, capacity // 2), np.int32)
+    return arrays
+
+
 def positions_and_slots(tokens: int, slots: int, capacity: int, rng: np.random.Generator) -> tuple[Array, Array]:
     """A ragged batch: each slot in use gets an equal share of the tokens, a run of positions and then padding.
 
@@ -270,5 +287,6 @@ ATTENTION = OpDef(
     sample=attention_samples,
     cost=attention_cost,
     inputs=attention_inputs,
+    typical=attention_typical,
     dialect=DIALECT,
 )
