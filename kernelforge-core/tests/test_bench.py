@@ -32,6 +32,9 @@ from kernelforge.session import Session
 from kernelforge.tune.records import RecordStore
 from kernelforge.variant import ConfigSpace, KernelVariant, Reject
 
+# It is a dependency of kernelforge-cpu, and these tests must pass without.
+pytestmark = pytest.mark.filterwarnings("ignore:threadpoolctl is not installed")
+
 
 def session(*variants: KernelVariant) -> Session:
     return fake_target.session(RecordStore.default(), *variants)
