@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 
@@ -35,6 +34,8 @@ def plugins_dir() -> Path:
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Replace `path` by a file with `content`: readers see the old one or the new one, whole. Raises OSError."""
+    import tempfile  # what it imports costs every start that writes nothing
+
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

@@ -12,7 +12,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from difflib import get_close_matches
 from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import EntryPoint
@@ -27,7 +26,7 @@ from kernelforge.discovery import CORE, Candidate, Refused, installed_plugins, p
 from kernelforge.errors import KernelForgeError, KernelForgeWarning, PluginError
 from kernelforge.hookspecs import GROUP
 from kernelforge.provenance import Provenance
-from kernelforge.registry import PluginStatus, Registry, State, command_key
+from kernelforge.registry import PluginStatus, Registry, State, command_key, did_you_mean
 from kernelforge.variant import KernelVariant
 
 T = TypeVar("T")
@@ -201,10 +200,9 @@ class _Loader:
         )
 
     def _unknown_hook(self, name: str) -> PluginError:
-        known = {hook.partition("_")[2]: hook for hook, caller in vars(self._manager.hook).items() if caller.has_spec()}
-        near = get_close_matches(name.partition("_")[2], known)
-        if near:
-            return PluginError(f"there is no hook {name}: did you mean {' or '.join(known[n] for n in near)}?")
+        known = [hook.partition("_")[2] for hook, caller in vars(self._manager.hook).items() if caller.has_spec()]
+        if guess := did_you_mean(name.partition("_")[2], known):
+            return PluginError(f"there is no hook {name}: {guess}")
         return PluginError(
             f"there is no hook {name}: the plugin that defines it is not loaded",
             hint="@hookimpl(optionalhook=True) lets it be absent",
@@ -252,8 +250,7 @@ def _report(statuses: dict[str, PluginStatus], wanted: Sequence[str]) -> None:
 
 
 def _not_installed(name: str, statuses: dict[str, PluginStatus]) -> PluginError:
-    near = get_close_matches(name, statuses)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(statuses)}"
+    hint = did_you_mean(name, statuses) or f"there are: {', '.join(statuses)}"
     return PluginError(f"no plugin named '{name}' is installed", hint=hint)
 
 

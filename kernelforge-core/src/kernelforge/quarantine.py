@@ -7,15 +7,14 @@ and renamed when the import returns; a marker that its process left behind is th
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import re
 import socket
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from kernelforge import __version__
 from kernelforge.home import plugins_dir, write_atomic
@@ -34,9 +33,8 @@ class Quarantine:
 
     @property
     def _stem(self) -> Path:
-        tested_with = f"{__version__} {sys.implementation.cache_tag} {self.requires}"
-        digest = hashlib.sha256(tested_with.encode()).hexdigest()[:12]
-        return plugins_dir() / f"{re.sub(r'[^A-Za-z0-9._-]', '_', f'{self.plugin}-{self.version}')}-{digest}"
+        tested = (self.plugin, self.version, self.requires, __version__, str(sys.implementation.cache_tag))
+        return plugins_dir() / quote(" ".join(tested), safe="")
 
     @property
     def _marker(self) -> Path:

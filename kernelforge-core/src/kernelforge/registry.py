@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import cache, cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -185,12 +184,16 @@ def lookup(kind: str, there: Mapping[str, T], name: str) -> T:
     """`there[name]`, or a UsageError that says what there is and what was probably meant."""
     if name in there:
         return there[name]
-    near = get_close_matches(name, there)
-    if near:
-        hint = f"did you mean {' or '.join(near)}?"
-    else:
-        hint = f"one of: {', '.join(sorted(there))}" if there else "there is none; a plugin may bring one"
-    raise UsageError(f"unknown {kind} '{name}'", hint=hint)
+    names = f"one of: {', '.join(sorted(there))}" if there else "there is none; a plugin may bring one"
+    raise UsageError(f"unknown {kind} '{name}'", hint=did_you_mean(name, there) or names)
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The question after a name that is none of `names`, "" when none of them is near."""
+    from difflib import get_close_matches  # only errors need it
+
+    near = get_close_matches(name, list(names))
+    return f"did you mean {' or '.join(near)}?" if near else ""
 
 
 @cache

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kernelforge.errors import PluginError, UsageError
 from kernelforge.lazy import Ref, resolve
-from kernelforge.problem import Problem
 from kernelforge.provenance import BUILTIN, Provenance
+
+if TYPE_CHECKING:
+    from kernelforge.problem import Problem
 
 Config = Mapping[str, int | str]
 """A point of a config space: parameter name to value."""

@@ -11,8 +11,6 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TextIO
 
 from kernelforge import __version__, registry
@@ -42,56 +40,36 @@ global options, before or after the verb:
   --version       print the version"""
 
 
-@dataclass
-class Request:
-    """A command line, with the global options taken out."""
+def split_options(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The verb and what is its own, and the values of the global options, taken from wherever they stand before a `--`.
 
-    words: list[str] = field(default_factory=list)
-    """The verb and what it is given."""
-    version: bool = False
-    target: str | None = None
-    threads: str | None = None
-    plugins: list[str] = field(default_factory=list)
-
-    def thread_count(self) -> int | None:
-        if self.threads is None:
-            return None
-        if not (self.threads.isdecimal() and int(self.threads) > 0):
-            raise UsageError(f"--threads takes a number of at least 1, got '{self.threads}'")
-        return int(self.threads)
-
-
-def parse_request(arguments: Sequence[str]) -> Request:
-    """Take the global options out of `arguments`, wherever they stand before a `--`. Raises UsageError.
-
-    A value that looks like a global option belongs to its own option only when it is joined to it: `--prompt=--json`.
+    Raises UsageError for an option without its value. A value that looks like a global option belongs to its own option
+    only when it is joined to it: `--prompt=--json`.
     """
-    request = Request()
+    words: list[str] = []
+    values: dict[str, list[str]] = {"--target": [], "--threads": [], "--plugin": []}
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
         name, joined, value = word.partition("=")
         if word == "--":
-            request.words += [word, *rest]
+            words += [word, *rest]
             break
-        if word == "--json":
-            continue  # known already: an error in the rest must be reported as JSON too
-        if word == "--version" and not request.words:
-            request.version = True
-        elif name in ("--target", "--threads", "--plugin"):
+        if name in values:
             if not joined:
                 if not rest or rest[0].startswith("--"):
                     raise UsageError(f"{name} needs a value")
                 value = rest.pop(0)
-            if name == "--target":
-                request.target = value
-            elif name == "--threads":
-                request.threads = value
-            else:
-                request.plugins.append(value)
-        else:
-            request.words.append(word)
-    return request
+            values[name].append(value)
+        elif word != "--json":  # which is known already: an error in the rest must be reported as JSON too
+            words.append(word)
+    return words, values
+
+
+def _thread_count(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise UsageError(f"--threads takes a number of at least 1, got '{text}'")
+    return int(text)
 
 
 def wants_json(arguments: Sequence[str]) -> bool:
@@ -143,16 +121,15 @@ def _run_reported(given: Sequence[str], out: Output) -> tuple[int, list[dict[str
 
 
 def _run(given: Sequence[str], out: Output) -> int:
-    request = parse_request(given)
-    out.requested_target = request.target
-    out.threads = request.thread_count()
-    with _only_plugins(request.plugins):
-        return _dispatch(request, out)
+    words, options = split_options(given)
+    out.requested_target = options["--target"][-1] if options["--target"] else None
+    out.threads = _thread_count(options["--threads"][-1]) if options["--threads"] else None
+    with _only_plugins(options["--plugin"]):
+        return _dispatch(words, out)
 
 
-def _dispatch(request: Request, out: Output) -> int:
-    words = request.words
-    if request.version:
+def _dispatch(words: Sequence[str], out: Output) -> int:
+    if words and words[0] == "--version":
         out.command = "--version"
         out.print(f"kernelforge {__version__}")
         out.data = {"version": __version__}
@@ -205,8 +182,8 @@ def _unknown_verb(words: Sequence[str], out: Output) -> KernelForgeError:
         return UsageError(
             f"'{verb}' comes with {distribution}, which is not installed", hint=f"pip install {distribution}"
         )
-    near = get_close_matches(verb, {spec.group or spec.name for spec in commands})
-    hint = f"did you mean {' or '.join(near)}?" if near else "kernelforge --help lists the verbs"
+    near = registry.did_you_mean(verb, {spec.group or spec.name for spec in commands})
+    hint = near or "kernelforge --help lists the verbs"
     if broken:
         hint += f" (plugins that are not loaded may have it: {', '.join(status.name for status in broken)})"
     return UsageError(f"there is no verb '{verb}'", hint=hint)

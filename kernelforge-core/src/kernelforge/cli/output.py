@@ -34,7 +34,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -172,6 +171,8 @@ def describe(error: BaseException, exit_code: int) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """Where this ran, as far as it can be told without loading anything heavy."""
+    import platform
+
     return {
         "kernelforge": __version__,
         "python": platform.python_version(),
