@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -81,12 +81,22 @@ class Executable(Protocol):
     @property
     def plan(self) -> Plan: ...
 
-    def run(self, inputs: Mapping[str, Array | Buffer]) -> tuple[Array | Buffer, ...]:
-        """Run once. `inputs` by name, any strides; donated inputs given as Buffer are updated in place.
+    def run(
+        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array] | None = None
+    ) -> tuple[Array | Buffer, ...]:
+        """Run once. `inputs` by name, any strides; donated inputs given as Buffer are updated in place. `out` names arrays
+        that outputs are written to (C-contiguous); the others are new.
 
         Returns the outputs in the function's order: arrays, or the Buffer itself for an output that is a donated input.
         Raises UsageError for a missing or unknown name, or a shape or dtype that does not fit.
         """
+        ...
+
+    def bind(
+        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array] | None = None
+    ) -> Callable[[], tuple[Array | Buffer, ...]]:
+        """`run`, checked once: each call of the result runs on the same memory, inputs as they are then, and returns the
+        same outputs, overwritten. For loops in which a dispatch must cost little. Raises as `run` does."""
         ...
 
     def measure(self, inputs: Mapping[str, Array | Buffer], *, repeats: int) -> Timing:

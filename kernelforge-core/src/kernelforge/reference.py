@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -90,6 +90,17 @@ def bind_inputs(plan: Plan, inputs: Mapping[str, Array | Buffer]) -> tuple[dict[
     return arrays, dims
 
 
+def output_array(given: Array, name: str, like: Array) -> Array:
+    """The caller's array for an output that must be as `like`. Raises UsageError when it is not."""
+    fits = given.shape == like.shape and given.dtype == like.dtype
+    if not fits or not given.flags.c_contiguous or not given.flags.writeable:
+        raise UsageError(
+            f"output '{name}' cannot be written to a {given.dtype}{list(given.shape)} array",
+            hint=f"give a writable, C-contiguous {like.dtype}{list(like.shape)} array",
+        )
+    return given
+
+
 class ReferenceExecutable:
     def __init__(self, plan: Plan, constants: TensorSource, catalog: Catalog) -> None:
         self._plan = plan
@@ -106,7 +117,9 @@ class ReferenceExecutable:
     def plan(self) -> Plan:
         return self._plan
 
-    def run(self, inputs: Mapping[str, Array | Buffer]) -> tuple[Array | Buffer, ...]:
+    def run(
+        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array] | None = None
+    ) -> tuple[Array | Buffer, ...]:
         bound, dims = bind_inputs(self._plan, inputs)
         memory: dict[int, Array] = dict(self._constants)
         for i, array in bound.items():
@@ -116,6 +129,10 @@ class ReferenceExecutable:
         for i, value in enumerate(self._plan.values):
             if value.place in ("arena", "output"):
                 memory[i] = np.empty(value.type.static_shape(dims), to_numpy(value.type.dtype))
+            if value.place == "output" and out is not None and value.name in out:
+                memory[i] = output_array(out[value.name], value.name, memory[i])
+        if out and (unknown := out.keys() - {self._plan.values[i].name for i in self._plan.outputs}):
+            raise UsageError(f"there is no output '{min(unknown)}' to write to")
         for op, step in zip(self._ops, self._plan.steps, strict=True):
             self._step(op, step, memory, dims)
         outputs: list[Array | Buffer] = []
@@ -124,6 +141,17 @@ class ReferenceExecutable:
             buffer = inputs.get(root.name) if root.place == "input" else None
             outputs.append(buffer if isinstance(buffer, HostBuffer) else self._array(i, memory, dims))
         return tuple(outputs)
+
+    def bind(
+        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array] | None = None
+    ) -> Callable[[], tuple[Array | Buffer, ...]]:
+        outputs = self.run(inputs, out)
+        kept = {
+            self._plan.values[i].name: o
+            for i, o in zip(self._plan.outputs, outputs, strict=True)
+            if self._plan.values[i].place == "output" and isinstance(o, np.ndarray)
+        }
+        return lambda: self.run(inputs, kept)
 
     def _array(self, i: int, memory: Mapping[int, Array], dims: Mapping[str, int]) -> Array:
         value = self._plan.values[i]

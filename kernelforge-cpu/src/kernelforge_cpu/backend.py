@@ -41,7 +41,6 @@ def default_threads() -> int:
 def host_info(threads: int) -> DeviceInfo:
     """The host's processor as selection sees it, for a team of `threads`."""
     from kernelforge.machine import probe
-
     from kernelforge_cpu.isa import host_target
 
     if threads < 1:

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from kernelforge.descriptors import BackendSpec
 from kernelforge.hookspecs import hookimpl
 from kernelforge.variant import KernelVariant
-
 from kernelforge_cpu.kernels.catalog import VARIANTS
 
 
