@@ -65,7 +65,7 @@ def matmul_default(problem: Problem, device: DeviceInfo) -> Config:
     """
     g = geometry(problem)
     parameters = dict(matmul_space(problem, device).parameters)
-    vectors = min(registers(device) // 16, int(parameters["vectors"][-1]))
+    vectors = min(2 if registers(device) == 32 else 1, int(parameters["vectors"][-1]))
     width = vectors * lanes(device)
     panels = 2 if len(g.rhs) == 2 or int(g.columns) > width else 1
     config: dict[str, int | str] = {"panels": panels, "vectors": vectors, "unroll": 2}

@@ -1,4 +1,4 @@
-"""The numba function behind `blocked` and `parallel`: one native kernel for all f32 matmuls, whose sizes are in a table.
+"""The numba function behind `blocked` and `parallel`: one kernel for all f32 matmuls, with its sizes in a table.
 
 Blocked for the caches (Lam, Rothberg, Wolf 1991); a unit of work is a block of the result. It allocates and raises
 nothing, so that it runs without the GIL.

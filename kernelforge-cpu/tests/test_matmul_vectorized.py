@@ -1,0 +1,182 @@
+"""`vectorized` matmul: shapes about the tile's edges, layouts, types, epilogues, dynamic rows, every kind of config."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from matmul_checks import WIDTHS, Products, device, inputs, matmul, variant
+
+from kernelforge.problem import Problem
+from kernelforge.variant import Reject
+from kernelforge_cpu import isa
+from kernelforge_cpu.jit import assembly
+
+SIZES = [
+    *((1, 1, 1), (0, 5, 3), (3, 0, 4), (4, 5, 0), (0, 0, 0)),  # nothing to do, or nothing to add up
+    *((1, 31, 17), (1, 64, 64), (2, 33, 5), (3, 65, 129), (4, 16, 7), (5, 32, 16)),  # low tiles
+    *((6, 64, 8), (7, 63, 33), (13, 97, 70), (12, 128, 48), (67, 31, 19)),  # full tiles and remainders
+]
+PLAIN = [matmul(f"f32[{m},{k}]", f"f32[{k},{n}]@const") for m, n, k in SIZES]
+"""Constant f32 weights."""
+
+WEIGHTS = [
+    matmul(f"f32[{m},37]", f"{dtype}[{'70,37' if t else '37,70'}]@const", transpose_rhs=t)
+    for dtype in ("f32", "bf16", "f16")
+    for t in (False, True)
+    for m in (1, 9)
+]
+
+LAYOUTS = [
+    matmul("f32[9,5]", "f32[5,70]"),
+    matmul("f32[9,5]", "f32[70,5]", transpose_rhs=True),
+    matmul("f32[5,9]", "bf16[70,5]", transpose_lhs=True, transpose_rhs=True),
+    matmul("f32[5,9]", "f32[5,70]@const", transpose_lhs=True),
+    matmul("f32[9,5]:[40,1]", "f32[5,33]:[50,1]"),
+    matmul("f32[9,5]:[3,40]", "f32[5,33]:[2,20]"),
+    matmul("f32[2,3,7,5]", "f32[2,3,5,9]"),
+    matmul("f32[2,3,7,5]", "f32[2,3,9,5]", transpose_rhs=True),
+    matmul("f32[3,2,7,5]:[10,300,30,1]", "f16[3,2,5,9]"),
+    matmul("f32[4,3,8]", "f32[8,6]@const", "", "f32[4,3,6]"),
+    matmul("f32[4,3,8]:[100,30,1]", "f32[8,6]@const", "f32[6]", "f32[4,3,6]:[6,24,1]"),
+    matmul("f32[4,1,8]", "f32[4,8,6]@const"),
+    matmul("f32[0,3,8]", "f32[0,8,6]"),
+    matmul("f32[2,3,0]", "f32[2,0,6]", "f32[6]"),
+]
+
+EPILOGUES = [
+    matmul("f32[9,20]", "f32[20,45]@const", "f32[45]", "f32[9,45]", epilogue=e)
+    for e in ("none", "silu", "gelu", "gelu_tanh")
+] + [
+    matmul("f32[1,20]", "bf16[20,45]@const", "bf16[45]@const", "", epilogue="silu"),
+    matmul("f32[7,20]", "f16[20,45]@const", "f16[45]", "bf16[7,45]", epilogue="gelu"),
+    matmul("bf16[7,20]", "bf16[20,45]@const", "bf16[45]", "bf16[7,45]", epilogue="silu"),
+    matmul("f16[1,20]", "f16[45,20]@const", "", "f16[1,45]", transpose_rhs=True, epilogue="gelu_tanh"),
+    matmul("bf16[20,7]", "f32[20,45]", transpose_lhs=True),
+]
+
+STATIC = [*PLAIN, *WEIGHTS, *LAYOUTS, *EPILOGUES]
+
+
+@pytest.fixture(scope="module")
+def products() -> Products:
+    return Products([(p, None) for p in STATIC])
+
+
+@pytest.mark.parametrize("index", range(len(STATIC)), ids=lambda i: str(STATIC[i]))
+def test_static_problems(products: Products, index: int) -> None:
+    products.check(index)
+
+
+@pytest.mark.parametrize("lanes", WIDTHS[:-1])
+def test_narrower_vectors(lanes: int) -> None:
+    some = STATIC[lanes // 4 :: 4]
+    made = Products([(p, None) for p in some], lanes=lanes)
+    for i in range(len(some)):
+        made.check(i, parts=(1, 3))
+
+
+DYNAMIC = [
+    matmul("f32[tokens,70]", "f32[70,97]@const"),
+    matmul("f32[tokens,21]", "bf16[70,21]@const", "f32[70]", "f32[tokens,70]", transpose_rhs=True, epilogue="silu"),
+    matmul("f32[b,tokens,12]", "f32[12,33]@const"),
+    matmul("f32[b,tokens,12]", "f32[b,12,33]"),
+    matmul("f32[12,tokens]:[999,1]", "f32[12,33]@const", transpose_lhs=True),
+]
+
+
+@pytest.fixture(scope="module")
+def dynamic() -> Products:
+    return Products([(p, None) for p in DYNAMIC])
+
+
+@pytest.mark.parametrize("index", range(len(DYNAMIC)), ids=lambda i: str(DYNAMIC[i]))
+def test_one_kernel_serves_any_number_of_rows(dynamic: Products, index: int) -> None:
+    for tokens in (0, 1, 2, 3, 4, 5, 6, 7, 13, 64):
+        for batches in (1, 3) if "b" in DYNAMIC[index].dims else (1,):
+            dynamic.check(index, {"tokens": tokens, "b": batches}, parts=(1, 7))
+
+
+BLOCKED = matmul("f32[19,530]", "bf16[70,530]@const", "f32[70]", "f32[19,70]", transpose_rhs=True, epilogue="gelu")
+
+
+def test_every_value_of_every_parameter() -> None:
+    """Neighbours in the grid differ in the last parameters: steps of a prime meet all values of all of them."""
+    configs = list(variant(BLOCKED, "vectorized").config_space(BLOCKED, device()))
+    chosen = configs[:: max(1, len(configs) // 23) | 1]
+    space = dict(variant(BLOCKED, "vectorized").config_space(BLOCKED, device()).parameters)
+    assert all({c[name] for c in chosen} == set(values) for name, values in space.items())
+    made = Products([(BLOCKED, c) for c in chosen])
+    for i in range(len(chosen)):
+        made.check(i, parts=(1, 3))
+
+
+def test_more_columns_and_rows_than_a_group_and_a_block() -> None:
+    """Enough for several groups of tiles, row blocks and blocks of the inner dimension at once."""
+    p = matmul("f32[100,600]", "f32[600,333]@const")
+    made = Products([(p, {"rows": 4, "panels": 2, "vectors": 1, "unroll": 2, "kc": 256, "group": 2})])
+    made.check(0, parts=(1, 2, 5, 64, 999))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_spreads_as_in_the_formula(bad: float) -> None:
+    p = matmul("f32[8,40]", "f32[40,70]@const", "", "", epilogue="silu")
+    plain = matmul("f32[8,40]", "f32[40,70]@const", "f32[70]", "f32[8,70]")
+    made = Products([(p, None), (plain, None)])
+    for index, case in enumerate((p, plain)):
+        for operand, at in ((0, (3, 5)), (1, (7, 69)), (2, (3,)), (3, (2, 1))):
+            arrays = inputs(case)
+            array = arrays[operand]
+            if array is not None:
+                array[at] = bad
+                made.check(index, arrays=arrays, parts=(1,))
+
+
+@pytest.mark.parametrize(
+    ("level", "instructions"),
+    [
+        ("x86-64-v2", r"mulps.*%xmm[\s\S]*addps.*%xmm"),
+        ("x86-64-v3", r"vfmadd\w+ps.*%ymm"),
+        ("x86-64-v4", r"vfmadd\w+ps.*%zmm"),
+        ("neoverse-n1", r"fmla\s+v\d+\.4s"),
+        ("apple-m1", r"fmla\.4s"),
+    ],
+)
+def test_each_level_keeps_its_sums_in_its_widest_registers(
+    level: str, instructions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = isa.target(level)
+    features = frozenset({"asimd"} if target.arch == "aarch64" else ())
+    info = replace(device(target.lanes), features=features)
+    monkeypatch.setattr(isa, "host_target", lambda: target)
+    p = matmul("f32[?0,64]", "f32[64,100]@const")
+    v = variant(p, "vectorized")
+    config = v.default_config(p, info)
+    code = assembly(v.build_kernel(p, config, info).mlir, cpu=target)
+    assert re.search(instructions, code)
+    products = code.split(f"_rows{config['rows']}:")[1].split("retq" if "x86" in level else "ret\n")[0]
+    loop = max(
+        re.split(r"\n[.L]\w+:|\n\s+j\w+\s.*|\n\s+b\.\w+.*", products),
+        key=lambda b: len(re.findall("fma|fmla|mulps", b)),
+    )
+    assert not re.search(r"\(%rsp\)|\[sp", loop), "a sum is spilled"
+
+
+@pytest.mark.parametrize(
+    ("p", "reason"),
+    [
+        (matmul("f64[2,3]", "f64[3,4]"), "takes f32, bf16, f16, not f64"),
+        (matmul("f32[2,k]", "f32[k,4]"), "takes a static inner dimension, not k"),
+        (matmul("f32[2,3]", "f32[3,n]"), "takes a static number of columns, not n"),
+        (
+            matmul("f32[2,3]", "f32[3,4]", "f32[4]:[2]"),
+            "takes a bias, residual and result whose last axis has stride 1",
+        ),
+    ],
+)
+def test_what_it_refuses(p: Problem, reason: str) -> None:
+    found = variant(p, "vectorized").judge(p, device())
+    assert isinstance(found, Reject)
+    assert reason in found.reason
