@@ -13,11 +13,14 @@ if TYPE_CHECKING:
     from kernelforge.problem import Dim, Problem
     from kernelforge_cpu.emit import KernelBuilder, Pointer, Value
 
-RUN_ROWS = 16
-"""Query rows of a bundle for which a block of keys is worth keeping in the first-level cache."""
+MAX_ROWS = 64
+"""Query rows that go through the keys together: enough to make reading keys and values again and again cheap."""
 
-STATE_ROWS = 64
-"""Query rows that go through the keys together, all bundles counted: their sums stay in the second-level cache."""
+STATE_BYTES = 128 * 1024
+"""Stack for the rows' queries and sums: what stays in any second-level cache."""
+
+BUNDLE_HEADS = 16
+"""More heads of one kv head than this are shared out."""
 
 FAR = 1 << 30
 """A window of this many positions hides nothing."""
@@ -37,12 +40,14 @@ class Run:
         self.head_dim = head_dim
         per_group = heads // groups if groups else 1
         # A bundle is the heads of one kv head or, when they are many, a part of them that divides evenly.
-        self.heads = max(n for n in range(1, RUN_ROWS + 1) if per_group % n == 0)
+        self.heads = max(n for n in range(1, BUNDLE_HEADS + 1) if per_group % n == 0)
         self.bundles = heads // self.heads
         self.bundles_per_group = per_group // self.heads
+        padded = self._tile(1, "f32").padded
+        self.rows = min(MAX_ROWS, STATE_BYTES // (8 * padded)) // 4 * 4  # whole tiles
         self.block = 1
         """Tokens of the longest run."""
-        while self.block * self.heads < RUN_ROWS and (isinstance(tokens, str) or self.block < tokens):
+        while 2 * self.block * self.heads <= self.rows and (isinstance(tokens, str) or self.block < tokens):
             self.block *= 2
 
         # One token alone may be one tile, which reads the cache directly; more tiles share a copy of each block.
@@ -54,11 +59,10 @@ class Run:
         self.steps = [self._steps(strides_of(t)) for t in (q, keys, values, out)]
         self.capacity = self.size(keys.shape[-3])
 
-        padded = self._tile(1, "f32").padded
-        rows = max(4, min(STATE_ROWS, self.bundles * (-(-self.block * self.heads // 4) * 4)))
-        self.state_rows = rows
-        self.scratch_q, self.scratch_out = (k.alloca("f32", rows * padded) for _ in range(2))
-        self.top, self.total = (k.alloca("f32", rows * self._lanes()) for _ in range(2))
+        # Less when all rows of a block of tokens are fewer.
+        self.rows = min(self.rows, max(1, self.bundles) * -(-self.block * self.heads // 4) * 4)
+        self.scratch_q, self.scratch_out = (k.alloca("f32", self.rows * padded) for _ in range(2))
+        self.top, self.total = (k.alloca("f32", self.rows * self._lanes()) for _ in range(2))
         self.scores = k.alloca("f32", 4 * key_block)
         self.copies = [k.alloca("f32", key_block * padded) for _ in range(2)] if self.shared else []
 
@@ -140,7 +144,7 @@ class Run:
         k = self.k
         rows = count * self.heads
         tiles = (rows + (tile.rows - 1)) // tile.rows
-        together = k.binary("divu", k.i64(self.state_rows), tiles * tile.rows)
+        together = k.binary("divu", k.i64(self.rows), tiles * tile.rows)
         limit = self._limit(sequence)
         first, _ = self._visible(position, limit)
         _, end = self._visible(position + count - 1, limit)
