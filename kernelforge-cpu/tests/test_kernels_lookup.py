@@ -1,0 +1,107 @@
+"""embedding, kv_cache_update and argmax: exact, with numpy's rules."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from kernel_checks import Array, Kernels, problem, reference
+
+from kernelforge.dialects.transformer.lookup import ARGMAX
+from kernelforge.dtype import to_numpy
+from kernelforge.problem import Problem
+from kernelforge_cpu.isa import host_targets
+
+EMBEDDINGS = [
+    problem("embedding", "f32[1,1]", "i32[1]"),
+    problem("embedding", "f32[9,67]", "i32[0]"),
+    problem("embedding", "bf16[50,67]@const", "i32[7]", dtype="f32"),
+    problem("embedding", "f16[50,32]@const", "i32[300]", dtype="bf16"),
+    problem("embedding", "f32[11,20]:[31,1]", "i32[5]:[3]", dtype="f16"),
+    problem("embedding", "bf16[11,8]", "i32[5]"),
+]
+UPDATES = [
+    problem(
+        "kv_cache_update",
+        f"{cache}[3,20,{heads}]",
+        f"{new}[{tokens},{heads}]{strides}",
+        f"i32[{tokens}]",
+        f"i32[{tokens}]",
+    )
+    for cache, new, tokens, heads, strides in (
+        ("f32", "f32", 1, "1,1", ""),
+        ("f32", "f32", 16, "2,33", ""),
+        ("bf16", "f32", 9, "2,16", ":[100,16,1]"),
+        ("f16", "bf16", 9, "3,20", ":[300,64,1]"),
+        ("f16", "f16", 9, "5,1", ":[20,3,7]"),
+    )
+]
+UPDATES.append(problem("kv_cache_update", "f32[3,20,2,8]:[1000,40,16,1]", "f32[5,2,8]", "i32[5]:[2]", "i32[5]"))
+ARGMAXES = [
+    problem("argmax", t) for t in ("f32[1]", "f32[0,4]", "f32[3,4,301]", "bf16[3,77]", "f16[2,5]", "f32[2,40]:[99,1]")
+]
+DYNAMIC = [
+    problem("embedding", "f32[tokens,24]", "i32[rows]"),
+    problem("kv_cache_update", "f32[2,64,2,8]", "f32[tokens,2,8]", "i32[tokens]", "i32[tokens]"),
+    problem("argmax", "f32[tokens,50]"),
+]
+
+
+@pytest.fixture(scope="module", params=host_targets(), ids=lambda t: t.level)
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    return Kernels([*EMBEDDINGS, *UPDATES, *ARGMAXES, *DYNAMIC], request.param)
+
+
+@pytest.mark.parametrize("p", [*EMBEDDINGS, *UPDATES, *ARGMAXES], ids=str)
+def test_equals_reference(kernels: Kernels, p: Problem) -> None:
+    kernels.check(p)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 60])
+def test_dynamic_dimensions(kernels: Kernels, tokens: int) -> None:
+    kernels.check(DYNAMIC[0], sizes={"tokens": tokens, "rows": 3})
+    kernels.check(DYNAMIC[1], sizes={"tokens": tokens})
+    kernels.check(DYNAMIC[2], sizes={"tokens": tokens})
+
+
+def test_an_update_of_padding_alone_changes_nothing(kernels: Kernels) -> None:
+    p = UPDATES[1]
+    rng = np.random.default_rng(0)
+    cache, new = (rng.standard_normal(t.static_shape()).astype(np.float32) for t in (p.operand(0), p.operand(1)))
+    positions, slots = np.full(16, -1, np.int32), np.full(16, 99, np.int32)
+    (out,) = kernels.run(p, [cache, new, positions, slots], parts=3)
+    np.testing.assert_array_equal(out, cache)
+
+
+def first_rows(values: list[list[float]]) -> Array:
+    rows = np.full((3, 4, 301), -5.0, np.float32)
+    for i, row in enumerate(values):
+        rows.reshape(12, 301)[i, 100 : 100 + len(row)] = row
+    return rows
+
+
+def test_argmax_of_ties_zeros_nan_and_infinities(kernels: Kernels) -> None:
+    nan, inf = np.nan, np.inf
+    rows: list[list[float]] = [
+        [1, 3, 3],
+        [0.0, -0.0],
+        [-0.0, 0.0],
+        [nan, inf],
+        [inf, nan, nan],
+        [-nan, 7],
+        [inf, inf],
+        [1e-45, 0],
+        [-1e-45, 0, -0.0],
+    ]
+    x = first_rows(rows)
+    x[2, 2] = -inf
+    x[2, 3, [300, 16]] = nan
+    kernels.check(ARGMAXES[2], arrays=[x])
+    (want,) = reference(ARGMAX, ARGMAXES[2], [x])
+    assert want.reshape(-1).tolist() == [101, 100, 100, 100, 101, 100, 100, 100, 101, 0, 0, 16]
+
+
+def test_argmax_of_16_bit_types(kernels: Kernels) -> None:
+    x = np.full((3, 77), -np.inf)
+    x[1, [70, 75]] = 2.5
+    x[2, 76] = np.nan
+    kernels.check(ARGMAXES[3], arrays=[x.astype(to_numpy("bf16"))])
