@@ -17,9 +17,10 @@ from kernelforge.errors import UsageError, WrongResultError
 from kernelforge.problem import Problem, TensorType, parse_problem, parse_tensor_type
 from kernelforge.registry import Registry
 from kernelforge.session import Session, memory_of
+from kernelforge.tolerance import tolerance
 from kernelforge.tune.measure import Subject, measure_in_turn
 from kernelforge.tune.records import RecordStore
-from kernelforge.tune.verify import Workload, compare, tolerance
+from kernelforge.tune.verify import Workload, compare
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +142,18 @@ def test_a_kernel_that_answers_with_an_earlier_result_is_caught(registry: Regist
         workload = Workload(session, matmul_problem(registry, 4, 5, 6))
         executable = session.compile_problem(workload.problem, constants=workload.constants)
         with pytest.raises(WrongResultError, match=r"result 'out' of transformer\.matmul"):
+            workload.verify(executable)
+
+
+def test_a_kernel_that_does_not_write_everything_is_caught(registry: Registry, store: RecordStore) -> None:
+    def partial(problem: Problem, operands: object, results: tuple[Array, ...]) -> tuple[Array, ...]:
+        results[0][-1, -1] = np.nan
+        return results
+
+    with fake_target.session(store, variant("v", lambda c: Kernel(partial))) as session:
+        workload = Workload(session, matmul_problem(registry, 4, 5, 6))
+        executable = session.compile_problem(workload.problem, constants=workload.constants)
+        with pytest.raises(WrongResultError, match=r"has nan at \[3, 4\] where the reference has .* \(1 such"):
             workload.verify(executable)
 
 

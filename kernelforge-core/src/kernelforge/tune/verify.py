@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from kernelforge.dtype import FLOATS, epsilon, to_numpy
-from kernelforge.errors import UsageError, WrongResultError
-from kernelforge.op import OpDef
+from kernelforge import tolerance
+from kernelforge.dtype import FLOATS, from_numpy, to_numpy
+from kernelforge.errors import UsageError
 from kernelforge.problem import Problem, TensorType
 from kernelforge.session import memory_of, operand_names
 
@@ -21,24 +20,6 @@ if TYPE_CHECKING:
     from kernelforge.session import Session
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-
-def tolerance(problem: Problem, op: OpDef) -> float:
-    """Largest error that rounding explains, relative to the largest magnitude of a result; 0 where bits must agree.
-
-    A sum of L terms accumulated in precision u is off by about u sqrt(L) of its scale when the roundings are
-    independent (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 4.2); the result is rounded
-    once more to its own type. Sums are f32, or f64 for f64 results; L is the work per element of the result, or the
-    longest row read.
-    """
-    dtypes = {t.dtype for t in problem.results}
-    if op.exact or not dtypes.intersection(FLOATS):
-        return 0.0
-    elements = sum(t.size() for t in problem.results)
-    rows = [t.static_shape()[-1] for t in problem.operands if t is not None and t.rank]
-    length = max(2, op.problem_cost(problem).flops // max(elements, 1), *rows)
-    accumulated = epsilon("f64") if dtypes == {"f64"} else epsilon("f32")
-    return 4 * max(map(epsilon, dtypes)) + 8 * accumulated * math.sqrt(length)
 
 
 @dataclass(frozen=True)
@@ -60,30 +41,13 @@ def compare(got: Array, want: Array, limit: float, what: str) -> Error:
 
     Raises WrongResultError, beginning with `what`, for another shape or dtype or a largest error above `limit`.
     """
-    if got.shape != want.shape or got.dtype != want.dtype:
-        have, wanted = f"{got.dtype}{list(got.shape)}", f"{want.dtype}{list(want.shape)}"
-        raise WrongResultError(f"{what} is {have}, the reference gives {wanted}")
-    values, expected = got.astype(np.float64), want.astype(np.float64)
+    expected = want.astype(np.float64)
     finite = np.isfinite(expected)
-    same = (values == expected) | (np.isnan(values) & np.isnan(expected))
-    odd = np.where(finite, ~np.isfinite(values), ~same)
-    if odd.any():
-        at = tuple(int(i) for i in np.argwhere(odd)[0])
-        raise WrongResultError(
-            f"{what} has {values[at]:g} at {list(at)} where the reference has {expected[at]:g} "
-            f"({int(odd.sum())} such elements)"
-        )
-    difference = np.abs(np.subtract(values, expected, out=np.zeros_like(values), where=finite))
     scale = float(np.max(np.abs(expected), initial=0.0, where=finite)) or 1.0
-    error = float(np.max(difference, initial=0.0)) / scale
-    if not error <= limit:
-        at = tuple(int(i) for i in np.unravel_index(int(difference.argmax()), difference.shape))
-        raise WrongResultError(
-            f"{what} has {values[at]:g} at {list(at)} where the reference has {expected[at]:g}: "
-            f"relative error {error:.2e}, tolerated {limit:.2e}"
-        )
+    largest = tolerance.compare(got, want, limit * scale, from_numpy(want.dtype), what)
+    difference = np.subtract(got.astype(np.float64), expected, out=np.zeros_like(expected), where=finite)
     length = float(np.linalg.norm(expected[finite])) or 1.0
-    return Error(error, float(np.linalg.norm(difference)) / length)
+    return Error(largest, float(np.linalg.norm(difference)) / length)
 
 
 @dataclass(frozen=True)
@@ -106,7 +70,7 @@ class Workload:
         self.problem = problem
         self.op = session.registry.ops[problem.op]
         self.names = operand_names(problem, session.registry)
-        self.tolerance = tolerance(problem, self.op)
+        self.tolerance = tolerance.tolerance(problem, self.op)
         self._device: Device = session.device
         self._rng = np.random.default_rng()
         self._operands = self.op.make_inputs(problem, self._rng)
@@ -158,14 +122,15 @@ class Workload:
         return bound
 
     def verify(self, executable: Executable) -> Error:
-        """Run two fresh cases and compare: the second must not find the results of the first. Raises
-        WrongResultError."""
+        """Run two fresh cases into poisoned memory and compare. Raises WrongResultError.
+
+        Two, because a kernel must not answer with the results of an earlier run.
+        """
         return self._check(executable, self.case()) | self._check(executable, self.case())
 
     def _check(self, executable: Executable, case: Case) -> Error:
-        inputs = self.bind(case.inputs)
-        _poison_free_memory(self.problem)
-        outputs = executable.run(inputs)
+        poisoned = {v.name: _poison(v.type) for v in executable.plan.values if v.place == "output"}
+        outputs = executable.run(self.bind(case.inputs), poisoned)
         results = executable.plan.steps[-1].problem.results
         error = Error()
         for i, (output, want) in enumerate(zip(outputs, case.expected, strict=True)):
@@ -182,15 +147,11 @@ def _laid_out(array: Array, t: TensorType) -> Array:
     memory = memory_of(t)
     if memory == t:
         return array
-    base = np.full(memory.static_shape(), np.nan if t.dtype in FLOATS else -1, array.dtype)
+    base = _poison(memory)
     as_strided(base, array.shape, [stride * t.itemsize for stride in t.element_strides()])[...] = array
     return base
 
 
-def _poison_free_memory(problem: Problem) -> None:
-    """Leave NaN in memory of the results' sizes for the allocator to hand out next, so that what a kernel does not
-    write is not, by luck, what an earlier run wrote there."""
-    blocks = [np.full(t.static_shape(), -1, to_numpy(t.dtype)) for t in problem.results]
-    for block in blocks:
-        if block.dtype.kind != "i":
-            block.fill(np.nan)
+def _poison(t: TensorType) -> Array:
+    """A tensor that a kernel has yet to write: NaN, or -1 where there is none."""
+    return np.full(t.static_shape(), np.nan if t.dtype in FLOATS else -1, to_numpy(t.dtype))
