@@ -175,26 +175,32 @@ class OpDef:
     def samples(self, rng: random.Random) -> Iterator[Problem]:
         yield from resolve(self.sample)(rng)
 
-    def evaluate(self, problem: Problem, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
-        """Run the reference in float64 and round once to the result types.
+    def compute(self, problem: Problem, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+        """Run the reference in float64, without rounding the results to their types.
 
         `arrays` are the operands (None where absent), in any float dtype and layout; shapes of dynamic dimensions come
-        from the arrays.
+        from the arrays. An exact op runs in the operands' own dtypes.
         """
         import numpy as np
 
-        from kernelforge.dtype import FLOATS, to_numpy
+        from kernelforge.dtype import FLOATS
 
         wide = [
             a if a is None or self.exact or t is None or t.dtype not in FLOATS else a.astype(np.float64)
             for a, t in zip(arrays, problem.operands, strict=True)
         ]
         with np.errstate(all="ignore"):
-            outputs = resolve(self.reference)(wide, dict(problem.attrs))
-            return tuple(
-                np.asarray(o).astype(to_numpy(t.dtype), order="C")
-                for o, t in zip(outputs, problem.results, strict=True)
-            )
+            return tuple(np.asarray(o) for o in resolve(self.reference)(wide, dict(problem.attrs)))
+
+    def evaluate(self, problem: Problem, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+        """As `compute`, with the results rounded once to their types."""
+        import numpy as np
+
+        from kernelforge.dtype import to_numpy
+
+        outputs = self.compute(problem, arrays)
+        with np.errstate(all="ignore"):
+            return tuple(o.astype(to_numpy(t.dtype), order="C") for o, t in zip(outputs, problem.results, strict=True))
 
     def make_inputs(self, problem: Problem, rng: np.random.Generator) -> list[Array | None]:
         """Valid inputs for a static problem: the op's own, else normal floats and integers in 0..7."""

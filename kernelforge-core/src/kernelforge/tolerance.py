@@ -1,0 +1,181 @@
+"""How far a right result may be from the exact one: the error model that tuning and conformance share.
+
+A result is right when it is within `4 u |exact| + 8 w sqrt(L) c` of the exact one. u is the unit roundoff of its type, for
+the last rounding; w that of the sums, which are f32, or f64 for f64 results; L is the length of the sums. When roundings
+are independent, a sum of L terms is off by about w sqrt(L) times c, the sum of the magnitudes of its terms (Higham,
+"Accuracy and Stability of Numerical Algorithms", 2002, section 4.2; Higham and Mary, "A New Approach to Probabilistic
+Rounding Error Analysis", 2019).
+
+The tuner takes the largest magnitude of the result for |exact| and c: cheap, and enough for random data. Conformance
+takes both for each element, c by `condition`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from kernelforge.dtype import FLOATS, epsilon, to_numpy
+from kernelforge.errors import WrongResultError
+from kernelforge.op import OpDef
+from kernelforge.problem import Problem
+
+if TYPE_CHECKING:
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+_RESULT_ROUNDINGS = 4
+_SUM_ROUNDINGS = 8
+
+_STEP = 2.0**-30
+"""Relative change of the operands by which the condition is found: small enough to be linear, large beside 2^-53."""
+_TRIALS = 5
+
+_SMALLEST = {"f64": 2.0**-1022, "f32": 2.0**-126, "bf16": 2.0**-126, "f16": 2.0**-24}
+"""Results may be off by this much: subnormal numbers may be flushed to zero, but for those of f16."""
+
+MismatchKind = Literal["wrong-shape", "wrong-dtype", "wrong-values"]
+
+
+class Mismatch(WrongResultError):
+    """A result that is not the reference's."""
+
+    def __init__(self, kind: MismatchKind, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Roundings:
+    """The error of one result that rounding explains; both are 0 where bits must agree."""
+
+    result: float
+    """Relative to the result's magnitude."""
+    sums: float
+    """Relative to the magnitudes of the terms that it is the sum of."""
+
+
+def roundings(problem: Problem, op: OpDef, index: int) -> Roundings:
+    """Of result `index` of a static problem."""
+    dtype = problem.results[index].dtype
+    if op.exact or dtype not in FLOATS:
+        return Roundings(0.0, 0.0)
+    elements = sum(t.size() for t in problem.results)
+    rows = [t.static_shape()[-1] for t in problem.operands if t is not None and t.rank]
+    length = max(2, op.problem_cost(problem).flops // max(elements, 1), *rows)
+    accumulated = epsilon("f64") if dtype == "f64" else epsilon("f32")
+    return Roundings(_RESULT_ROUNDINGS * epsilon(dtype), _SUM_ROUNDINGS * accumulated * math.sqrt(length))
+
+
+def tolerance(problem: Problem, op: OpDef) -> float:
+    """Largest error that rounding explains, relative to the largest magnitude of a result; 0 where bits must agree."""
+    found = [roundings(problem, op, i) for i in range(len(problem.results))]
+    return max((r.result + r.sums for r in found), default=0.0)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What one result must be."""
+
+    exact: Array
+    """Not rounded to the result's type."""
+    allowed: Array
+    """Largest absolute error of each element."""
+
+
+def expect(problem: Problem, op: OpDef, arrays: Sequence[Array | None], *, factor: float = 1.0) -> tuple[Expected, ...]:
+    """What a static problem's results must be for these operands; `factor` widens the tolerance."""
+    exact = op.compute(problem, arrays)
+    models = [roundings(problem, op, i) for i in range(len(exact))]
+    if not any(m.result for m in models):
+        return tuple(Expected(e, np.zeros(e.shape)) for e in exact)
+    conditions = condition(problem, op, arrays, exact)
+    found = []
+    for e, m, c, t in zip(exact, models, conditions, problem.results, strict=True):
+        size = np.abs(np.where(np.isfinite(e), e, 0.0))
+        smallest = _SMALLEST[t.dtype] if m.result else 0.0
+        found.append(Expected(e, factor * (m.result * size + m.sums * c) + smallest))
+    return tuple(found)
+
+
+def condition(problem: Problem, op: OpDef, arrays: Sequence[Array | None], exact: Sequence[Array]) -> tuple[Array, ...]:
+    """For each element y of the results, the sum of |dy/dx x| over all operand elements and float attributes x: for a
+    matrix product the sum of |a b|.
+
+    Estimated without knowing the op: changing every x by a relative step times a Cauchy variable of its own changes y by
+    a Cauchy variable whose scale is that sum; the median magnitude of a few trials estimates it (Indyk, "Stable
+    Distributions, Pseudorandom Generators, Embeddings and Data Stream Computation", 2000).
+    """
+    rng = np.random.default_rng(0)
+    changes: list[list[Array]] = [[] for _ in exact]
+    for _ in range(_TRIALS):
+        moved = [
+            a if a is None or t is None or t.dtype not in FLOATS else _moved(np.asarray(a, np.float64), rng)
+            for a, t in zip(arrays, problem.operands, strict=True)
+        ]
+        attrs = tuple((name, float(_moved(v, rng)) if isinstance(v, float) else v) for name, v in problem.attrs)
+        with np.errstate(all="ignore"):
+            for found, y, before in zip(changes, op.compute(replace(problem, attrs=attrs), moved), exact, strict=True):
+                found.append(np.abs(np.asarray(y, np.float64) - before) / _STEP)
+    with np.errstate(all="ignore"):
+        medians = (np.median(np.stack(found), axis=0) for found in changes)
+        return tuple(np.where(np.isfinite(m), m, 0.0) for m in medians)
+
+
+def _moved(x: Any, rng: np.random.Generator) -> Any:
+    with np.errstate(all="ignore"):
+        return x * (1.0 + _STEP * np.clip(rng.standard_cauchy(np.shape(x)), -1e6, 1e6))
+
+
+def compare(got: Array, exact: Array, allowed: Array | float, dtype: str, what: str) -> float:
+    """The largest error, relative to the largest magnitude of the exact result. NaN and infinity must be where they
+    belong; where nothing is allowed, bits must agree.
+
+    Raises Mismatch, beginning with `what`, for another shape, dtype or value.
+    """
+    if got.shape != exact.shape or got.dtype != to_numpy(dtype):
+        have, want = f"{got.dtype}{list(got.shape)}", f"{to_numpy(dtype)}{list(exact.shape)}"
+        kind: MismatchKind = "wrong-shape" if got.shape != exact.shape else "wrong-dtype"
+        raise Mismatch(kind, f"{what} is {have}, the reference gives {want}")
+    with np.errstate(all="ignore"):
+        rounded = exact.astype(got.dtype)
+        if dtype not in FLOATS:
+            _refuse(got != rounded, got, rounded, what)
+            return 0.0
+        values, wanted = got.astype(np.float64), rounded.astype(np.float64)
+        truth = exact.astype(np.float64)
+        limit = np.broadcast_to(np.asarray(allowed, np.float64), values.shape)
+        same = (values == wanted) | (np.isnan(values) & np.isnan(wanted))
+        bits = same & ((values != 0.0) | (np.signbit(values) == np.signbit(wanted)))
+        # What may overflow by the error that is allowed may be infinite or not.
+        most = float(np.finfo(got.dtype).max) if got.dtype.kind == "f" else float.fromhex("0x1.fep127")
+        reach = np.isfinite(truth) & np.isfinite(limit) & (np.abs(truth) + limit >= most)
+        close = reach & np.isinf(values) & (values * truth > 0)
+        difference = np.where(np.isfinite(truth) & np.isfinite(values), np.abs(values - truth), 0.0)
+        decided = np.isfinite(wanted) & np.isfinite(values)
+        odd = ~np.where(limit == 0.0, bits, same | close | decided)
+    _refuse(odd, values, truth, what)
+    scale = float(np.max(np.abs(truth), initial=0.0, where=np.isfinite(truth))) or 1.0
+    excess = np.where(bits | close, 0.0, difference - limit)
+    if not np.max(excess, initial=0.0) <= 0.0:
+        at = tuple(int(i) for i in np.unravel_index(int(excess.argmax()), excess.shape))
+        raise Mismatch(
+            "wrong-values",
+            f"{what} has {values[at]:g} at {list(at)} where the reference has {truth[at]:g}: "
+            f"relative error {difference[at] / scale:.2e}, tolerated {limit[at] / scale:.2e} "
+            f"({int((excess > 0).sum())} of {excess.size} elements)",
+        )
+    return float(np.max(np.where(close, 0.0, difference), initial=0.0)) / scale
+
+
+def _refuse(odd: Array, values: Array, truth: Array, what: str) -> None:
+    if odd.any():
+        at = tuple(int(i) for i in np.argwhere(odd)[0])
+        raise Mismatch(
+            "wrong-values",
+            f"{what} has {values[at]:g} at {list(at)} where the reference has {truth[at]:g} "
+            f"({int(odd.sum())} such elements)",
+        )
