@@ -10,6 +10,7 @@ import pytest
 
 from kernelforge.constant import ArraySource
 from kernelforge.errors import AssetError, UsageError
+from kernelforge.graph import Graph
 from kernelforge.module import Module
 from kernelforge.plan import ALIGNMENT, Plan
 from kernelforge.planning import make_plan
@@ -112,14 +113,11 @@ def test_dims_fix_dynamic_dimensions_in_every_problem() -> None:
 
 
 def test_ops_on_constants_are_folded() -> None:
-    text = f"""
-    func.func @main(%x: tensor<2x4xf32>, %a: tensor<3x4xbf16> {{kernelforge.name = "a", kernelforge.constant}},
-                    %b: tensor<5x4xbf16> {{kernelforge.name = "b", kernelforge.constant}}) -> tensor<2x8xf32> {{
-      %w = "transformer.concat"(%a, %b) {{axis = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 0, 0, 0, 0, 0, 0>}} : (tensor<3x4xbf16>, tensor<5x4xbf16>) -> tensor<8x4xbf16>
-      %f = "transformer.cast"(%w) {{dtype = "f32"}} : (tensor<8x4xbf16>) -> tensor<8x4xf32>
-      %y = "transformer.matmul"(%x, %f) {{transpose_rhs = true, {NO_BIAS}}} : (tensor<2x4xf32>, tensor<8x4xf32>) -> tensor<2x8xf32>
-      return %y : tensor<2x8xf32>
-    }}"""
+    g = Graph("main")
+    given = g.input("x", (2, 4), "f32")
+    both = g.concat(g.constant("a", (3, 4), "bf16"), g.constant("b", (5, 4), "bf16"), axis=0)
+    g.output(g.matmul(given, g.cast(both, "f32"), transpose_rhs=True), "y")
+    text = g.text()
     plan = plan_of(text)
     assert ops(plan) == ["matmul"]
     import ml_dtypes
@@ -127,12 +125,12 @@ def test_ops_on_constants_are_folded() -> None:
     rng = np.random.default_rng(3)
     a, b = (rng.standard_normal((n, 4)).astype(ml_dtypes.bfloat16) for n in (3, 5))
     x = rng.standard_normal((2, 4)).astype(np.float32)
-    (y,) = run(plan, {"arg0": x}, {"a": a, "b": b})
+    (y,) = run(plan, {"x": x}, {"a": a, "b": b})
     np.testing.assert_allclose(y, x @ np.concatenate([a, b]).astype(np.float32).T, rtol=1e-5)
     with pytest.raises(AssetError, match=r"constant 'a' is f32\[3,4\], the module wants bf16\[3, 4\]"):
-        run(plan, {"arg0": x}, {"a": a.astype(np.float32), "b": b})
+        run(plan, {"x": x}, {"a": a.astype(np.float32), "b": b})
     with pytest.raises(AssetError, match="no constant 'b'"):
-        run(plan, {"arg0": x}, {"a": a})
+        run(plan, {"x": x}, {"a": a})
 
 
 def chain(length: int) -> str:
