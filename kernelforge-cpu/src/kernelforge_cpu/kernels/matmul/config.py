@@ -68,7 +68,9 @@ def matmul_default(problem: Problem, device: DeviceInfo) -> Config:
     vectors = min(2 if registers(device) == 32 else 1, int(parameters["vectors"][-1]))
     width = vectors * lanes(device)
     panels = 2 if len(g.rhs) == 2 or int(g.columns) > width else 1
-    config: dict[str, int | str] = {"panels": panels, "vectors": vectors, "unroll": 2}
+    # Conversions of bf16, and instructions that overwrite an operand, leave no register for a second step.
+    tight = problem.operand(1).dtype == "bf16" or registers(device) < 16
+    config: dict[str, int | str] = {"panels": panels, "vectors": vectors, "unroll": 1 if tight else 2}
     legal = [
         r
         for r in map(int, parameters["rows"])

@@ -6,45 +6,99 @@ whatever the number of rows of the left-hand side: matrix-vector and matrix-matr
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 from kernelforge_cpu.kernel import Pack
 from kernelforge_cpu.kernels.axes import ONE, emit_offsets, emit_rows, emit_size, loop_nest, strides_of
+from kernelforge_cpu.ssa import Type, Value, vec
 
 if TYPE_CHECKING:
     from kernelforge.problem import Problem
-    from kernelforge_cpu.emit import KernelBuilder, Pointer, Value
+    from kernelforge_cpu.emit import Builder, KernelBuilder, Pointer
     from kernelforge_cpu.kernel import Array
 
-ROWS_AT_ONCE = 256
-"""Rows of a panel that are packed at a time, so that what is read and what is written both stay in cache."""
+Column = TypeVar("Column", int, Value)
+
+QUAD = 4
+"""f32 in 128 bits: within these x86 takes elements of two vectors in turn."""
 
 
-def panel_pack(width: int, dtype: str, transposed: bool) -> Pack:
-    """The layout of a constant of shape [..., K, N] ([..., N, K] if transposed)."""
-    key = f"panel{width}{'t' if transposed else ''}:{dtype}"
-    return Pack(key, lambda array: pack_panels(array.swapaxes(-1, -2) if transposed else array, width))
+@dataclass(frozen=True)
+class Panels:
+    """Panels of `vectors` vectors of `lanes` columns, elements in the weight's own type."""
+
+    vectors: int
+    lanes: int
+    dtype: str
+
+    @property
+    def width(self) -> int:
+        return self.vectors * self.lanes
+
+    @property
+    def interleaved(self) -> bool:
+        """bf16 becomes f32 with one instruction, which puts zeros between the elements of half a vector, when the
+        columns of two vectors alternate four by four."""
+        return self.dtype == "bf16" and self.vectors % 2 == 0
+
+    def position(self, column: Column) -> Column:
+        """Where a column's element is in a row of the panel."""
+        if not self.interleaved:
+            return column
+        pair, second = column // (2 * self.lanes), column // self.lanes % 2
+        return pair * (2 * self.lanes) + column % self.lanes // QUAD * (2 * QUAD) + second * QUAD + column % QUAD
+
+    def pack(self, transposed: bool) -> Pack:
+        """The layout of a constant of shape [..., K, N] ([..., N, K] if transposed)."""
+        order = f"x{self.lanes}" if self.interleaved else ""
+        key = f"panel{self.width}{order}{'t' if transposed else ''}:{self.dtype}"
+        return Pack(key, lambda array: pack_panels(array if transposed else array.swapaxes(-1, -2), self))
 
 
-def pack_panels(matrix: Array, width: int) -> Array:
-    """[..., K, N] to [..., ceil(N / width), K, width], same dtype, 64-byte aligned."""
-    from kernelforge_cpu.store import aligned_zeros
+def pack_panels(columns: Array, panels: Panels) -> Array:
+    """[..., N, K], the columns of a matrix, to [..., ceil(N / width), K, width] of the same dtype, 64-byte aligned."""
+    import numpy as np
 
-    *outer, rows, columns = matrix.shape
-    shape = (*outer, -(-columns // width), rows, width)
-    size = matrix.dtype.itemsize
-    for extent in shape:
-        size *= extent
-    packed: Array = aligned_zeros(size).view(matrix.dtype).reshape(shape)
+    from kernelforge_cpu.store import aligned_empty
+
+    *outer, n, k = columns.shape
+    shape = (*outer, -(-n // panels.width), k, panels.width)
+    packed: Array = aligned_empty(int(np.prod(shape)) * columns.itemsize).view(columns.dtype).reshape(shape)
+    order = np.argsort([panels.position(column) for column in range(panels.width)])
     for panel in range(shape[-3]):
-        source = matrix[..., panel * width : (panel + 1) * width]
-        for row in range(0, rows, ROWS_AT_ONCE):
-            block = source[..., row : row + ROWS_AT_ONCE, :]
-            packed[..., panel, row : row + ROWS_AT_ONCE, : source.shape[-1]] = block
+        wanted = order + panel * panels.width
+        there = wanted < n
+        block = packed[..., panel, :, :]
+        if not there.all():
+            block[...] = 0
+            block[..., there] = columns[..., wanted[there], :].swapaxes(-1, -2)
+        elif panels.interleaved:
+            block[...] = columns[..., wanted, :].swapaxes(-1, -2)
+        else:
+            block[...] = columns[..., wanted[0] : wanted[-1] + 1, :].swapaxes(-1, -2)
     return packed
 
 
-def emit_pack(k: KernelBuilder, problem: Problem, index: int, transposed: bool, width: int, packed: Pointer) -> None:
+def load_row(k: Builder, row: Pointer, panels: Panels) -> list[Value]:
+    """The vectors of one row of a panel, as f32, columns in order."""
+    lanes = panels.lanes
+    if not panels.interleaved:
+        return [row.load_f32(v * lanes, lanes) for v in range(panels.vectors)]
+    found: list[Value] = []
+    zeros = k.const(0, Type("i16", 2 * lanes))
+    for first in range(0, panels.width, 2 * lanes):
+        both = k.bitcast(row.load(first, 2 * lanes), zeros.type)
+        for v in range(2):
+            own = [q + v * QUAD + i for q in range(0, 2 * lanes, 2 * QUAD) for i in range(QUAD)]
+            spread = k.shuffle(zeros, both, [i for at in own for i in (0, 2 * lanes + at)])
+            found.append(k.bitcast(spread, vec(lanes)))
+    return found
+
+
+def emit_pack(
+    k: KernelBuilder, problem: Problem, index: int, transposed: bool, panels: Panels, packed: Pointer
+) -> None:
     """This part's share of packing operand `index` at run time. Its shape is static but for the batches."""
     t = problem.operand(index)
     *outer, row_step, column_step = strides_of(t)
@@ -53,41 +107,27 @@ def emit_pack(k: KernelBuilder, problem: Problem, index: int, transposed: bool, 
         row_step, column_step, rows, columns = column_step, row_step, columns, rows
     assert isinstance(rows, int)
     assert isinstance(columns, int)
-    if not columns:
+    width = panels.width
+    count = -(-columns // width)
+    if not count:
         return
-    panels = -(-columns // width)
     nest = loop_nest(t.shape[:-2], outer)
     source = k.buffer(index, t.dtype)
     down, right = emit_size(k, problem, row_step), emit_size(k, problem, column_step)
-    with k.for_(*k.share(emit_rows(k, problem, nest) * panels)) as unit:
-        batch = k.binary("divu", unit.i, k.i64(panels))
-        column = (unit.i - batch * panels) * width
+    with k.for_(*k.share(emit_rows(k, problem, nest) * count)) as unit:
+        batch = k.binary("divu", unit.i, k.i64(count))
+        column = (unit.i - batch * count) * width
         (offset,) = emit_offsets(k, problem, nest, batch, 1)
         src, dst = source.at(offset).at(column * right), packed.at(unit.i * (rows * width))
         valid = k.min(columns - column, width)
-        if column_step == ONE:
-            _emit_rows(k, src, down, dst, rows, width, valid if columns % width else None)
-        else:
-            _emit_columns(k, src, down, right, dst, rows, width, valid)
-
-
-def _emit_rows(
-    k: KernelBuilder, src: Pointer, down: Value, dst: Pointer, rows: int, width: int, valid: Value | None
-) -> None:
-    """Rows that are contiguous: vector copies; `valid` columns where the panel may not be full."""
-    with k.for_(0, rows) as row:
-        line, packed = src.at(row.i * down), dst.at(row.i * width)
-        for first in range(0, width, k.lanes):
-            packed.store(line.load(first, k.lanes, valid=None if valid is None else valid - first), first)
-
-
-def _emit_columns(
-    k: KernelBuilder, src: Pointer, down: Value, right: Value, dst: Pointer, rows: int, width: int, valid: Value
-) -> None:
-    """Any strides: one element at a time."""
-    with k.for_(0, rows) as row:
-        line, packed = src.at(row.i * down), dst.at(row.i * width)
-        with k.for_(0, valid) as column:
-            packed.store(line.load(column.i * right), column.i)
-        with k.for_(valid, width) as column:
-            packed.store(0, column.i)
+        with k.for_(0, rows) as row:
+            line, panel = src.at(row.i * down), dst.at(row.i * width)
+            if column_step == ONE and not panels.interleaved:
+                for first in range(0, width, k.lanes):
+                    part = None if columns % width == 0 else valid - first
+                    panel.store(line.load(first, k.lanes, valid=part), first)
+            else:
+                with k.for_(0, valid) as own:
+                    panel.store(line.load(own.i * right), panels.position(own.i))
+                with k.for_(valid, width) as own:
+                    panel.store(0, panels.position(own.i))

@@ -136,7 +136,7 @@ class Product:
         heights = tile.heights(None if extent.names else extent.number)
         for height in heights:
             with k.if_(count.eq(height)) if len(heights) > 1 else nullcontext():
-                streamed = height < tile.rows or heights == [height]
+                streamed = height < tile.rows or (not extent.names and extent.number == height)
                 emit_products(k, tile, height, lhs, steps, panels, n, sums, streamed=streamed)
 
     def emit_epilogue(

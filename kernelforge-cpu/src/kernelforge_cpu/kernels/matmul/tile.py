@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from kernelforge.dtype import ITEMSIZE
 from kernelforge_cpu.emit import I64, PTR, Pointer
+from kernelforge_cpu.kernels.matmul.panels import Panels, load_row
 
 if TYPE_CHECKING:
     from kernelforge_cpu.emit import Builder, KernelBuilder, Value
@@ -122,10 +123,12 @@ def _sums(
         if streamed:
             for p in right:
                 emit_prefetch(p, tile.width, u)
-        columns = [p.load_f32(v * tile.lanes, tile.lanes) for p in right for v in range(tile.vectors)]
-        factors = [k.broadcast(left.load_f32(row_step * r), tile.lanes) for r in range(rows)]
-        products = [(factor, column) for factor in factors for column in columns]
-        return [k.fma(factor, column, s) for (factor, column), s in zip(products, sums, strict=True)]
+        columns = [c for p in right for c in load_row(k, p, Panels(tile.vectors, tile.lanes, p.element))]
+        done: list[Value] = []
+        for r in range(rows):  # each factor just before its use: LLVM keeps the order, and has no registers to spare
+            factor = k.broadcast(left.load_f32(row_step * r), tile.lanes)
+            done += [k.fma(factor, c, s) for c, s in zip(columns, sums[len(done) :], strict=False)]
+        return done
 
     count = rows * len(panels) * tile.vectors
     sums = [k.f32(0.0, tile.lanes)] * (count * chains)

@@ -10,7 +10,7 @@ from kernelforge_cpu.kernel import NativeKernel, Phase
 from kernelforge_cpu.kernels.axes import ONE, Size, size_of
 from kernelforge_cpu.kernels.matmul.config import registers
 from kernelforge_cpu.kernels.matmul.geometry import geometry, tensors
-from kernelforge_cpu.kernels.matmul.panels import emit_pack, panel_pack
+from kernelforge_cpu.kernels.matmul.panels import Panels, emit_pack
 from kernelforge_cpu.kernels.matmul.tile import Tile
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ def build_matmul(problem: Problem, config: Config, device: DeviceInfo) -> Native
     dtype = problem.operand(g.rhs[0]).dtype
     multiply = Phase(k.name, _shared(problem, g, tile))
     constant = [i for i in g.rhs if problem.operand(i).constant]
-    packs = {i: panel_pack(tile.width, dtype, g.transpose_rhs) for i in constant}
+    layout = Panels(vectors, k.lanes, dtype)
+    packs = {i: layout.pack(g.transpose_rhs) for i in constant}
     if len(constant) == len(g.rhs):
         Product(k, problem, g, tile, kc, group, [k.buffer(i, dtype) for i in g.rhs]).emit()
         return NativeKernel((multiply,), k.text(), packs)
@@ -70,7 +71,7 @@ def build_matmul(problem: Problem, config: Config, device: DeviceInfo) -> Native
     at = {i: size.number * n for n, i in enumerate(i for i in g.rhs if i not in constant)}
     scratch = g.out + 1
     for i, start in at.items():
-        emit_pack(pack, problem, i, g.transpose_rhs, tile.width, pack.buffer(scratch, "i8").at(start).of(dtype))
+        emit_pack(pack, problem, i, g.transpose_rhs, layout, pack.buffer(scratch, "i8").at(start).of(dtype))
     rhs = [k.buffer(scratch, "i8").at(at[i]).of(dtype) if i in at else k.buffer(i, dtype) for i in g.rhs]
     Product(k, problem, g, tile, kc, group, rhs).emit()
 
