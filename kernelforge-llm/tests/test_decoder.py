@@ -279,8 +279,8 @@ def test_an_unknown_architecture_is_named(numpy_session: Session, folder: Path) 
     edit_config(folder, architectures=["MambaForCausalLM"])
     with pytest.raises(AssetError, match=r"config.json: architecture 'MambaForCausalLM' is unknown") as caught:
         load(folder, session=numpy_session)
-    assert caught.value.hint is not None
-    assert "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM" in caught.value.hint
+    for known in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"):
+        assert known in str(caught.value.hint)
 
 
 def test_the_model_type_stands_in_for_a_missing_architecture(numpy_session: Session, folder: Path) -> None:
