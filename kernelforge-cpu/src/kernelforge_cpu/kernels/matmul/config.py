@@ -10,8 +10,11 @@ from kernelforge_cpu.kernels.matmul.geometry import geometry
 if TYPE_CHECKING:
     from kernelforge.problem import Problem
     from kernelforge.variant import Config, DeviceInfo
+    from kernelforge_cpu.kernels.matmul.geometry import Geometry
 
 ROWS = (4, 6, 8, 12)
+BEST_ROWS = 6
+"""Of a tile with two panels, when there are many rows."""
 BLOCKS = (256, 512, 1024, 2048)
 UNKNOWN_L2 = 256 * 1024
 
@@ -33,14 +36,15 @@ def matmul_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
     inner dimension done at a time, `group` the number of tiles side by side that share one pass over the rows of lhs.
     """
     g = geometry(problem)
-    rows, inner, columns = g.rows.extent, int(g.inner), int(g.columns)
-    low = not rows.names and rows.number < ROWS[0]
+    inner, columns, rows = int(g.inner), int(g.columns), static_rows(g)
+    low = rows is not None and rows < ROWS[0]
+    own = () if rows is None or rows > ROWS[-1] else (max(1, rows),)
     # A result that is kept in memory between two blocks must be the sum itself, in f32.
     blocked = problem.results[0].dtype == "f32" and len(g.rhs) == 1 and not low
     vectors = [v for v in (1, 2, 4) if v == 1 or (v - 1) * lanes(device) < columns]
     return ConfigSpace(
         (
-            ("rows", (max(1, rows.number),) if low else ROWS),
+            ("rows", own if low else tuple(sorted({*ROWS, *own}))),
             ("panels", (2,) if len(g.rhs) == 2 else (1, 2)),
             ("vectors", tuple(vectors)),
             ("unroll", (1, 2)),
@@ -64,24 +68,31 @@ def matmul_default(problem: Problem, device: DeviceInfo) -> Config:
     weight.
     """
     g = geometry(problem)
-    parameters = dict(matmul_space(problem, device).parameters)
-    vectors = min(2 if registers(device) == 32 else 1, int(parameters["vectors"][-1]))
+    space = matmul_space(problem, device)
+    parameters = {name: [int(v) for v in values] for name, values in space.parameters}
+    vectors = min(2 if registers(device) == 32 else 1, parameters["vectors"][-1])
     width = vectors * lanes(device)
     panels = 2 if len(g.rhs) == 2 or int(g.columns) > width else 1
     # Conversions of bf16, and instructions that overwrite an operand, leave no register for a second step.
     tight = problem.operand(1).dtype == "bf16" or registers(device) < 16
-    config: dict[str, int | str] = {"panels": panels, "vectors": vectors, "unroll": 1 if tight else 2}
-    legal = [
-        r
-        for r in map(int, parameters["rows"])
-        if r <= 6 and _registers_used({**config, "rows": r}) <= registers(device)
-    ]
-    config["rows"] = legal[-1]
+
+    def config(rows: int, panels: int, kc: int, group: int = 1) -> Config:
+        chosen = (rows, panels, vectors, 1 if tight else 2, kc, group)
+        return dict(zip(parameters, chosen, strict=True))
+
+    rows = static_rows(g)
+    if rows is not None and rows <= ROWS[-1]:  # one tile, if it can be: the panels are read once
+        for count in (panels, 1):
+            if (once := config(max(1, rows), count, parameters["kc"][-1])) in space:
+                return once
     half = device.limit("l2_bytes", UNKNOWN_L2) // 2
     tile_bytes = panels * width * problem.operand(1).itemsize
-    blocks = [int(b) for b in parameters["kc"]]
-    fitting = [b for b in blocks if b * tile_bytes <= half]
-    config["kc"] = blocks[-1] if len(parameters["group"]) == 1 else fitting[-1] if fitting else blocks[0]
-    group_bytes = int(config["kc"]) * tile_bytes
-    config["group"] = max(n for n in map(int, parameters["group"]) if n == 1 or n * group_bytes <= half)
-    return config
+    kc = max([b for b in parameters["kc"] if b * tile_bytes <= half], default=parameters["kc"][0])
+    group = max(n for n in parameters["group"] if n == 1 or n * kc * tile_bytes <= half)
+    legal = [c for r in parameters["rows"] if r <= BEST_ROWS and (c := config(r, panels, kc, group)) in space]
+    return legal[-1]
+
+
+def static_rows(g: Geometry) -> int | None:
+    """Rows of a batch, if their number is known."""
+    return None if g.rows.extent.names else g.rows.extent.number

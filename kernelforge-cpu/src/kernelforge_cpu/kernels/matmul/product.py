@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kernelforge_cpu.kernels.activation import activate
 from kernelforge_cpu.kernels.axes import emit_offsets, emit_rows, emit_size
+from kernelforge_cpu.kernels.matmul.config import static_rows
 from kernelforge_cpu.kernels.matmul.geometry import LHS, OUT, RESIDUAL, RHS
 from kernelforge_cpu.kernels.matmul.tile import emit_products
 
@@ -132,11 +133,11 @@ class Product:
         # Where there is no second panel for the tile the first stands in for it: its sums are not used.
         numbers = [panel, *(k.min(panel + i, end - 1) for i in range(1, self.advance))]
         panels = [p.at((i * inner + start) * tile.width) for p in at.rhs for i in numbers]
-        extent = g.rows.extent
-        heights = tile.heights(None if extent.names else extent.number)
+        rows = static_rows(g)
+        heights = tile.heights(rows)
         for height in heights:
             with k.if_(count.eq(height)) if len(heights) > 1 else nullcontext():
-                streamed = height < tile.rows or (not extent.names and extent.number == height)
+                streamed = height < tile.rows or height == rows
                 emit_products(k, tile, height, lhs, steps, panels, n, sums, streamed=streamed)
 
     def emit_epilogue(
