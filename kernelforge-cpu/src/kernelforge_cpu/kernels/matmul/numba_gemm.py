@@ -39,7 +39,12 @@ def _pointer_to(element: Any) -> Any:
 _floats, _integers = _pointer_to(types.float32), _pointer_to(types.int64)
 
 
-@PLAIN
+_SIZES = types.int64(types.CPointer(types.int64), types.int64, types.CPointer(types.int64))
+# With its types: else numba compiles it again for each number that it is called with.
+_typed: Decorator = numba.njit(_SIZES, error_model="numpy")
+
+
+@_typed
 def _size(table: Any, entry: int, dims: Any) -> Any:
     """Entry `entry` of the table for these dynamic dimensions."""
     at = 1 + entry * (1 + table[0])
