@@ -10,11 +10,13 @@ import threading
 from collections.abc import Sequence
 from types import ModuleType
 
-from torch_mlir import ir, rewrite
-from torch_mlir.dialects.ext import Dialect, Operand, Pure, Result
-from torch_mlir.passmanager import PassManager
-
 from kernelforge.errors import UsageError
+from kernelforge.interruption import held_back
+
+with held_back():  # Ctrl-C while the bindings' library initialises itself crashes the process
+    from torch_mlir import ir, rewrite
+    from torch_mlir.dialects.ext import Dialect, Operand, Pure, Result
+    from torch_mlir.passmanager import PassManager
 
 __all__ = [
     "Dialect",
