@@ -131,7 +131,7 @@ def test_prompts_from_files_and_through_a_chat_template(capsys: pytest.CaptureFi
 def test_errors_of_a_process() -> None:
     stdout, stderr = run("--target", "abacus", "llm-inference", code=2)
     assert stdout == ""
-    assert stderr.splitlines() == ["error: unknown target 'abacus'", "hint: one of: cpu, gpu, reference"]
+    assert re.fullmatch(r"error: unknown target 'abacus'\nhint: one of: cpu, .*reference.*\n", stderr)
     stdout, stderr = run("--json", *REFERENCE, "llm-inference", "--model", "no/such/model/folder", code=13)
     (error,) = json.loads(stdout)["errors"]
     assert (error["type"], error["exit_code"]) == ("AssetError", 13)
