@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from kernel_checks import problem
-from matmul_checks import WIDTHS, Products, device, inputs, variant
+from matmul_checks import WIDTHS, Products, inputs
 
 from kernelforge.problem import Problem
 
@@ -52,14 +52,3 @@ def test_a_gate_that_is_not_finite_spreads_to_its_element_alone() -> None:
         assert array is not None
         array[at] = np.inf
         made.check(0, arrays=arrays, parts=(1,))
-
-
-def test_the_space_has_only_tiles_that_fit_the_registers() -> None:
-    p = PROBLEMS[0]
-    space = variant(p, "vectorized").config_space(p, device(8))
-    used = {c["rows"] * c["vectors"] * 2 for c in space if isinstance(c["rows"], int) and isinstance(c["vectors"], int)}
-    assert used
-    assert max(used) <= 12
-    assert "registers" in str(
-        space.violation({"rows": 8, "panels": 2, "vectors": 1, "unroll": 1, "kc": 37, "group": 1})
-    )

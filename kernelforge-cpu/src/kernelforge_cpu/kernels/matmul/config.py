@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 ROWS = (4, 6, 8, 12)
 BEST_ROWS = 6
 """Of a tile with two panels, when there are many rows."""
-BLOCKS = (256, 512, 1024, 2048)
+MIN_SUMS = 8
+"""Independent sums that keep two units busy whose multiply-adds take four cycles."""
+BLOCKS = (512, 1024, 2048)
 UNKNOWN_L2 = 256 * 1024
 
 
@@ -31,6 +33,12 @@ def registers(device: DeviceInfo) -> int:
     return 16 if lanes(device) == 8 else 14
 
 
+def unroll(dtype: str, device: DeviceInfo) -> int:
+    """Steps between two branches, for weights of a type. Conversions of bf16, and instructions that overwrite an
+    operand, leave no register for a second step."""
+    return 1 if dtype == "bf16" or registers(device) < 16 else 2
+
+
 def matmul_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
     """`rows` x `panels` * `vectors` is the register tile, `vectors` the width of a packed panel, `kc` the part of the
     inner dimension done at a time, `group` the number of tiles side by side that share one pass over the rows of lhs.
@@ -42,22 +50,28 @@ def matmul_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
     # A result that is kept in memory between two blocks must be the sum itself, in f32.
     blocked = problem.results[0].dtype == "f32" and len(g.rhs) == 1 and not low
     vectors = [v for v in (1, 2, 4) if v == 1 or (v - 1) * lanes(device) < columns]
+    l2, element = device.limit("l2_bytes", UNKNOWN_L2), lanes(device) * problem.operand(1).itemsize
+
+    def sums(c: Config, more_rows: int = 0) -> int:
+        return (int(c["rows"]) + more_rows) * int(c["panels"]) * int(c["vectors"])
+
+    def group_bytes(c: Config) -> int:
+        return int(c["group"]) * int(c["kc"]) * int(c["panels"]) * int(c["vectors"]) * element
+
     return ConfigSpace(
         (
             ("rows", own if low else tuple(sorted({*ROWS, *own}))),
             ("panels", (2,) if len(g.rhs) == 2 else (1, 2)),
             ("vectors", tuple(vectors)),
-            ("unroll", (1, 2)),
             ("kc", (*(b for b in BLOCKS if blocked and b < inner), max(1, inner))),
             ("group", (1,) if low else (1, 2, 4)),
         ),
-        (("the tile needs more registers than there are", lambda c: _registers_used(c) <= registers(device)),),
+        (
+            ("the tile needs more registers than there are", lambda c: sums(c, 1) + 1 <= registers(device)),
+            ("the tile has too few sums to hide their latency", lambda c: low or sums(c) >= MIN_SUMS),
+            ("the panels of a group of tiles do not fit L2", lambda c: int(c["group"]) == 1 or group_bytes(c) <= l2),
+        ),
     )
-
-
-def _registers_used(config: Config) -> int:
-    rows, columns = int(config["rows"]), int(config["panels"]) * int(config["vectors"])
-    return rows * columns + columns + 1
 
 
 def matmul_default(problem: Problem, device: DeviceInfo) -> Config:
@@ -73,11 +87,9 @@ def matmul_default(problem: Problem, device: DeviceInfo) -> Config:
     vectors = min(2 if registers(device) == 32 else 1, parameters["vectors"][-1])
     width = vectors * lanes(device)
     panels = 2 if len(g.rhs) == 2 or int(g.columns) > width else 1
-    # Conversions of bf16, and instructions that overwrite an operand, leave no register for a second step.
-    tight = problem.operand(1).dtype == "bf16" or registers(device) < 16
 
     def config(rows: int, panels: int, kc: int, group: int = 1) -> Config:
-        chosen = (rows, panels, vectors, 1 if tight else 2, kc, group)
+        chosen = (rows, panels, vectors, kc, group)
         return dict(zip(parameters, chosen, strict=True))
 
     rows = static_rows(g)
@@ -89,8 +101,8 @@ def matmul_default(problem: Problem, device: DeviceInfo) -> Config:
     tile_bytes = panels * width * problem.operand(1).itemsize
     kc = max([b for b in parameters["kc"] if b * tile_bytes <= half], default=parameters["kc"][0])
     group = max(n for n in parameters["group"] if n == 1 or n * kc * tile_bytes <= half)
-    legal = [c for r in parameters["rows"] if r <= BEST_ROWS and (c := config(r, panels, kc, group)) in space]
-    return legal[-1]
+    legal = [c for r in parameters["rows"] if (c := config(r, panels, kc, group)) in space]
+    return max((c for c in legal if int(c["rows"]) <= BEST_ROWS), key=lambda c: int(c["rows"]), default=legal[0])
 
 
 def static_rows(g: Geometry) -> int | None:

@@ -1,0 +1,74 @@
+"""The config space of `vectorized` matrix products and its default, for machines that are not here."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from kernel_checks import problem
+from matmul_checks import matmul, variant
+
+from kernelforge.problem import Problem
+from kernelforge.variant import DeviceInfo
+
+MACHINES = {
+    "sse": DeviceInfo("cpu", "sse", "", limits=(("vector_bytes", 16),)),
+    "avx2": DeviceInfo("cpu", "avx2", "", frozenset({"avx2", "fma"}), (("l2_bytes", 1 << 18), ("vector_bytes", 32))),
+    "avx512": DeviceInfo("cpu", "avx512", "", frozenset({"avx512f"}), (("l2_bytes", 5 << 18), ("vector_bytes", 64))),
+    "neon": DeviceInfo("cpu", "neon", "", frozenset({"asimd"}), (("l2_bytes", 4 << 20), ("vector_bytes", 16))),
+}
+each_machine = pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
+
+
+def products(m: int | str, n: int, k: int, dtype: str) -> list[Problem]:
+    rhs = f"{dtype}[{k},{n}]@const"
+    return [
+        matmul(f"f32[{m},{k}]", rhs),
+        matmul(f"bf16[{m},{k}]", rhs),
+        problem("glu_matmul", f"f32[{m},{k}]", rhs, rhs),
+    ]
+
+
+@each_machine
+def test_the_default_is_a_legal_config_of_every_problem(machine: DeviceInfo) -> None:
+    rows: tuple[int | str, ...] = (0, 1, 3, 4, 6, 7, 12, 13, 1000, "t")
+    for m, n, k, dtype in itertools.product(rows, (0, 1, 5, 17, 100, 4096), (0, 1, 700, 9000), ("f32", "bf16")):
+        for p in products(m, n, k, dtype):
+            variant(p, "vectorized").default_config(p, machine)  # raises if it is not in the space
+
+
+@each_machine
+def test_tiles_fit_the_registers_and_hide_the_latency(machine: DeviceInfo) -> None:
+    p = matmul("f32[t,4096]", "f32[4096,4096]@const")
+    registers = {"sse": 14, "avx2": 16, "avx512": 32, "neon": 32}[machine.name]
+    configs = list(variant(p, "vectorized").config_space(p, machine))
+    assert configs
+    for c in configs:
+        rows, columns = int(c["rows"]), int(c["panels"]) * int(c["vectors"])
+        assert rows * columns >= 8
+        assert rows * columns + columns + 1 <= registers
+
+
+@each_machine
+def test_the_panels_of_a_group_stay_in_l2(machine: DeviceInfo) -> None:
+    for n, k, dtype in itertools.product((64, 4096), (64, 4096, 16384), ("f32", "bf16")):
+        p = matmul(f"f32[256,{k}]", f"{dtype}[{k},{n}]@const")
+        c = variant(p, "vectorized").default_config(p, machine)
+        width = int(c["panels"]) * int(c["vectors"]) * machine.limit("vector_bytes") // 4
+        held = int(c["kc"]) * int(c["group"]) * width * {"f32": 4, "bf16": 2}[dtype]
+        assert held <= machine.limit("l2_bytes", 1 << 18) // 2
+
+
+def test_a_result_that_cannot_hold_a_partial_sum_is_not_blocked() -> None:
+    machine = MACHINES["avx512"]
+    f32, bf16, glu = products(100, 64, 9000, "f32")
+    kc = [{c["kc"] for c in variant(p, "vectorized").config_space(p, machine)} for p in (f32, bf16, glu)]
+    assert kc == [{512, 1024, 2048, 9000}, {9000}, {9000}]
+
+
+@pytest.mark.parametrize(("m", "rows", "panels"), [(1, 1, 2), (5, 5, 2), (6, 6, 2), (8, 8, 1), (12, 12, 1), (13, 6, 2)])
+def test_rows_that_fit_one_tile_read_the_weight_once(m: int, rows: int, panels: int) -> None:
+    p = matmul(f"f32[{m},9000]", "bf16[9000,4096]@const")
+    c = variant(p, "vectorized").default_config(p, MACHINES["avx512"])
+    assert (c["rows"], c["panels"]) == (rows, panels)
+    assert (c["kc"] == 9000) == (m <= 12)
