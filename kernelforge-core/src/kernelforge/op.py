@@ -98,6 +98,10 @@ class OpDef:
     needed."""
     exact: bool = False
     """It only moves values (layout, gathering): the reference then runs in the operands' own dtypes."""
+    magnitude: Ref | None = None
+    """`(arrays, attrs) -> tuple[ndarray, ...]`, as `reference`: for each result the magnitude of what a kernel may compute
+    it from as a difference (x of `x/2 + x/2 erf`); the error of sums is relative to it. None: no more than what a change
+    of the operands by a rounding explains."""
     in_place: tuple[tuple[int, int], ...] = ()
     """(result, operand) pairs: the result overwrites that operand's buffer (destination passing)."""
     dialect: str = ""
@@ -181,6 +185,13 @@ class OpDef:
         `arrays` are the operands (None where absent), in any float dtype and layout; shapes of dynamic dimensions come
         from the arrays. An exact op runs in the operands' own dtypes.
         """
+        return self._run(self.reference, problem, arrays)
+
+    def magnitudes(self, problem: Problem, arrays: Sequence[Array | None]) -> tuple[Array, ...] | None:
+        """See `magnitude`; None when the op has none."""
+        return None if self.magnitude is None else self._run(self.magnitude, problem, arrays)
+
+    def _run(self, function: Ref, problem: Problem, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
         import numpy as np
 
         from kernelforge.dtype import FLOATS
@@ -190,7 +201,7 @@ class OpDef:
             for a, t in zip(arrays, problem.operands, strict=True)
         ]
         with np.errstate(all="ignore"):
-            return tuple(np.asarray(o) for o in resolve(self.reference)(wide, dict(problem.attrs)))
+            return tuple(np.asarray(o) for o in resolve(function)(wide, dict(problem.attrs)))
 
     def evaluate(self, problem: Problem, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
         """As `compute`, with the results rounded once to their types."""

@@ -7,7 +7,7 @@ are independent, a sum of L terms is off by about w sqrt(L) times c, the sum of 
 Rounding Error Analysis", 2019).
 
 The tuner takes the largest magnitude of the result for |exact| and c: cheap, and enough for random data. Conformance
-takes both for each element, c by `condition`.
+takes both for each element, c by `condition` and the op's own `magnitude`.
 """
 
 from __future__ import annotations
@@ -93,8 +93,10 @@ def expect(problem: Problem, op: OpDef, arrays: Sequence[Array | None], *, facto
     if not any(m.result for m in models):
         return tuple(Expected(e, np.zeros(e.shape)) for e in exact)
     conditions = condition(problem, op, arrays, exact)
+    magnitudes = op.magnitudes(problem, arrays) or tuple(np.zeros(e.shape) for e in exact)
+    terms = [c + np.where(np.isfinite(m), np.abs(m), 0.0) for c, m in zip(conditions, magnitudes, strict=True)]
     found = []
-    for e, m, c, t in zip(exact, models, conditions, problem.results, strict=True):
+    for e, m, c, t in zip(exact, models, terms, problem.results, strict=True):
         size = np.abs(np.where(np.isfinite(e), e, 0.0))
         smallest = _SMALLEST[t.dtype] if m.result else 0.0
         found.append(Expected(e, factor * (m.result * size + m.sums * c) + smallest))

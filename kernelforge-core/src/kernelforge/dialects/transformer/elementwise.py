@@ -31,6 +31,11 @@ def gelu_reference(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
     return ((gelu_tanh if attrs["approximate"] == "tanh" else gelu)(arrays[0]),)
 
 
+def unary_magnitude(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
+    """Both activations are x times a number from 0 to 1, which may be computed as (1 + erf or tanh) / 2."""
+    return (abs(arrays[0]),)
+
+
 def unary_cost(problem: Problem) -> Cost:
     name = problem.op.partition(".")[2]
     if name == "gelu" and problem.attr("approximate") == "tanh":
@@ -68,6 +73,7 @@ SILU = OpDef(
     reference=silu_reference,
     sample=silu_samples,
     cost=unary_cost,
+    magnitude=unary_magnitude,
     dialect=DIALECT,
 )
 
@@ -81,6 +87,7 @@ GELU = OpDef(
     reference=gelu_reference,
     sample=gelu_samples,
     cost=unary_cost,
+    magnitude=unary_magnitude,
     dialect=DIALECT,
 )
 

@@ -79,6 +79,11 @@ def matmul_reference(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
     return (out if residual is None else out + residual,)
 
 
+def matmul_magnitude(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
+    """What the activation is applied to: see `elementwise.unary_magnitude`."""
+    return matmul_reference([*arrays[:3], None], {**attrs, "epilogue": "none"})
+
+
 def matmul_cost(problem: Problem) -> Cost:
     """2 M N K for the product, the epilogue's operations per element of the result."""
     lhs, out = problem.operand(0), problem.results[0]
@@ -124,6 +129,7 @@ MATMUL = OpDef(
     reference=matmul_reference,
     sample=matmul_samples,
     cost=matmul_cost,
+    magnitude=matmul_magnitude,
     dialect=DIALECT,
 )
 
@@ -148,6 +154,11 @@ def glu_reference(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
     if attrs["transpose_rhs"]:
         gate, up = gate.T, up.T
     return (activate(attrs["activation"], x @ gate) * (x @ up),)
+
+
+def glu_magnitude(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
+    """The product without the activation: see `elementwise.unary_magnitude`."""
+    return glu_reference(arrays, {**attrs, "activation": "none"})
 
 
 def glu_cost(problem: Problem) -> Cost:
@@ -182,5 +193,6 @@ GLU_MATMUL = OpDef(
     reference=glu_reference,
     sample=glu_samples,
     cost=glu_cost,
+    magnitude=glu_magnitude,
     dialect=DIALECT,
 )
