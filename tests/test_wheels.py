@@ -2,80 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-PACKAGES = ("kernelforge-core", "kernelforge-cpu", "kernelforge-metal", "kernelforge-llm")
-
-
-def uv(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "uv", *arguments], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-
-
-def succeed(*arguments: str) -> None:
-    ran = uv(*arguments)
-    assert ran.returncode == 0, ran.stderr
-
-
-@pytest.fixture(scope="module")
-def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel of every package, each built from its source distribution."""
-    folder = tmp_path_factory.mktemp("wheels")
-    probe = folder / "requirements.in"
-    probe.write_text("hatchling\n")
-    reached = uv("pip", "compile", "--refresh", "--quiet", str(probe))
-    if reached.returncode:
-        pytest.skip(f"the package index cannot be reached: {reached.stderr.strip().splitlines()[-1]}")
-    for package in PACKAGES:
-        succeed("build", "--quiet", "--package", package, "--out-dir", str(folder))
-    return folder
-
-
-class Environment:
-    """A fresh virtual environment."""
-
-    def __init__(self, folder: Path, wheels: Path, *packages: str) -> None:
-        self._scripts = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
-        self._environment = {**os.environ, "KERNELFORGE_HOME": str(folder / "home")}
-        self._environment.pop("PYTHONPATH", None)
-        self._folder = folder
-        succeed("venv", "--quiet", "--python", sys.executable, str(folder / "venv"))
-        named = [str(next(wheels.glob(f"{name.replace('-', '_')}-*.whl"))) for name in packages]
-        succeed(
-            "pip", "install", "--quiet", "--python", str(self._scripts / "python"), "--find-links", str(wheels), *named
-        )
-
-    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [self._scripts / command[0], *command[1:]],
-            capture_output=True,
-            text=True,
-            cwd=self._folder,
-            env=self._environment,
-            check=False,
-        )
-
-    def kernelforge(self, *arguments: str) -> dict[str, Any]:
-        ran = self.run("kernelforge", *arguments, "--json")
-        assert ran.stdout, ran.stderr
-        envelope: dict[str, Any] = json.loads(ran.stdout)
-        assert envelope["ok"], envelope["errors"]
-        return envelope
-
-    def plugins(self) -> dict[str, str]:
-        return {p["name"]: p["state"] for p in self.kernelforge("plugins", "list")["data"]["plugins"]}
-
+from wheelhouse import PACKAGES, Environment
 
 Install = Callable[..., Environment]
 

@@ -6,7 +6,7 @@ from kernelforge.hookspecs import hookimpl
 from kernelforge_llm.architecture import ArchitectureSpec
 
 
-@hookimpl
+@hookimpl(optionalhook=True)  # it is kernelforge-llm's, and absent where only this plugin is loaded
 def kernelforge_architectures() -> list[ArchitectureSpec]:
     load = "kernelforge_example_parallel.parallel_llama:ParallelLlama"
     summary = "Llama with attention and MLP side by side"
