@@ -46,6 +46,7 @@ COMMANDS = (
     CommandSpec("list", "kernelforge.cli.plugins_verbs:list_plugins", "List the plugins and their states.", "plugins"),
     CommandSpec("info", "kernelforge.cli.plugins_verbs:info", "Show what a plugin registers.", "plugins"),
     CommandSpec("check", "kernelforge.cli.plugins_verbs:check", "Import plugins in processes of their own.", "plugins"),
+    CommandSpec("new", "kernelforge.cli.new_verb:new", "Write the package of a new plugin.", "plugins"),
     CommandSpec("list", "kernelforge.cli.passes_verbs:list_passes", "List the passes and their options.", "passes"),
     CommandSpec("info", "kernelforge.cli.cache_verbs:info", "Show the size of the cache.", "cache"),
     CommandSpec("clear", "kernelforge.cli.cache_verbs:clear", "Delete the cache; records stay.", "cache"),
