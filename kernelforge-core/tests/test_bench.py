@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fake_target import Array, Kernel, Outputs, variant
 
-from kernelforge.bench import peers
+from kernelforge.bench import process
 from kernelforge.bench.baseline import Change, compare_reports, load_report
 from kernelforge.bench.latency import Latency
 from kernelforge.bench.matmul import benchmark_matmul, matmul_problem
@@ -153,7 +153,7 @@ def torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a stand-in for torch, and an interpreter that sees it."""
     (tmp_path / "torch.py").write_text(TORCH)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv(peers.PEER_PYTHON, sys.executable)
+    monkeypatch.setenv(process.PEER_PYTHON, sys.executable)
     return tmp_path
 
 
@@ -178,11 +178,11 @@ def test_torch_is_measured_in_turn_with_ours() -> None:
 
 
 def test_torch_needs_an_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(peers.PEER_PYTHON, raising=False)
+    monkeypatch.delenv(process.PEER_PYTHON, raising=False)
     with pytest.raises(UsageError, match="the peer 'torch' needs KERNELFORGE_PEER_PYTHON") as raised:
         open_peer("torch", 2, 2, 2, "f32", 2)
     assert "interpreter of an environment with torch" in str(raised.value.hint)
-    monkeypatch.setenv(peers.PEER_PYTHON, "/no/such/python")
+    monkeypatch.setenv(process.PEER_PYTHON, "/no/such/python")
     with pytest.raises(AssetError, match=r"KERNELFORGE_PEER_PYTHON=/no/such/python cannot be started"):
         open_peer("torch", 2, 2, 2, "f32", 2)
 
@@ -206,7 +206,7 @@ def test_a_peer_that_dies_or_talks_nonsense(torch: Path, monkeypatch: pytest.Mon
 
 def test_a_peer_that_does_not_answer(torch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (torch / "torch.py").write_text("import sys; sys.stdin.read()")
-    monkeypatch.setattr(peers, "_START_S", 0.5)
+    monkeypatch.setattr(process, "_START_S", 0.5)
     with pytest.raises(AssetError, match="the peer 'torch' failed: no answer within"):
         open_peer("torch", 2, 2, 2, "f32", 2)
 

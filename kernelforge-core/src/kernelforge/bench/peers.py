@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import queue
-import subprocess
-import threading
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import IO, Any, Protocol
+from typing import Protocol
 
 from kernelforge.backend import Timing
-from kernelforge.errors import AssetError, KernelForgeWarning, UsageError
+from kernelforge.bench.process import PeerProcess
+from kernelforge.errors import KernelForgeWarning
 from kernelforge.registry import lookup
-
-PEER_PYTHON = "KERNELFORGE_PEER_PYTHON"
-"""Environment variable: the Python interpreter of an environment with the peers that are not ours to install."""
-
-_START_S = 120.0
-"""Importing a large library from a cold disk."""
-_ANSWER_S = 600.0
 
 
 class Peer(Protocol):
@@ -113,75 +102,19 @@ with torch.no_grad():
 
 
 class TorchPeer:
-    """`torch.matmul` in a process of the interpreter that KERNELFORGE_PEER_PYTHON names; both operands are of
-    `dtype`.
-
-    The process answers one JSON line `{"samples": [seconds, ...]}` to each line `{"repeats": n}`, and ends with its
-    input.
-    """
+    """`torch.matmul` in a process of its own; both operands are of `dtype`."""
 
     def __init__(self, m: int, n: int, k: int, dtype: str, threads: int) -> None:
-        python = os.environ.get(PEER_PYTHON)
-        if not python:
-            raise UsageError(
-                f"the peer 'torch' needs {PEER_PYTHON}",
-                hint=f"set {PEER_PYTHON} to the Python interpreter of an environment with torch",
-            )
         self.computes = dtype
-        self._python = python
-        setup = json.dumps({"m": m, "n": n, "k": k, "dtype": dtype, "threads": threads})
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        try:
-            self._process = subprocess.Popen(
-                [python, "-c", _TORCH, setup], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-            )
-        except OSError as error:
-            reason = error.strerror or error
-            raise AssetError(
-                f"{PEER_PYTHON}={python} cannot be started: {reason}", hint="name a Python interpreter"
-            ) from None
-        self._lines: queue.Queue[str] = queue.Queue()
-        assert self._process.stdout is not None
-        self._reader = threading.Thread(target=_read, args=(self._process.stdout, self._lines), daemon=True)
-        self._reader.start()
-        self.version = str(self._answer(_START_S)["version"])
+        setup = {"m": m, "n": n, "k": k, "dtype": dtype, "threads": threads}
+        self._process = PeerProcess("torch", _TORCH, setup, threads)
+        self.version = str(self._process.greeting["version"])
 
     def run(self, repeats: int) -> Timing:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps({"repeats": repeats}) + "\n")
-            self._process.stdin.flush()
-        except OSError as error:
-            raise AssetError(f"the peer 'torch' is gone: {error.strerror or error}") from None
-        return Timing(tuple(self._answer(_ANSWER_S)["samples"]), "host-clock")
+        return Timing(tuple(self._process.ask({"repeats": repeats})["samples"]), "host-clock")
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._reader.join()
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                stream.close()
-
-    def _answer(self, timeout: float) -> dict[str, Any]:
-        try:
-            line = self._lines.get(timeout=timeout)
-            answer: dict[str, Any] = json.loads(line) if line else {"error": f"ended with {self._process.wait()}"}
-        except queue.Empty:
-            answer = {"error": f"no answer within {timeout:g} s"}
-        except ValueError:
-            answer = {"error": f"answered {line!r}"}
-        if "error" in answer:
-            self.close()
-            hint = f"{PEER_PYTHON} names {self._python}; torch must be installed there"
-            raise AssetError(f"the peer 'torch' failed: {answer['error']}", hint=hint)
-        return answer
-
-
-def _read(stream: IO[str], lines: queue.Queue[str]) -> None:
-    for line in stream:
-        lines.put(line)
-    lines.put("")
+        self._process.close()
 
 
 PEERS: dict[str, Callable[[int, int, int, str, int], Peer]] = {"numpy": NumpyPeer, "torch": TorchPeer}
