@@ -118,7 +118,7 @@ def test_every_tile_and_every_blocking() -> None:
 def test_more_columns_and_rows_than_a_group_and_a_block() -> None:
     """Enough for several groups of tiles, row blocks and blocks of the inner dimension at once."""
     p = matmul("f32[100,600]", "f32[600,333]@const")
-    made = Products([(p, {"rows": 4, "panels": 2, "vectors": 1, "kc": 256, "group": 2})])
+    made = Products([(p, {"rows": 4, "panels": 2, "vectors": 1, "kc": 512, "group": 2})])
     made.check(0, parts=(1, 2, 5, 64, 999))
 
 
