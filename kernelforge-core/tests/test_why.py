@@ -315,6 +315,14 @@ def test_every_stage_is_printed_and_parses_back(capsys: pytest.CaptureFixture[st
     assert built in capsys.readouterr().out
 
 
+def test_another_pipeline_takes_the_place_of_the_default_one() -> None:
+    bare, fused = (emitted(stage=Stage.FUSED, passes=passes) for passes in ("canonicalize", "canonicalize,fuse-glu"))
+    assert "glu_matmul" in fused
+    assert "glu_matmul" not in bare
+    with pytest.raises(UsageError, match="unknown pass 'fuse-glue'"):
+        emitted(passes="fuse-glue")
+
+
 def test_the_selected_stage_says_how_each_op_runs() -> None:
     text = emitted(stage=Stage.SELECTED)
     ops = [line for line in text.splitlines() if '"transformer.' in line]

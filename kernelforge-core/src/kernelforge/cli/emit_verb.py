@@ -46,6 +46,7 @@ def emit_mlir(
         typer.Option(help="As built, after the passes, with the chosen kernels, or the kernels' LLVM IR."),
     ] = Stage.TRANSFORMER,
     after: Annotated[str | None, typer.Option(help="Instead of a stage: after the first run of this pass.")] = None,
+    passes: Annotated[str | None, typer.Option(help="Instead of the default pipeline: `canonicalize,cse`.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Fix the number of tokens; else it is dynamic.")] = None,
     weights: Weights = "native",
 ) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def emit_mlir(
     if after is not None and stage is not Stage.TRANSFORMER:
         raise UsageError("--after and --stage exclude each other")
     out = output.current()
-    with closing(open_session()) as session:
+    with closing(open_session(passes)) as session:
         chosen = _program(session, model, program, weights)
         if tokens is not None:
             chosen = _with_tokens(chosen, tokens)

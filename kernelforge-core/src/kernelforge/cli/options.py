@@ -23,10 +23,10 @@ Weights = Annotated[str, typer.Option(help="Of a model: native, or the dtype to 
 Variant = Annotated[str | None, typer.Option(help="Use this kernel variant.")]
 
 
-def open_session() -> Session:
-    """A session of what the global options say; to be closed."""
+def open_session(pipeline: str | None = None) -> Session:
+    """A session of what the global options say, with the default pipeline of passes or another one; to be closed."""
     out = output.current()
-    return Session(out.target, threads=out.threads, registry=out.registry)
+    return Session(out.target, threads=out.threads, registry=out.registry, pipeline=pipeline)
 
 
 def write_file(path: Path, text: str) -> None:
