@@ -375,6 +375,11 @@ class Builder:
         if isinstance(valid.const, int):
             self.store_lanes(at.of(t.element), stored, valid.const, align)
             return
+        if t.bits == 16:
+            # Not masked: see `store_lanes`. LLVM finds out that a mask is constant after us.
+            with self.for_(0, self.min(valid, t.lanes)) as lane:
+                self.store(at.of(t.element), self.extract(stored, lane.i), lane.i, None, align)
+            return
         mask = self.mask(valid, t.lanes)
         types = f"{stored.type}, {mask.type} into !llvm.ptr"
         self.lines.append(
