@@ -191,7 +191,7 @@ def test_plugin_option_holds_for_this_command_only(
     monkeypatch.syspath_prepend(str(site.folder))
     default_registry.cache_clear()
     assert app.main(["plugins", "info", "other", "--plugin", "core"]) == 0
-    assert "state         blocked" in capsys.readouterr().out
+    assert "state         disabled: only others were asked for" in capsys.readouterr().out
     assert app.main(["plugins", "info", "other"]) == 0
     assert "state         loaded" in capsys.readouterr().out
     default_registry.cache_clear()
@@ -202,7 +202,8 @@ def test_unknown_verb_names_the_plugins_that_failed(site: Site) -> None:
     ran = site.run("frobnicate")
     assert ran.returncode == 2
     assert ran.stderr.splitlines()[0] == (
-        "warning: plugin 'bad' (acme-bad 1.0) failed: ModuleNotFoundError: No module named 'no_such_package'"
+        "warning: plugin 'bad' (acme-bad 1.0) failed: ModuleNotFoundError: No module named 'no_such_package'; "
+        "`kernelforge plugins disable bad` leaves it out"
     )
     assert "(plugins that are not loaded may have it: bad)" in ran.stderr
 

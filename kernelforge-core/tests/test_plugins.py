@@ -52,7 +52,8 @@ def broken(load: Callable[..., Registry], name: str, state: State, error: str) -
     assert registry.plugins[name].state == state
     assert error in registry.plugins[name].error
     assert registry.plugins[name].contributions == {}
-    assert [str(w.message) for w in caught] == [registry.plugins[name].report]
+    status = registry.plugins[name]
+    assert [str(w.message) for w in caught] == [f"{status.report}; {status.remedy}"]
     return registry
 
 
@@ -91,6 +92,12 @@ def test_plugins_are_loaded_core_first_and_then_by_name(site: Site, load: Callab
         ("@hookimpl\ndef kernelforge_tuners(): yield PassSpec('a', 'b:c')", "among its descriptors, wants TunerSpec"),
         ("@hookimpl\ndef kernelforge_tuners(): raise ValueError('no')", "ValueError: no"),
         ("@hookimpl\ndef kernelforge_tuners(): return [TunerSpec('Bad Name', 'a:b')]", "must be kebab-case"),
+        ("@hookimpl\ndef kernelforge_tuners(): return [TunerSpec('a', 7)]", "load of 'a' is 7, wants Ref"),
+        (
+            "@hookimpl\ndef kernelforge_tuners(): return [TunerSpec('a', 'b:c', None)]",
+            "summary of 'a' is None, wants str",
+        ),
+        ("class Odd(BaseException): pass\nraise Odd", "Odd"),
         (TUNER.format(name="one") + TUNER.format(name="one").replace("]", "] * 2"), "'one' is already registered by"),
         ("kernelforge_hookspecs = 'no_such_specs'", "No module named 'no_such_specs'"),
         ("kernelforge_hookspecs = 'json'", "did not find any 'kernelforge' hooks in"),
@@ -181,16 +188,18 @@ def test_allow_list(site: Site, load: Callable[..., Registry], monkeypatch: pyte
     monkeypatch.setenv("KERNELFORGE_PLUGINS", " two ,")
     registry = load()
     assert list(registry.tuners) == ["core", "two"]
-    assert registry.plugins["one"].state == "blocked"
+    assert registry.plugins["one"].report == (
+        "plugin 'one' (acme-list-one 1.0) is disabled: only others were asked for (--plugin, KERNELFORGE_PLUGINS)"
+    )
 
 
-def test_block_list(site: Site, load: Callable[..., Registry], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plugins_that_are_left_out(site: Site, load: Callable[..., Registry], monkeypatch: pytest.MonkeyPatch) -> None:
     site.add("core", TUNER.format(name="core"))
     site.add("crash", "import os\nos._exit(1)")
-    assert list(load(block=["crash", "core"]).tuners) == ["core"]
-    monkeypatch.setenv("KERNELFORGE_PLUGINS_BLOCK", "crash")
-    assert load().plugins["crash"].state == "blocked"
-    with pytest.raises(PluginError, match=r"plugin 'crash' \(acme-crash 1.0\) is blocked"):
+    assert list(load(disable=["crash", "core"]).tuners) == ["core"]
+    monkeypatch.setenv("KERNELFORGE_PLUGINS_DISABLE", "other, crash")
+    assert load().plugins["crash"].state == "disabled"
+    with pytest.raises(PluginError, match=r"'crash' \(acme-crash 1.0\) is disabled: by KERNELFORGE_PLUGINS_DISABLE"):
         load(allow=["crash"])
 
 
@@ -209,7 +218,7 @@ def test_plugin_given_as_an_object() -> None:
         def kernelforge_tuners(self) -> list[TunerSpec]:
             return [TunerSpec("mine", "nowhere:Tuner")]
 
-    registry = load_registry(entry_points=[], extra_plugins=[Mine()], block=["Mine"])
+    registry = load_registry(entry_points=[], extra_plugins=[Mine()], disable=["Mine"])
     assert registry.tuners["mine"].provenance == Provenance("Mine", "given as an object", "")
     with pytest.raises(PluginError, match="'mine' is already registered by Mine"):
         load_registry(entry_points=[], extra_plugins=[Mine(), type("Other", (Mine,), {})()])
@@ -294,7 +303,7 @@ def test_plugin_that_ends_the_process_is_quarantined(site: Site) -> None:
     ran = site.run("plugins", "list")
     assert ran.returncode == 0
     assert "is quarantined: its import did not end last time (process" in ran.stderr
-    assert "`kernelforge plugins check crash` tests it again" in ran.stderr
+    assert "`kernelforge plugins check crash` tests it in a process of its own" in ran.stderr
     listed = {plugin["name"]: plugin["state"] for plugin in site.run_json("plugins", "list")["data"]["plugins"]}
     assert listed["crash"] == "quarantined"
     assert listed["core"] == "loaded"

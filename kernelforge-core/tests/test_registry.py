@@ -174,11 +174,36 @@ def test_dialect_with_an_op_twice() -> None:
         def kernelforge_dialects(self) -> list[DialectSpec]:
             return [DialectSpec("toy", f"{__name__}:TWICE")]
 
-    with pytest.raises(PluginError, match=r"dialect 'toy' of Twice .* has op 'double' twice"):
-        _ = load_registry(entry_points=[], extra_plugins=[Twice()]).ops
+    with pytest.warns(KernelForgeWarning, match=r"dialect 'toy' of plugin Twice .* left out: it has op 'double' twice"):
+        assert not load_registry(entry_points=[], extra_plugins=[Twice()]).ops
 
 
 TWICE = (op("double"), op("double"))
+NUMBERS = (7,)
+
+
+@pytest.mark.parametrize(
+    ("ops", "reason"),
+    [
+        ("no_such_package:OPS", "ModuleNotFoundError: No module named 'no_such_package'"),
+        (f"{__name__}:TOYS", "has no attribute 'TOYS'"),
+        (f"{__name__}:NUMBERS", "7 among its ops is no OpDef"),
+        (lambda: None, "TypeError: 'function' object is not iterable"),
+    ],
+)
+def test_dialect_that_fails_leaves_the_others(ops: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bad:
+        @hookimpl
+        def kernelforge_dialects(self) -> list[DialectSpec]:
+            return [DialectSpec("bad", ops)]
+
+    registry = load_registry(entry_points=[], extra_plugins=[Bad(), ToyWithOps()])
+    with pytest.warns(KernelForgeWarning, match=rf"dialect 'bad' of plugin Bad .* is left out: .*{reason}") as caught:
+        assert list(registry.ops) == ["toy.double", "toy.halve"]
+    assert str(caught[0].message).endswith("; `kernelforge plugins disable Bad` leaves it out")
+    monkeypatch.setenv("KERNELFORGE_PLUGINS_STRICT", "1")
+    with pytest.raises(PluginError, match="dialect 'bad' of plugin Bad"):
+        _ = load_registry(entry_points=[], extra_plugins=[Bad(), ToyWithOps()]).ops
 
 
 def test_lookup_of_nothing() -> None:

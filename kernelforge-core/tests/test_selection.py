@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from kernelforge.errors import PluginError, UsageError
+from kernelforge.errors import KernelForgeWarning, PluginError, UsageError
 from kernelforge.problem import Problem, parse_problem
+from kernelforge.provenance import Provenance
 from kernelforge.selection import RecordMatch, select
-from kernelforge.variant import Accept, ConfigSpace, DeviceInfo, KernelVariant, Reject, Verdict
+from kernelforge.variant import Accept, ConfigSpace, DeviceInfo, KernelVariant, Reject, Verdict, no_choices
 
 DEVICE = DeviceInfo("toy", "toy device", "toy-0")
 PROBLEM = parse_problem("toy.dot(f32[4,8], f32[8,4]) -> (f32[4,4]) {}")
@@ -101,15 +102,51 @@ def test_without_a_record_the_variant_chooses_its_config() -> None:
     assert select(PROBLEM, [variant("a")], DEVICE).config == {"tile": 4}
 
 
-def test_a_default_outside_of_the_space_is_the_plugins_fault() -> None:
-    with pytest.raises(PluginError, match=r"variant 'toy/toy\.dot/a': its default config .* tile 16 is too large"):
-        select(PROBLEM, [variant("a", default=lambda problem, device: {"tile": 16})], DEVICE)
+THEIRS = Provenance("theirs", "their-kernels", "2.0")
+EMPTY = ConfigSpace((("tile", (4,)),), (("never", lambda config: False),))
 
 
-def test_a_verdict_that_is_none_is_the_plugins_fault() -> None:
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"default": lambda problem, device: {"tile": 16}}, "its default config .* tile 16 is too large"),
+        ({"supports": lambda problem, device: True}, "supports returned True"),
+        ({"supports": "no_such_package:supports"}, "ModuleNotFoundError: No module named 'no_such_package'"),
+        ({"supports": lambda: Accept()}, "TypeError: .* takes 0 positional arguments"),
+        ({"space": lambda problem, device: None}, "space returned None, wants a ConfigSpace"),
+        ({"space": lambda problem, device: EMPTY}, "StopIteration"),
+    ],
+)
+def test_a_variant_that_fails_is_left_out_and_named(
+    wrong: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"space": lambda problem, device: SPACE, "provenance": THEIRS, **wrong}
+    bad = KernelVariant("bad", "toy.dot", "toy", "nowhere:build", **options)
+    said = rf"variant 'toy/toy\.dot/bad' of plugin theirs \(their-kernels 2\.0\) is left out: .*{reason}"
+    with pytest.warns(KernelForgeWarning, match=said):
+        selection = select(PROBLEM, [variant("good"), bad], DEVICE)
+    assert [d.variant.name for d in selection.decisions] == ["good", "bad"]
+    assert isinstance(selection.decisions[1].verdict, Reject)
+    with pytest.raises(PluginError, match=r"variant 'toy/toy\.dot/bad' of plugin theirs .* fails: ") as raised:
+        select(PROBLEM, [variant("good"), bad], DEVICE, variant="bad")
+    assert raised.value.hint == "`kernelforge plugins disable theirs` leaves it out"
+    monkeypatch.setenv("KERNELFORGE_PLUGINS_STRICT", "yes")
+    with pytest.raises(PluginError, match=said):
+        select(PROBLEM, [variant("good"), bad], DEVICE)
+
+
+def test_a_variant_of_core_that_fails_is_an_error() -> None:
     bad = KernelVariant("a", "toy.dot", "toy", build="nowhere:build", supports=lambda problem, device: True)
-    with pytest.raises(PluginError, match=r"variant 'toy/toy\.dot/a': supports returned True"):
+    with pytest.raises(PluginError, match="supports returned True"):
         select(PROBLEM, [bad], DEVICE)
+
+
+def test_a_kernel_that_cannot_be_built_names_its_plugin() -> None:
+    bad = variant("a", provenance=THEIRS, space=no_choices)
+    with pytest.raises(
+        PluginError, match=r"'toy/toy\.dot/a' of plugin theirs .* cannot be built for toy\.dot.*: Module"
+    ):
+        bad.build_kernel(PROBLEM, {}, DEVICE)
 
 
 def test_a_variant_can_be_forced_whatever_the_records_say() -> None:

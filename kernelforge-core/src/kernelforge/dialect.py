@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import types
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from keyword import iskeyword
 from typing import Any
 
-from kernelforge.errors import PluginError
+from kernelforge.errors import KernelForgeWarning, PluginError
+from kernelforge.faults import explain
 from kernelforge.mlir import Dialect, Operand, Pure, Result, ir, new_context
 from kernelforge.op import Attrs, OpDef, OpError, same_shape
 from kernelforge.problem import Attr, TensorType
@@ -38,7 +40,14 @@ def dialect_classes(ops: Mapping[str, OpDef]) -> list[type[Dialect]]:
     grouped: dict[str, list[OpDef]] = {}
     for op in ops.values():
         grouped.setdefault(op.dialect, []).append(op)
-    return [dialect_class(name, members) for name, members in grouped.items()]
+    made: list[type[Dialect]] = []
+    for name, members in grouped.items():
+        try:
+            made.append(dialect_class(name, members))
+        except Exception as error:  # a plugin's: modules without its ops must still be read
+            message = f"dialect '{name}' is left out of MLIR: {explain(error)}"
+            warnings.warn(KernelForgeWarning(message), stacklevel=2)
+    return made
 
 
 def context_for(ops: Mapping[str, OpDef]) -> ir.Context:

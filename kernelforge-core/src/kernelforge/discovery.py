@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from kernelforge import __version__
@@ -44,10 +46,14 @@ class Candidate:
     load: Callable[[], object]
     requirements: Sequence[str] = ()
     """What its distribution requires."""
+    module: str = ""
+    """Of an entry point: the module that it names."""
     installed: bool = True
     """Whether it is an entry point; otherwise it was handed over as an object."""
     seconds: float = 0.0
     """Spent on it so far."""
+    _tested: bool = False
+    """Whether its code is known to end."""
 
     @property
     def provenance(self) -> Provenance:
@@ -59,27 +65,44 @@ class Candidate:
         mine = (r for r in self.requirements if _CORE_REQUIREMENT.match(r) and "extra ==" not in r)
         return next(mine, "")
 
+    @property
+    def quarantine(self) -> Quarantine:
+        return Quarantine(self.name, self.version, self.core_range)
+
     def import_plugin(self, *, retest: bool) -> object:
         """Run its code. Raises Refused before any of it runs, or whatever the code raises.
 
         `retest` imports a quarantined plugin again.
         """
-        if not self.installed:
+        # Core cannot do without itself: a start that was killed must not lock the next one out.
+        self._tested = not self.installed or self.name == CORE or self.quarantine.passed()
+        if not self._tested:
+            _check_core_range(self.core_range)
+            if (reason := self.quarantine.left_over()) and not retest:
+                raise Refused("quarantined", reason)
+        with self.watched():
             return self.load()
-        trace = Quarantine(self.name, self.version, self.core_range)
-        if trace.passed():
-            return self.load()
-        _check_core_range(self.core_range)
-        if (reason := trace.left_over()) and not retest:
-            raise Refused("quarantined", f"{reason}; `kernelforge plugins check {self.name}` tests it again")
-        trace.begin()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Leave a trace if its code does not end meanwhile, unless it is known to. Interruptions count as no end."""
+        if self._tested:
+            yield
+            return
+        self.quarantine.begin()
         try:
-            plugin = self.load()
-        except (Exception, SystemExit):
-            trace.end(imported=False)
+            yield
+        except KeyboardInterrupt:
             raise
-        trace.end(imported=True)
-        return plugin
+        except BaseException:
+            self.quarantine.end()
+            raise
+        self.quarantine.end()
+
+    def passed(self) -> None:
+        """All of its code ended: from now on it need not be watched."""
+        if not self._tested:
+            self.quarantine.keep(getattr(sys.modules.get(self.module), "__file__", None) or "")
 
 
 def installed_plugins(entry_points: Iterable[importlib.metadata.EntryPoint] | None) -> list[Candidate]:
@@ -120,10 +143,11 @@ def _readable() -> Iterator[importlib.metadata.EntryPoint]:
 def _candidate(entry_point: importlib.metadata.EntryPoint) -> Candidate:
     dist = entry_point.dist
     if dist is None:
-        return Candidate(entry_point.name, UNKNOWN, "", entry_point.load)
+        return Candidate(entry_point.name, UNKNOWN, "", entry_point.load, module=entry_point.module)
     told = _header(dist)
     name, version = told.get("Name", [UNKNOWN])[0], told.get("Version", [""])[0]
-    return Candidate(entry_point.name, name, version, entry_point.load, told.get("Requires-Dist", ()))
+    required = told.get("Requires-Dist", ())
+    return Candidate(entry_point.name, name, version, entry_point.load, required, entry_point.module)
 
 
 def _header(dist: importlib.metadata.Distribution) -> dict[str, list[str]]:

@@ -1,7 +1,7 @@
 """Plugins whose import never returned or ended the process, found out at the next start.
 
-Neither can be caught by the process it happens to. So before the first import of a plugin version a marker is written,
-and renamed when the import returns; a marker that its process left behind is the trace of an import that did not end.
+Neither can be caught by the process it happens to. So before the code of a plugin first runs a marker is written, and
+taken away when the code returns; a marker that its process left behind is the trace of code that did not end.
 """
 
 from __future__ import annotations
@@ -45,8 +45,12 @@ class Quarantine:
         return Path(f"{self._stem}.imported")
 
     def passed(self) -> bool:
-        """Whether this version was imported before, so that neither its range nor its import needs watching."""
-        return self._passed.exists()
+        """Whether this version was loaded before, from the same file, so that it needs no watching."""
+        try:
+            stamp, _, file = self._passed.read_text(encoding="utf-8").partition(" ")
+            return stamp == _stamp(file)
+        except (OSError, ValueError):
+            return False
 
     def left_over(self) -> str:
         """Why the plugin must not be imported, or "" when it may."""
@@ -63,18 +67,25 @@ class Quarantine:
         return f"its import did not end last time (process {pid}, {when})"
 
     def begin(self) -> None:
-        """Leave the marker. Nothing is left where the folder cannot be written."""
+        """Leave the marker: code of the plugin is about to run. Nothing is left where the folder cannot be written."""
         trace = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": time.time()})
         with contextlib.suppress(OSError):
             write_atomic(self._marker, trace)
 
-    def end(self, *, imported: bool) -> None:
-        """The import returned (`imported`) or raised: the process lives."""
+    def end(self) -> None:
+        """The code returned or raised: the process lives. Also what lifts a quarantine."""
         with contextlib.suppress(OSError):
-            if imported:
-                self._marker.replace(self._passed)
-            else:
-                self._marker.unlink()
+            self._marker.unlink()
+
+    def keep(self, file: str) -> None:
+        """All of it returned; `file` is the plugin's module, "" when it has none."""
+        with contextlib.suppress(OSError):
+            write_atomic(self._passed, f"{_stamp(file)} {file}")
+
+
+def _stamp(file: str) -> str:
+    """Changes with the file's contents. Raises OSError when it is not there."""
+    return str(Path(file).stat().st_mtime_ns) if file else "0"
 
 
 def _alive(pid: int, host: str) -> bool:

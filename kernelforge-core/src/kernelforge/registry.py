@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from kernelforge.descriptors import BackendSpec, CommandSpec, DialectSpec, ImporterSpec, PassSpec, TunerSpec
 from kernelforge.errors import DeviceError, KernelForgeError, PluginError, UsageError
+from kernelforge.faults import leave_out
 from kernelforge.lazy import resolve
 from kernelforge.variant import KernelVariant
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-State = Literal["loaded", "failed", "blocked", "incompatible", "quarantined"]
+State = Literal["loaded", "failed", "disabled", "incompatible", "quarantined"]
 
 FIRST_PARTY_TARGETS = {"cpu": "kernelforge-cpu", "gpu": "kernelforge-metal"}
 """Targets that a user may know from the documentation, and the distribution each comes with."""
@@ -36,6 +37,8 @@ class PluginStatus:
     state: State
     error: str = ""
     """Why it is not loaded."""
+    remedy: str = ""
+    """What the user can do about that."""
     requires: str = ""
     """The range of kernelforge-core that its distribution declares."""
     seconds: float = 0.0
@@ -50,6 +53,11 @@ class PluginStatus:
     def report(self) -> str:
         """Who is not loaded and why, as a sentence."""
         return f"{self} {'failed' if self.state == 'failed' else f'is {self.state}'}: {self.error}"
+
+    @property
+    def broken(self) -> bool:
+        """Whether it should be there and is not."""
+        return self.state not in ("loaded", "disabled")
 
 
 @dataclass(frozen=True)
@@ -87,14 +95,14 @@ class Registry:
 
     @cached_property
     def ops(self) -> Mapping[str, OpDef]:
-        """The ops of every dialect by full name, `dialect.op`. Importing their module happens here."""
+        """The ops of every dialect by full name, `dialect.op`. Importing their module happens here; a dialect that fails
+        is left out, with a warning."""
         found: dict[str, OpDef] = {}
         for spec in self.dialects.values():
-            for op in resolve(spec.ops):
-                owned = replace(op, dialect=spec.name)
-                if owned.full_name in found:
-                    raise PluginError(f"dialect '{spec.name}' of {spec.provenance} has op '{op.name}' twice")
-                found[owned.full_name] = owned
+            try:
+                found |= _ops_of(spec)
+            except Exception as error:
+                leave_out(f"dialect '{spec.name}'", spec.provenance, error)
         return MappingProxyType(found)
 
     def extra(self, hook_name: str) -> tuple[Any, ...]:
@@ -139,14 +147,20 @@ class Registry:
         if distribution is not None:
             for status in self.plugins.values():
                 if status.distribution == distribution:
-                    return PluginError(f"target '{target}' is not there: {status.report}")
+                    return PluginError(f"target '{target}' is not there: {status.report}", hint=status.remedy or None)
             others = f", or use --target {next(iter(self.backends))}" if self.backends else ""
             return DeviceError(
                 f"target '{target}' comes with {distribution}, which is not installed",
                 hint=f"pip install {distribution}{others}",
             )
         known = ", ".join(sorted({*self.backends, *FIRST_PARTY_TARGETS}))
-        return UsageError(f"unknown target '{target}'", hint=f"one of: {known}")
+        return UsageError(f"unknown target '{target}'", hint=f"one of: {known}{self.perhaps_theirs}")
+
+    @property
+    def perhaps_theirs(self) -> str:
+        """What to add to "there is none of that name": who would have it, were it loaded."""
+        broken = [status.name for status in self.plugins.values() if status.broken]
+        return f" (plugins that are not loaded may have it: {', '.join(broken)})" if broken else ""
 
     @cached_property
     def _made_backends(self) -> dict[str, Backend]:
@@ -174,6 +188,20 @@ class Registry:
 
     def _by_name(self, hook_name: str) -> Mapping[str, Any]:
         return MappingProxyType({descriptor.name: descriptor for descriptor in self.hooks.get(hook_name, ())})
+
+
+def _ops_of(spec: DialectSpec) -> dict[str, OpDef]:
+    """Raises PluginError for what are no ops, and whatever their module raises."""
+    from kernelforge.op import OpDef
+
+    found: dict[str, OpDef] = {}
+    for op in resolve(spec.ops):
+        if not isinstance(op, OpDef):
+            raise PluginError(f"{op!r} among its ops is no OpDef")
+        if op.name in found:
+            raise PluginError(f"it has op '{op.name}' twice")
+        found[op.name] = replace(op, dialect=spec.name)
+    return {op.full_name: op for op in found.values()}
 
 
 def command_key(spec: CommandSpec) -> str:

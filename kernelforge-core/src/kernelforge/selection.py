@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from kernelforge.errors import UsageError
+from kernelforge.faults import failed, leave_out
 from kernelforge.problem import Problem
 from kernelforge.variant import Accept, Config, DeviceInfo, KernelVariant, Reject, Verdict, config_key
 
@@ -95,7 +96,8 @@ def select(
     """Choose a variant and a config for `problem` on `device`.
 
     `variant` forces one by name, `config` its configuration. Raises UsageError when no variant accepts the problem (with
-    every reason), when the forced one is unknown or refuses, or when the given config is illegal.
+    every reason), when the forced one is unknown or refuses, or when the given config is illegal. A variant whose own
+    functions fail counts as one that refuses, with a warning; the forced one raises PluginError.
     """
     problem = problem.canonical()
     candidates = sorted(
@@ -107,7 +109,7 @@ def select(
         raise UsageError(
             f"unknown variant '{variant}' of {problem.op} on target '{device.target}'", hint=f"known: {names}"
         )
-    judged = [_judge(problem, v, device, records) for v in candidates]
+    judged = [judge(problem, v, device, records, forced=v.name == variant) for v in candidates]
     accepted = [d for d in judged if isinstance(d.verdict, Accept)]
     rejected = [d for d in judged if isinstance(d.verdict, Reject)]
     if variant is not None:
@@ -134,12 +136,32 @@ def select(
     return Selection(problem, chosen, (chosen, *explained, *rejected))
 
 
-def _judge(problem: Problem, variant: KernelVariant, device: DeviceInfo, records: Lookup) -> Decision:
+def judge(
+    problem: Problem,
+    variant: KernelVariant,
+    device: DeviceInfo,
+    records: Lookup = NO_RECORDS,
+    *,
+    forced: bool = False,
+) -> Decision:
+    """One variant's verdict, with the config that it would run with. Asked for by name (`forced`), its failure raises
+    PluginError; otherwise it is left out."""
+    matches = records.matches(problem, variant, device)
+    try:
+        return _judge(problem, variant, device, matches)
+    except Exception as error:
+        if forced:
+            raise failed(f"variant '{variant.key}'", variant.provenance, "fails", error) from error
+        reason = leave_out(f"variant '{variant.key}'", variant.provenance, error)
+        return Decision(variant, Reject(reason), reason=reason)
+
+
+def _judge(problem: Problem, variant: KernelVariant, device: DeviceInfo, matches: Iterable[RecordMatch]) -> Decision:
     verdict = variant.judge(problem, device)
     if isinstance(verdict, Reject):
         return Decision(variant, verdict, reason=verdict.reason)
     space = variant.config_space(problem, device)
-    for match in records.matches(problem, variant, device):
+    for match in matches:
         if match.config in space:
             return Decision(variant, verdict, match.config, "record" if match.exact else "nearest-record", match)
     return Decision(variant, verdict, variant.default_config(problem, device), "default")

@@ -10,7 +10,8 @@ from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from kernelforge.errors import PluginError, UsageError
+from kernelforge.errors import KernelForgeError, PluginError, UsageError
+from kernelforge.faults import failed
 from kernelforge.lazy import Ref, resolve
 from kernelforge.provenance import BUILTIN, Provenance
 
@@ -152,7 +153,10 @@ class KernelVariant:
         return verdict
 
     def config_space(self, problem: Problem, device: DeviceInfo) -> ConfigSpace:
-        found: ConfigSpace = resolve(self.space)(problem, device)
+        """`space`, checked: anything but a ConfigSpace is a PluginError that names the variant."""
+        found = resolve(self.space)(problem, device)
+        if not isinstance(found, ConfigSpace):
+            raise PluginError(f"variant '{self.key}': space returned {found!r}, wants a ConfigSpace")
         return found
 
     def default_config(self, problem: Problem, device: DeviceInfo) -> Config:
@@ -166,7 +170,13 @@ class KernelVariant:
         return config
 
     def build_kernel(self, problem: Problem, config: Config, device: DeviceInfo) -> Any:
-        """The kernel, in the backend's form. Raises UsageError for a config that is not in the space."""
+        """The kernel, in the backend's form. Raises UsageError for a config that is not in the space, PluginError when
+        `build` fails otherwise than by a KernelForgeError."""
         if (reason := self.config_space(problem, device).violation(config)) is not None:
             raise UsageError(f"variant '{self.key}': config {config_key(config)} is illegal: {reason}")
-        return resolve(self.build)(problem, config, device)
+        try:
+            return resolve(self.build)(problem, config, device)
+        except KernelForgeError:
+            raise
+        except Exception as error:
+            raise failed(f"variant '{self.key}'", self.provenance, f"cannot be built for {problem}", error) from error

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from kernelforge import __version__, registry
 from kernelforge.cli.output import Output, describe, use
-from kernelforge.errors import KernelForgeError, KernelForgeWarning, UsageError
+from kernelforge.errors import KernelForgeError, KernelForgeWarning, PluginError, UsageError
 from kernelforge.home import env_flag
 
 if TYPE_CHECKING:
@@ -98,7 +98,17 @@ def console_script() -> None:
     for stream in (sys.stdout, sys.stderr):
         # Generated text may hold characters that a console's code page lacks.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a TextIOWrapper in a started process
+    if wants_json(sys.argv[1:]):
+        _reserve_stdout()
     sys.exit(main())
+
+
+def _reserve_stdout() -> None:
+    """Keep standard output for the envelope: what native code and child processes write there goes to stderr."""
+    with contextlib.suppress(OSError):  # one of them is closed
+        kept = os.dup(sys.stdout.fileno())
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        sys.stdout = open(kept, "w", encoding=sys.stdout.encoding, errors="replace")  # noqa: PTH123, SIM115
 
 
 def _run_reported(given: Sequence[str], out: Output) -> tuple[int, list[dict[str, Any]]]:
@@ -125,6 +135,8 @@ def _run(given: Sequence[str], out: Output) -> int:
     out.requested_target = options["--target"][-1] if options["--target"] else None
     out.threads = _thread_count(options["--threads"][-1]) if options["--threads"] else None
     with _only_plugins(options["--plugin"]):
+        if options["--plugin"] and words[:1] != ["plugins"]:
+            _ = out.registry  # one that was asked for by name must load, also where the verb needs none
         return _dispatch(words, out)
 
 
@@ -176,17 +188,17 @@ def _unknown_verb(words: Sequence[str], out: Output) -> KernelForgeError:
     sub_verbs = [spec.name for spec in commands if spec.group == verb]
     if sub_verbs:
         return UsageError(f"'{verb}' has no verb '{words[1]}'", hint=f"one of: {', '.join(sorted(sub_verbs))}")
-    broken = [status for status in statuses if status.state not in ("loaded", "blocked")]
     distribution = FIRST_PARTY_VERBS.get(verb)
-    if distribution is not None and not any(s.distribution == distribution for s in statuses):
+    if distribution is not None:
+        for status in statuses:
+            if status.distribution == distribution:
+                return PluginError(f"'{verb}' is not there: {status.report}", hint=status.remedy or None)
         return UsageError(
             f"'{verb}' comes with {distribution}, which is not installed", hint=f"pip install {distribution}"
         )
     near = registry.did_you_mean(verb, {spec.group or spec.name for spec in commands})
     hint = near or "kernelforge --help lists the verbs"
-    if broken:
-        hint += f" (plugins that are not loaded may have it: {', '.join(status.name for status in broken)})"
-    return UsageError(f"there is no verb '{verb}'", hint=hint)
+    return UsageError(f"there is no verb '{verb}'", hint=hint + out.registry.perhaps_theirs)
 
 
 def _print_help(out: Output, commands: Iterable[CommandSpec]) -> None:

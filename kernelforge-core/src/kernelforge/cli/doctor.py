@@ -114,8 +114,8 @@ def _look(registry: Registry, target: str) -> str:
 def _plugins(out: Output, registry: Registry, problem: Any) -> dict[str, dict[str, Any]]:
     for key, status in registry.plugins.items():
         out.print(f"plugin    {key}: {status.distribution} {status.version}, {status.state}")
-        if status.state not in ("loaded", "blocked"):
-            problem(status.report, f"kernelforge plugins check {status.name}")
+        if status.broken:
+            problem(status.report, status.remedy or f"kernelforge plugins check {status.name}")
     return {
         key: {"distribution": s.distribution, "version": s.version, "state": s.state, "error": s.error}
         for key, s in registry.plugins.items()

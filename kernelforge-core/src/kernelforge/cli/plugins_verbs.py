@@ -1,4 +1,4 @@
-"""`kernelforge plugins list | info | check`."""
+"""`kernelforge plugins list | info | check | disable | enable | retry`. Only the first two import plugins here."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
+from kernelforge import disabled
 from kernelforge.cli import output
-from kernelforge.errors import PluginError
-from kernelforge.plugins import core_registry
+from kernelforge.discovery import CORE
+from kernelforge.errors import AssetError, PluginError, UsageError
+from kernelforge.home import plugins_dir
+from kernelforge.plugins import DISABLE, core_registry, names_in
+from kernelforge.quarantine import Quarantine
 from kernelforge.registry import PluginStatus, lookup
+
+Name = Annotated[str, typer.Argument(help="Name of the plugin, as `plugins list` shows it.")]
 
 
 def list_plugins() -> dict[str, Any]:
@@ -27,14 +33,12 @@ def list_plugins() -> dict[str, Any]:
         ],
     )
     for key, status in statuses.items():
-        if status.error and status.state != "blocked":
-            out.print(f"\n{key}: {status.error}")
+        if status.broken:
+            out.print(f"\n{key}: {status.error}" + (f"\n  {status.remedy}" if status.remedy else ""))
     return {"plugins": [as_data(status) for status in statuses.values()]}
 
 
-def info(
-    name: Annotated[str, typer.Argument(help="Name of the plugin, as `plugins list` shows it.")],
-) -> dict[str, Any]:
+def info(name: Name) -> dict[str, Any]:
     """Show one plugin: where it comes from, its state, and the name of everything that it registers."""
     out = output.current()
     status = lookup("plugin", out.registry.plugins, name)
@@ -42,6 +46,8 @@ def info(
     out.print(f"distribution  {status.distribution} {status.version}")
     out.print(f"requires      {status.requires or 'declares no range of kernelforge-core'}")
     out.print(f"state         {status.state}" + (f": {status.error}" if status.error else ""))
+    if status.remedy:
+        out.print(f"              {status.remedy}")
     out.print(f"load time     {status.seconds * 1e3:.1f} ms")
     for hook, names in status.contributions.items():
         out.print(f"\n{hook} ({len(names)})")
@@ -69,6 +75,41 @@ def check(
     if failed:
         raise PluginError(f"{len(failed)} of {len(results)} plugins failed: {', '.join(failed)}")
     return out.data
+
+
+def disable(name: Name) -> dict[str, Any]:
+    """Leave a plugin out from now on. None is imported, so this works also for one that breaks the process."""
+    name = lookup("plugin", core_registry().plugins, name).name
+    if name == CORE:
+        raise UsageError("core cannot be left out: it has the verbs")
+    disabled.disable(name)
+    output.current().print(f"{name} is disabled; `kernelforge plugins enable {name}` brings it back")
+    return {"plugin": name, "disabled": True}
+
+
+def enable(name: Name) -> dict[str, Any]:
+    """Undo `plugins disable`."""
+    out = output.current()
+    if name not in disabled.disabled():
+        lookup("plugin", core_registry().plugins, name)
+    changed = disabled.enable(name)
+    out.print(f"{name} is enabled" + ("" if changed else ": it was not disabled"))
+    if name in names_in(DISABLE):
+        out.warn(f"{DISABLE} still leaves it out")
+    return {"plugin": name, "disabled": False, "changed": changed}
+
+
+def retry(name: Name) -> dict[str, Any]:
+    """Lift the quarantine of a plugin: the next command that needs plugins imports it again."""
+    out = output.current()
+    status = lookup("plugin", core_registry().plugins, name)
+    trace = Quarantine(status.name, status.version, status.requires)
+    reason = trace.left_over()
+    trace.end()
+    if trace.left_over():
+        raise AssetError(f"the quarantine of {name} cannot be lifted: {plugins_dir()} cannot be written")
+    out.print(f"{name} is imported again at the next start" if reason else f"{name} was not in quarantine")
+    return {"plugin": name, "was_quarantined": bool(reason), "reason": reason}
 
 
 def _probe(status: PluginStatus, timeout: float) -> dict[str, Any]:
@@ -102,6 +143,7 @@ def as_data(status: PluginStatus) -> dict[str, Any]:
         "requires": status.requires,
         "state": status.state,
         "error": status.error,
+        "remedy": status.remedy,
         "seconds": status.seconds,
         "registers": {hook: list(names) for hook, names in status.contributions.items()},
     }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from kernelforge.bench.matmul import MATMUL, matmul_problem
 from kernelforge.errors import AssetError, UsageError
+from kernelforge.faults import leave_out
 from kernelforge.op import OpDef, OpError
 from kernelforge.problem import Problem, parse_problem
 from kernelforge.registry import Registry, lookup
@@ -106,8 +107,13 @@ def load_model(registry: Registry, source: str, weights: str) -> ImportedModel:
     from kernelforge.lazy import resolve
 
     for spec in registry.importers.values():
-        importer = resolve(spec.load)()
-        if importer.claims(source):
+        try:
+            importer = resolve(spec.load)()
+            claimed = importer.claims(source)
+        except Exception as error:
+            leave_out(f"importer '{spec.name}'", spec.provenance, error)
+            continue
+        if claimed:
             model: ImportedModel = importer.load(source, weights=weights)
             return model
     names = ", ".join(registry.importers)

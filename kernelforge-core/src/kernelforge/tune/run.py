@@ -12,10 +12,11 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from kernelforge.errors import UsageError, WrongResultError
+from kernelforge.errors import PluginError, UsageError, WrongResultError
 from kernelforge.lazy import resolve
 from kernelforge.problem import Problem
 from kernelforge.registry import lookup
+from kernelforge.selection import judge
 from kernelforge.tune.measure import Subject, measure_in_turn
 from kernelforge.tune.record import Record, Status, kernel_hash
 from kernelforge.tune.records import RecordStore
@@ -94,7 +95,8 @@ def tunable(session: Session, problem: Problem, names: Sequence[str] = ()) -> li
     problem = problem.canonical()
     there = {v.name: v for v in session.registry.variants(problem.op, session.target)}
     wanted = [lookup(f"variant of {problem.op} on target '{session.target}'", there, name) for name in names]
-    verdicts = [(v, v.judge(problem, session.device.info)) for v in wanted or there.values()]
+    info = session.device.info
+    verdicts = [(v, judge(problem, v, info, forced=bool(names)).verdict) for v in wanted or there.values()]
     for variant, verdict in verdicts:
         if names and isinstance(verdict, Reject):
             raise UsageError(f"variant '{variant.name}' cannot run {problem}: {verdict.reason}")
@@ -217,7 +219,8 @@ class _Run:
             self._fail(search, config, "wrong-result", str(failure))
             return None
         except Exception as failure:  # whatever a kernel's builder or a compiler raises
-            self._fail(search, config, "error", f"{type(failure).__name__}: {failure}")
+            cause = failure.__cause__ if isinstance(failure, PluginError) and failure.__cause__ else failure
+            self._fail(search, config, "error", f"{type(cause).__name__}: {cause}")
             return None
         return _Candidate(search, config, executable, self.inputs, error)
 
