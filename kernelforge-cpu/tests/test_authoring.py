@@ -19,7 +19,7 @@ from kernelforge.session import Session
 from kernelforge.tune.record import kernel_hash
 from kernelforge.tune.verify import Workload
 from kernelforge.variant import Accept, ConfigSpace, DeviceInfo, KernelVariant, Reject, Verdict
-from kernelforge_cpu.authoring import elements, kernel
+from kernelforge_cpu.authoring import extent, kernel
 from kernelforge_cpu.kernel import NativeKernel, PythonKernel
 
 SILU = "transformer.silu"
@@ -90,7 +90,7 @@ def emitted(k: Any, problem: Problem, *, unroll: int) -> None:
     def body(i: Any, valid: Any) -> None:
         out.store(vector_silu(k, x.load(i, lanes, valid=valid)), i, valid=valid)
 
-    k.vectorize(*k.share(elements(k, problem), grain=lanes), body, lanes=lanes)
+    k.vectorize(*k.share(extent(k, problem, *problem.operand(0).shape), grain=lanes), body, lanes=lanes)
 
 
 @kernel(op=SOFTMAX, dtypes=("f32",), attrs={"axis": 0}, supports=matrix, priority=1)

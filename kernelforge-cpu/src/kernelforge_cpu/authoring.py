@@ -39,7 +39,7 @@ from kernelforge.variant import ConfigSpace, KernelVariant, Reject, accept_all
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kernelforge.problem import Attr, Problem
+    from kernelforge.problem import Attr, Dim, Problem
     from kernelforge.variant import Config, DeviceInfo, Verdict
     from kernelforge_cpu.emit import KernelBuilder, Value
     from kernelforge_cpu.kernel import Array, NativeKernel, PythonKernel
@@ -129,11 +129,11 @@ def _space(given: Mapping[str, Sequence[int | str]] | Ref | None) -> Ref:
     return space
 
 
-def elements(k: KernelBuilder, problem: Problem) -> Value:
-    """How many elements the first result of `problem` has (i64): a number, or computed from dynamic dimensions."""
+def extent(k: KernelBuilder, problem: Problem, *dims: Dim) -> Value:
+    """The product of some sizes of the problem's tensors (i64): a number, or computed where a dimension is dynamic."""
     from kernelforge_cpu.kernels.axes import emit_size, size_of
 
-    return emit_size(k, problem, size_of(*problem.results[0].shape))
+    return emit_size(k, problem, size_of(*dims))
 
 
 def _numpy(

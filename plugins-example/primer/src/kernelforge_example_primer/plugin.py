@@ -8,7 +8,7 @@ from kernelforge.descriptors import DialectSpec
 from kernelforge.hookspecs import hookimpl
 from kernelforge.problem import Problem
 from kernelforge.variant import KernelVariant
-from kernelforge_cpu.authoring import elements, kernel
+from kernelforge_cpu.authoring import extent, kernel
 
 if TYPE_CHECKING:
     from kernelforge_cpu.emit import KernelBuilder, Value
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 @kernel(op="primer.squared_relu", dtypes=("f32", "bf16", "f16"), language="mlir", space={"unroll": (2, 1, 4)})
 def vectorized(k: KernelBuilder, problem: Problem, *, unroll: int) -> None:
     """vectors of any of the float types, computed in f32"""
-    dtype, lanes = problem.operand(0).dtype, unroll * k.lanes
-    x, out = k.buffer(0, dtype), k.buffer(1, dtype)
+    t, lanes = problem.operand(0), unroll * k.lanes
+    x, out = k.buffer(0, t.dtype), k.buffer(1, t.dtype)
 
     def body(i: Value, valid: Value | None) -> None:
         positive = k.max(0.0, x.load_f32(i, lanes, valid=valid))  # in this order a NaN stays one
-        out.store(k.convert(positive * positive, dtype), i, valid=valid)
+        out.store(k.convert(positive * positive, t.dtype), i, valid=valid)
 
-    k.vectorize(*k.share(elements(k, problem), grain=lanes), body, lanes=lanes)
+    k.vectorize(*k.share(extent(k, problem, *t.shape), grain=lanes), body, lanes=lanes)
 
 
 @hookimpl
