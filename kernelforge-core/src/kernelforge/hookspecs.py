@@ -26,7 +26,10 @@ GROUP = "kernelforge"
 """The entry-point group, and pluggy's project name."""
 
 hookspec = pluggy.HookspecMarker(GROUP)
+"""Decorates a hook's specification, in a module that a plugin names as `kernelforge_hookspecs`: a new hook for others."""
+
 hookimpl = pluggy.HookimplMarker(GROUP)
+"""Decorates a plugin's implementation of a hook; `optionalhook=True` for one whose specification may be absent."""
 
 
 @hookspec

@@ -25,12 +25,16 @@ class Program:
 
 @dataclass(frozen=True)
 class ImportedModel:
+    """What an importer makes of a model."""
+
     name: str
     programs: tuple[Program, ...]
     constants: TensorSource
 
 
 class Importer(Protocol):
+    """A reader of models: what `ImporterSpec.load` resolves to."""
+
     def claims(self, source: str) -> bool:
         """Whether this importer reads `source` (a path, a repository name, a named shape); cheap, reads no weights."""
         ...

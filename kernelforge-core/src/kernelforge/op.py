@@ -25,7 +25,10 @@ UNKNOWN = "?"
 """A dynamic dimension whose name is not known (types read from MLIR): it agrees with every other dimension."""
 
 Attrs = Mapping[str, Attr]
+"""Attributes by name."""
+
 OperandTypes = Sequence["TensorType | None"]
+"""In the op's order, None where an optional one is absent; those of a variadic operand one by one."""
 
 
 class OpError(ValueError):
@@ -34,6 +37,8 @@ class OpError(ValueError):
 
 @dataclass(frozen=True)
 class Operand:
+    """An operand of an op."""
+
     name: str
     optional: bool = False
     """Optional operands come last."""
@@ -43,6 +48,8 @@ class Operand:
 
 @dataclass(frozen=True)
 class Attribute:
+    """An attribute of an op."""
+
     name: str
     kind: Literal["bool", "int", "float", "str", "ints"]
     default: Attr | None = None
@@ -261,4 +268,5 @@ def same_dim(a: int | str, b: int | str) -> bool:
 
 
 def same_shape(a: Sequence[int | str], b: Sequence[int | str]) -> bool:
+    """Whether two shapes may be equal."""
     return len(a) == len(b) and all(map(same_dim, a, b))

@@ -40,6 +40,7 @@ class Reject:
 
 
 Verdict = Accept | Reject
+"""What `supports` returns."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def no_choices(problem: Problem, device: DeviceInfo) -> ConfigSpace:
 
 
 def accept_all(problem: Problem, device: DeviceInfo) -> Verdict:
+    """The `supports` of a variant that runs every problem of its op."""
     return Accept()
 
 

@@ -45,7 +45,10 @@ if TYPE_CHECKING:
     from kernelforge_cpu.kernel import Array, NativeKernel, PythonKernel
 
 Language = Literal["numpy", "numba", "mlir"]
+"""What a kernel's function is written in; see above."""
+
 Function = Callable[..., Any]
+"""The function of a kernel, whose parameters are those of its language."""
 
 NUMBA_DTYPES = ("f64", "f32", "i64", "i32", "i8")
 """What numba can compute with on a CPU."""

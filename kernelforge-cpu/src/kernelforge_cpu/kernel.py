@@ -30,10 +30,12 @@ def one_part(dims: Sequence[int], threads: int) -> int:
 
 
 def part_per_thread(dims: Sequence[int], threads: int) -> int:
+    """Work of which every part costs the same."""
     return threads
 
 
 def no_scratch(dims: Sequence[int], threads: int) -> int:
+    """Of a kernel that needs no memory of its own."""
     return 0
 
 

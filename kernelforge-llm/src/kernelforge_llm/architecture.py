@@ -37,6 +37,8 @@ class ArchitectureSpec:
 
 
 class Architecture(Protocol):
+    """What `ArchitectureSpec.load` resolves to."""
+
     def config(self, raw: Mapping[str, Any], generation: Mapping[str, Any], *, source: str) -> ModelConfig:
         """Read config.json and generation_config.json, mostly through `ModelConfig.from_hf`.
 

@@ -49,6 +49,7 @@ SCHEMA = 1
 """Version of the JSON envelope; it changes when a field is removed or changes its meaning."""
 
 DEFAULT_TARGET = "cpu"
+"""Where verbs run that are not told otherwise."""
 
 
 class Progress(Protocol):
