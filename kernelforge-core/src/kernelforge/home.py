@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -48,7 +51,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line in a single write, so that lines of several processes do not mix. Raises OSError.
+    """Append one line while no other process does, so that their lines do not mix. Raises OSError.
 
     A torn last line (a crash, a full disk) is ended first, so that it does not swallow this one.
     """
@@ -56,11 +59,33 @@ def append_line(path: Path, line: str) -> None:
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
     handle = os.open(path, flags, 0o644)
     try:
-        size = os.fstat(handle).st_size
-        torn = False
-        if size:
-            os.lseek(handle, size - 1, os.SEEK_SET)
-            torn = os.read(handle, 1) != b"\n"
-        os.write(handle, (("\n" if torn else "") + line.rstrip("\n") + "\n").encode())
+        with _locked(handle):
+            size = os.lseek(handle, 0, os.SEEK_END)
+            torn = False
+            if size:
+                os.lseek(handle, size - 1, os.SEEK_SET)
+                torn = os.read(handle, 1) != b"\n"
+            os.write(handle, (("\n" if torn else "") + line.rstrip("\n") + "\n").encode())
     finally:
         os.close(handle)
+
+
+@contextmanager
+def _locked(handle: int) -> Iterator[None]:
+    """Hold an open file alone among the processes that ask for it. Raises OSError where files cannot be locked."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        beyond = 1 << 30  # a locked byte cannot be read by others: take one that is not there
+        os.lseek(handle, beyond, os.SEEK_SET)
+        msvcrt.locking(handle, msvcrt.LK_LOCK, 1)
+        try:
+            yield
+        finally:
+            os.lseek(handle, beyond, os.SEEK_SET)
+            msvcrt.locking(handle, msvcrt.LK_UNLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX)  # closing the file ends it
+        yield

@@ -60,7 +60,6 @@ class _Planner:
                     self.last_use[operand] = index
         for output in function.outputs:
             self.last_use[output] = len(function.nodes)
-        self.function_outputs = function.outputs
         for i, arg in enumerate(function.args):
             t = self._fixed(arg.type)
             if arg.constant:
