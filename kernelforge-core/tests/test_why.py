@@ -12,9 +12,10 @@ import pytest
 from fake_target import Kernel, variant
 
 from kernelforge import builtin
-from kernelforge.cli import output, records_verbs, tune_verb, why_verb
+from kernelforge.cli import app, output, records_verbs, tune_verb, why_verb
 from kernelforge.cli.emit_verb import Stage, decoder_block, emit_mlir
 from kernelforge.cli.problems import checked_problem, find_op
+from kernelforge.cli.shapes import shape_example
 from kernelforge.constant import ArraySource
 from kernelforge.descriptors import ImporterSpec
 from kernelforge.errors import AssetError, KernelForgeWarning, PartialResult, UsageError
@@ -146,7 +147,14 @@ def test_a_model_is_all_its_problems(capsys: pytest.CaptureFixture[str]) -> None
         ({"op": "matmul", "model": "m"}, "name one of: an op"),
         ({"op": "matmul", "m": 3}, "matmul needs its sizes"),
         ({"op": "matmull"}, "unknown op 'matmull'"),
-        ({"op": "softmax"}, "softmax has no sizes of its own"),
+        ({"op": "softmax"}, "softmax needs the shapes of its operands"),
+        ({"op": "matmul", **SIZES, "shape": "8x16,16x4"}, "--shape and --m, --n, --k exclude each other"),
+        ({"op": "softmax", "shape": "3xy"}, "'3xy' is not a shape"),
+        ({"op": "softmax", "shape": "3,4"}, r"transformer\.softmax does not take this problem: takes operands \(x\)"),
+        ({"op": "softmax", "shape": "3", "dtype": "f32,f32"}, "--dtype names 2 types, --shape 1 operands"),
+        ({"op": "softmax", "shape": "3", "attr": ["axis=x"]}, "--attr axis=x: 'x' is not of kind int"),
+        ({"op": "softmax", "shape": "3", "attr": ["side=1"]}, "attribute 'side' is unknown to softmax"),
+        ({"op": "rope", "shape": "4x2x64,4"}, "attribute 'max_position' is required"),
         ({"op": "matmul", **SIZES, "dtype": "i8"}, "matmul has no dtype 'i8'"),
         ({"op": "matmul", **SIZES, "variant": "nope"}, "unknown variant 'nope'"),
         ({"problem": "matmul"}, "'matmul' is not a problem"),
@@ -170,9 +178,42 @@ def test_ops_are_found_by_either_name_and_hints_are_problems() -> None:
     using = registry()
     assert find_op(using, "matmul") is find_op(using, "transformer.matmul")
     with pytest.raises(UsageError) as raised:
-        run(why_verb.why, "softmax")
-    key = str(raised.value.hint).removeprefix("--problem '").removesuffix("'")
+        run(why_verb.why, problem="transformer.softmax(f32[4], f32[4]) -> (f32[4]) {}")
+    key = str(raised.value.hint).removeprefix("one it takes: ")
     assert str(checked_problem(using, key)) == key
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("matmul --shape 8x16,16x4", "transformer.matmul(f32[8,16], f32[16,4]@const, _, _) -> (f32[8,4])"),
+        ("matmul --shape 8x16,16x4,_,8x4", "transformer.matmul(f32[8,16], f32[16,4]@const, _, f32[8,4])"),
+        ("matmul --shape 8x16,16x4 --dtype bf16", "transformer.matmul(f32[8,16], bf16[16,4]@const, _, _)"),
+        ("matmul --shape 8x16,16x4 --dtype f16,f16", "transformer.matmul(f16[8,16], f16[16,4]@const, _, _)"),
+        ("matmul --shape 8x16,16x4 --no-constant", "transformer.matmul(f32[8,16], f32[16,4], _, _)"),
+        ("rms_norm --shape ?x16,16 --dtype bf16", "transformer.rms_norm(f32[?0,16], bf16[16]@const)"),
+        ("silu --shape 3x5 --dtype bf16", "transformer.silu(bf16[3,5])"),
+        ("concat --shape 2x3,2x4,2x5 --attr axis=1", "transformer.concat(f32[2,3], f32[2,4], f32[2,5]) -> (f32[2,12])"),
+        ("transpose --shape 2x3 --attr perm=1,0", "transformer.transpose(f32[2,3]) -> (f32[3,2])"),
+        ("rope --shape 4x2x64,4 --attr max_position=9", "transformer.rope(f32[4,2,64], i32[4])"),
+        ("attention --shape 2x4x8,6x2x8,6x2x8 --attr causal=false", "transformer.attention(f32[2,4,8], f32[6,2,8], "),
+        ("attention --shape 1x4x8,1x64x2x8,1x64x2x8,1,1", "transformer.attention(f32[1,4,8], f32[1,64,2,8], "),
+    ],
+)
+def test_any_op_is_asked_about_by_the_shapes_of_its_operands(
+    line: str, problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert app.main(["why", *line.split(), "--target", "reference", "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)["data"]["problems"]
+    assert told["problem"].startswith(problem)
+    assert told["candidates"][0]["verdict"] == "chosen"
+
+
+def test_every_op_has_an_example_that_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, op in load_registry(entry_points=[], extra_plugins=[builtin]).ops.items():
+        line = shape_example(op).removeprefix("for example ").split()
+        assert app.main(["why", *line, "--target", "reference"]) == 0, name
+    assert "chosen: reference" in capsys.readouterr().out
 
 
 # tune

@@ -17,6 +17,19 @@ N = Annotated[int | None, typer.Option(help="Columns of the right operand.")]
 K = Annotated[int | None, typer.Option(help="Columns of the left operand: the length of the sums.")]
 Dtype = Annotated[str, typer.Option(help="Type of the right operand (the weights): f32, bf16 or f16.")]
 Constant = Annotated[bool, typer.Option(help="The right operand is a weight, known when compiling, or an activation.")]
+Dtypes = Annotated[
+    str,
+    typer.Option(help="Type of the weights, or of all float operands where there are none; or one a shape: f32,bf16."),
+]
+Shape = Annotated[
+    str | None,
+    typer.Option(
+        help="Shapes of the op's operands, in order: 64x576,576x1536. ? is a dynamic size, always the same; _ an absent operand."
+    ),
+]
+Attribute = Annotated[
+    list[str] | None, typer.Option("--attr", metavar="NAME=VALUE", help="Attribute of the op (may be repeated).")
+]
 ProblemKey = Annotated[str | None, typer.Option("--problem", help="A problem, as `records list` and `why` write it.")]
 Model = Annotated[str | None, typer.Option(help="A model: every problem in it.")]
 Weights = Annotated[str, typer.Option(help="Of a model: native, or the dtype to convert its weights to.")]

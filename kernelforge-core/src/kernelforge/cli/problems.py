@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kernelforge.bench.matmul import MATMUL, matmul_problem
+from kernelforge.cli.shapes import key_example, shape_example, shaped_problem
 from kernelforge.errors import AssetError, UsageError
 from kernelforge.faults import leave_out
 from kernelforge.op import OpDef, OpError
@@ -47,22 +48,30 @@ class Request:
     problem: str | None
     model: str | None
     weights: str = "native"
+    shape: str | None = None
+    attrs: Sequence[str] = ()
 
     def resolve(self, session: Session) -> list[Asked]:
         """The problems. Raises UsageError for options that name none, AssetError for a model that nobody reads."""
         if sum(given is not None for given in (self.op, self.problem, self.model)) != 1:
-            raise UsageError("name one of: an op (matmul --m 64 --n 64 --k 128), --problem KEY, --model PATH")
+            raise UsageError("name one of: an op (matmul --shape 64x128,128x64), --problem KEY, --model PATH")
         if self.model is not None:
             return model_problems(session, load_model(session.registry, self.model, self.weights))
         if self.problem is not None:
             return [Asked.of(checked_problem(session.registry, self.problem))]
         assert self.op is not None
         op = find_op(session.registry, self.op)
-        if op.full_name != MATMUL:
-            raise UsageError(f"{op.name} has no sizes of its own", hint=f"--problem '{_example(op)}'")
         m, n, k = self.sizes
+        if self.shape is not None:
+            if self.sizes != (None, None, None):
+                raise UsageError("--shape and --m, --n, --k exclude each other", hint="give one of them")
+            return [Asked.of(shaped_problem(op, self.shape, self.dtype, self.attrs, constant=self.constant))]
+        if op.full_name != MATMUL:
+            raise UsageError(f"{op.name} needs the shapes of its operands", hint=shape_example(op))
         if m is None or n is None or k is None:
-            raise UsageError("matmul needs its sizes", hint="for example --m 64 --n 64 --k 128")
+            raise UsageError(
+                "matmul needs its sizes", hint="for example --shape 64x128,128x64 or --m 64 --n 64 --k 128"
+            )
         return [Asked.of(matmul_problem(session.registry, m, n, k, self.dtype, constant=self.constant))]
 
 
@@ -87,19 +96,13 @@ def checked_problem(registry: Registry, key: str) -> Problem:
         checked = op.problem(given.operands, dict(given.attrs))
     except OpError as error:
         raise UsageError(
-            f"{given.op} does not take this problem: {error}", hint=f"one it takes: {_example(op)}"
+            f"{given.op} does not take this problem: {error}", hint=f"one it takes: {key_example(op)}"
         ) from None
     have, want = ([(t.shape, t.dtype) for t in p.results] for p in (given, checked))
     if have != want:
         results = ", ".join(map(str, checked.results))
         raise UsageError(f"{given.op} gives ({results}) for these operands, not what the problem says")
     return Problem(checked.op, checked.operands, given.results, checked.attrs).canonical()
-
-
-def _example(op: OpDef) -> str:
-    import random
-
-    return str(next(op.samples(random.Random(0))))
 
 
 def load_model(registry: Registry, source: str, weights: str) -> ImportedModel:

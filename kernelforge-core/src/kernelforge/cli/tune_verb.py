@@ -10,7 +10,19 @@ import typer
 
 from kernelforge.bench.harness import gigas
 from kernelforge.cli import output
-from kernelforge.cli.options import Constant, Dtype, K, M, Model, N, ProblemKey, Weights, open_session
+from kernelforge.cli.options import (
+    Attribute,
+    Constant,
+    Dtypes,
+    K,
+    M,
+    Model,
+    N,
+    ProblemKey,
+    Shape,
+    Weights,
+    open_session,
+)
 from kernelforge.cli.problems import Asked, Request
 from kernelforge.errors import PartialResult
 from kernelforge.session import Session
@@ -24,12 +36,14 @@ BUDGET_S = 20.0
 
 
 def tune(
-    op: Annotated[str | None, typer.Argument(help="An op with sizes: matmul.")] = None,
+    op: Annotated[str | None, typer.Argument(help="An op, with --shape; matmul also with --m, --n and --k.")] = None,
+    shape: Shape = None,
     m: M = None,
     n: N = None,
     k: K = None,
-    dtype: Dtype = "f32",
+    dtype: Dtypes = "f32",
     constant: Constant = True,
+    attr: Attribute = None,
     problem: ProblemKey = None,
     model: Model = None,
     weights: Weights = "native",
@@ -41,7 +55,7 @@ def tune(
 ) -> dict[str, Any]:
     """Find the fastest verified kernel and config, and record every trial; what is recorded is not run again."""
     out = output.current()
-    request = Request(op, (m, n, k), dtype, constant, problem, model, weights)
+    request = Request(op, (m, n, k), dtype, constant, problem, model, weights, shape, attr or ())
     with closing(open_session()) as session:
         asked = list({each.static: each for each in request.resolve(session)}.values())
         store = RecordStore.default()

@@ -8,7 +8,20 @@ from typing import Annotated, Any
 import typer
 
 from kernelforge.cli import output
-from kernelforge.cli.options import Constant, Dtype, K, M, Model, N, ProblemKey, Variant, Weights, open_session
+from kernelforge.cli.options import (
+    Attribute,
+    Constant,
+    Dtypes,
+    K,
+    M,
+    Model,
+    N,
+    ProblemKey,
+    Shape,
+    Variant,
+    Weights,
+    open_session,
+)
 from kernelforge.cli.problems import Asked, Request
 from kernelforge.selection import Decision, Selection, select
 from kernelforge.session import Session
@@ -23,12 +36,14 @@ _SOURCES = {
 
 
 def why(
-    op: Annotated[str | None, typer.Argument(help="An op with sizes: matmul.")] = None,
+    op: Annotated[str | None, typer.Argument(help="An op, with --shape; matmul also with --m, --n and --k.")] = None,
+    shape: Shape = None,
     m: M = None,
     n: N = None,
     k: K = None,
-    dtype: Dtype = "f32",
+    dtype: Dtypes = "f32",
     constant: Constant = True,
+    attr: Attribute = None,
     problem: ProblemKey = None,
     model: Model = None,
     weights: Weights = "native",
@@ -36,7 +51,7 @@ def why(
 ) -> dict[str, Any]:
     """Show every kernel that could run a problem: chosen or not, the reason, its config and where that comes from."""
     out = output.current()
-    request = Request(op, (m, n, k), dtype, constant, problem, model, weights)
+    request = Request(op, (m, n, k), dtype, constant, problem, model, weights, shape, attr or ())
     with closing(open_session()) as session:
         asked = request.resolve(session)
         selections = [_select(session, each, variant) for each in asked]
