@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, cast
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernelforge.backend import Buffer, Executable
-from kernelforge.errors import AssetError, UsageError
+from kernelforge.errors import AssetError, KernelForgeWarning, UsageError
 from kernelforge.importer import Program
 from kernelforge.session import Session
 from kernelforge_llm.cache import KVCache
@@ -249,7 +250,8 @@ class Decoder:
         """Generate up to `max_tokens` tokens after `prompt`, one at a time.
 
         Ends at a stop string (which is not part of the text), at one of `stop_ids`, at the model's end-of-sequence
-        token unless `ignore_eos`, or when the context is full. Raises UsageError when the prompt itself does not fit.
+        token unless `ignore_eos`, or, with a KernelForgeWarning, when the context is full. Raises UsageError when the
+        prompt itself does not fit.
         """
         ids = self.encode(prompt)
         if len(ids) > self.context:
@@ -268,6 +270,9 @@ class Decoder:
         history = list(ids)
         fed = 0
         for _ in range(max_tokens):
+            if fed == self.context:
+                warnings.warn(f"the context of {fed} tokens is full", KernelForgeWarning, stacklevel=2)
+                break
             token = sampler(self.feed(cache, history[fed:]), history)
             fed = len(history)
             if token in ends:
@@ -275,7 +280,7 @@ class Decoder:
             history.append(token)
             text = stop.push(stream.push(token))
             yield Token(token, text)
-            if stop.hit is not None or fed == self.context:
+            if stop.hit is not None:
                 break
         rest = stop.push(stream.flush()) + stop.flush()
         if rest:
