@@ -148,6 +148,7 @@ def test_errors_of_a_process() -> None:
         (("--random", "llama-900b"), 2, "there is no shape 'llama-900b'"),
         (("--prompt-ids", "1,x"), 2, "--prompt-ids '1,x' is not a list of numbers"),
         (("--prompt-ids", "1", "--prompt", "a"), 2, "--prompt and --prompt-ids exclude each other"),
+        (("--prompt", "a", "--api-model", "m"), 2, "--api-base and --api-model need --compare-with-cerebras"),
         (("--prompt-file", "nowhere.txt"), 13, "cannot read the prompt from nowhere.txt"),
         (("--prompt", "x " * 600, "--context", "64"), 2, "tokens, the context holds 64"),
         (("--context", "1025"), 2, "a context of 1025 positions is not possible: the model was made for up to 1024"),

@@ -58,6 +58,8 @@ def llm_inference(
     """
     started = time.perf_counter()
     at_least(1, max_tokens=max_tokens)
+    if (api_base or api_model) and not compare_with_cerebras:
+        raise UsageError("--api-base and --api-model need --compare-with-cerebras")
     given = _prompt(prompt, prompt_file, prompt_ids)
     api_key = _api_key(given) if compare_with_cerebras else None
 
