@@ -135,7 +135,9 @@ def get_team(threads: int | None = None) -> Team:
     """
     count = default_threads() if threads is None else threads
     if not 1 <= count <= MAX_THREADS:
-        raise UsageError(f"{count} threads", hint=f"give 1 to {MAX_THREADS} (--threads, KERNELFORGE_NUM_THREADS)")
+        raise UsageError(
+            f"{count} threads are not possible", hint=f"give 1 to {MAX_THREADS} (--threads, KERNELFORGE_NUM_THREADS)"
+        )
     with _teams_lock:
         if count not in _teams:
             _teams[count] = Team(count)
