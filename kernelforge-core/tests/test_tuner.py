@@ -190,7 +190,7 @@ def test_tuning_can_be_limited_to_variants(store: RecordStore) -> None:
     ("options", "message"),
     [
         ({"tuner": "gird"}, "unknown tuner 'gird'"),
-        ({"variants": ("c",)}, "unknown variant of transformer.matmul on target 'fake' 'c'"),
+        ({"variants": ("c",)}, "unknown variant 'c' of transformer.matmul on target 'fake'"),
         ({"variants": ("no",)}, "variant 'no' cannot run .*: never"),
     ],
 )

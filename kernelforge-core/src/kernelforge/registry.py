@@ -116,7 +116,7 @@ class Registry:
     def variant(self, target: str, op: str, name: str) -> KernelVariant:
         """Raises UsageError, naming those there are, when there is none of that name."""
         there = {variant.name: variant for variant in self.variants(op, target)}
-        return lookup(f"variant of {op} on target '{target}'", there, name)
+        return lookup("variant", there, name, where=f" of {op} on target '{target}'")
 
     def backend(self, target: str) -> Backend:
         """The backend of `target`, made once.
@@ -208,12 +208,12 @@ def command_key(spec: CommandSpec) -> str:
     return f"{spec.group} {spec.name}".strip()
 
 
-def lookup(kind: str, there: Mapping[str, T], name: str) -> T:
-    """`there[name]`, or a UsageError that says what there is and what was probably meant."""
+def lookup(kind: str, there: Mapping[str, T], name: str, *, where: str = "") -> T:
+    """`there[name]`, or a UsageError that says what there is (`where`) and what was probably meant."""
     if name in there:
         return there[name]
     names = f"one of: {', '.join(sorted(there))}" if there else "there is none; a plugin may bring one"
-    raise UsageError(f"unknown {kind} '{name}'", hint=did_you_mean(name, there) or names)
+    raise UsageError(f"unknown {kind} '{name}'{where}", hint=did_you_mean(name, there) or names)
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

@@ -93,10 +93,10 @@ class _Candidate:
 def tunable(session: Session, problem: Problem, names: Sequence[str] = ()) -> list[KernelVariant]:
     """The variants that accept `problem`, all or those of `names`. Raises UsageError for an unknown or refusing one."""
     problem = problem.canonical()
-    there = {v.name: v for v in session.registry.variants(problem.op, session.target)}
-    wanted = [lookup(f"variant of {problem.op} on target '{session.target}'", there, name) for name in names]
+    there = session.registry.variants(problem.op, session.target)
+    wanted = [session.registry.variant(session.target, problem.op, name) for name in names]
     info = session.device.info
-    verdicts = [(v, judge(problem, v, info, forced=bool(names)).verdict) for v in wanted or there.values()]
+    verdicts = [(v, judge(problem, v, info, forced=bool(names)).verdict) for v in wanted or there]
     for variant, verdict in verdicts:
         if names and isinstance(verdict, Reject):
             raise UsageError(f"variant '{variant.name}' cannot run {problem}: {verdict.reason}")
