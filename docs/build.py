@@ -1,12 +1,13 @@
 """Check the documentation and render it as HTML: `python docs/build.py [--check | --fix] [--out build/docs]`.
 
-Checked are the relative links of README.md and docs/*.md, and that code shown from a file is what the file holds:
+Checked are the relative links of README.md and docs/*.md, that the pages made from code (`generate.py`) are what it says,
+and that code shown from a file is what the file holds:
 
     <!-- include: plugins-example/intensity/src/kernelforge_example_intensity/verb.py -->
     ```python
     ```
 
-`--fix` copies the files into the blocks below such comments; `--check` renders nothing.
+`--fix` makes those pages, and copies the files into the blocks below such comments; `--check` renders nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from generate import stale_pages
 from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parent.parent
@@ -94,10 +96,12 @@ def render(folder: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="render nothing")
-    parser.add_argument("--fix", action="store_true", help="copy included files into the pages")
+    parser.add_argument("--fix", action="store_true", help="write what is made from code and files")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "docs", help="folder for the HTML")
     options = parser.parse_args()
-    faults = [fault for page in pages() for fault in (*stale_includes(page, fix=options.fix), *broken_links(page))]
+    faults = list(stale_pages(ROOT / "docs", fix=options.fix))
+    for page in pages():
+        faults += [*stale_includes(page, fix=options.fix), *broken_links(page)]
     sys.stderr.writelines(f"{fault}\n" for fault in faults)
     if not options.check and not faults:
         render(options.out)
