@@ -108,7 +108,7 @@ def _members(cls: type) -> Iterator[str]:
         if isinstance(statement, ast.AnnAssign):
             name, code, text = ast.unparse(statement.target), ast.unparse(statement), _literal_docstring(following)
         elif isinstance(statement, ast.FunctionDef):
-            name, code, text = statement.name, _signature(statement), _prose(ast.get_docstring(statement) or "")
+            name, code, text = statement.name, _member(statement), _prose(ast.get_docstring(statement) or "")
         else:
             continue
         if not name.startswith("_"):
@@ -135,6 +135,16 @@ def public_names(module_name: str) -> Mapping[str, tuple[str, str]]:
             continue
         found.update({name: (signature, text) for name in names if not name.startswith("_")})
     return found
+
+
+def _member(statement: ast.FunctionDef) -> str:
+    """A method as it is called, or a property as it is read."""
+    decorators = {ast.unparse(d) for d in statement.decorator_list}
+    if decorators & {"property", "cached_property"}:
+        return f"{statement.name}: {ast.unparse(statement.returns) if statement.returns else 'Any'}"
+    if "staticmethod" not in decorators:
+        statement.args.args = statement.args.args[1:]
+    return _signature(statement)
 
 
 def _signature(statement: ast.ClassDef | ast.FunctionDef) -> str:

@@ -20,6 +20,7 @@ from kernelforge.descriptors import BackendSpec, CommandSpec, DialectSpec, Impor
 from kernelforge.hookspecs import GROUP, hookimpl
 from kernelforge.plugins import DESCRIPTORS, core_registry, load_registry
 from kernelforge.registry import default_registry
+from kernelforge.scaffold import KINDS
 from kernelforge.variant import KernelVariant
 from kernelforge_llm.architecture import ArchitectureSpec
 
@@ -101,7 +102,12 @@ def test_it_is_called_and_what_it_returns_is_registered(hook: str) -> None:
 
 @EVERY_HOOK
 def test_an_installed_plugin_implements_it(hook: str) -> None:
-    assert default_registry().hooks[hook]
+    owners = {d.provenance.distribution for d in default_registry().hooks[hook]}
+    if hook in {kind.hook for kind in KINDS.values()}:
+        assert any(owner.startswith("kernelforge-example-") for owner in owners)
+    else:
+        assert hook == "kernelforge_importers"  # the one of kernelforge-llm is the example
+        assert owners
 
 
 # --- names ---
