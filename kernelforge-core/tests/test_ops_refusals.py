@@ -40,6 +40,8 @@ GOOD: dict[str, tuple[list[str | None], dict[str, Attr]]] = {
     "slice": (["f32[4,6]"], {"starts": (1, 0), "sizes": (2, -1)}),
     "split": (["f32[4,6]"], {"axis": 1, "sizes": (2, 4)}),
     "concat": (["f32[4,6]", "f32[4,2]"], {"axis": 1}),
+    "quantize": (["f32[4,64]"], {"format": "q4"}),
+    "dequantize": (["q4[4,64]"], {}),
 }
 
 DENSE = ["f32[2,3,4,8]", "f32[2,5,2,8]", "f32[2,5,2,8]"]
@@ -71,6 +73,28 @@ BAD: list[tuple[str, dict[int, str | None] | list[str | None], dict[str, Attr], 
     ("matmul", {}, {"epilogue": "relu"}, "attribute 'epilogue' is 'relu', must be one of none, silu, gelu, gelu_tanh"),
     ("matmul", {}, {"transpose_rhs": 1}, "attribute 'transpose_rhs' must be of kind bool, got 1"),
     ("matmul", {}, {"transpos_rhs": True}, "attribute 'transpos_rhs' is unknown to matmul"),
+    (
+        "matmul",
+        {0: "f32[3,32]", 1: "q8[32,64]"},
+        {},
+        "operand 'rhs' is quantised (q8) and must be [N, K] with transpose_rhs",
+    ),
+    ("matmul", {0: "q8[3,32]", 1: "f32[32,5]"}, {}, "operand 'lhs' must have a float type, got q8"),
+    ("glu_matmul", {1: "q4[32,64]"}, {}, "operand 'gate' is quantised (q4) and must be [N, K] with transpose_rhs"),
+    ("quantize", {0: "i32[4,64]"}, {}, "operand 'x' must have a float type, got i32"),
+    ("quantize", {0: "q8[4,64]"}, {}, "operand 'x' must have a float type, got q8"),
+    ("quantize", {0: "f32[4,33]"}, {}, "operand 'x' has shape [4,33], must have rows of a multiple of 32 elements"),
+    ("quantize", {0: "f32[]"}, {}, "operand 'x' has shape [], must have rows of a multiple of 32 elements"),
+    ("quantize", {0: "f32[4,tokens]"}, {}, "must have rows of a multiple of 32 elements"),
+    ("quantize", {}, {"format": "q5"}, "attribute 'format' is 'q5', must be one of q8, q4"),
+    ("dequantize", {0: "f32[4,64]"}, {}, "operand 'x' must have a quantised type, got f32"),
+    ("cast", {0: "q4[4,64]"}, {"dtype": "f32"}, "operand 'x' is quantised (q4) and must not be"),
+    ("reshape", {0: "q4[4,64]"}, {"shape": (8, 32)}, "operand 'x' is quantised (q4) and must not be"),
+    ("transpose", {0: "q4[32,64]"}, {}, "operand 'x' is quantised (q4) and must not be"),
+    ("slice", {0: "q4[4,64]"}, {}, "operand 'x' is quantised (q4) and must not be"),
+    ("split", {0: "q4[4,64]"}, {"sizes": (32, 32)}, "operand 'x' is quantised (q4) and must not be"),
+    ("concat", {0: "q4[4,64]", 1: "q4[4,64]"}, {}, "operand 'xs' is quantised (q4): its rows cannot be concatenated"),
+    ("rms_norm", {1: "q8[32]"}, {}, "operand 'weight' must have a float type, got q8"),
     ("glu_matmul", {1: "f32[5,5]"}, {}, "operand 'gate' has 5 rows but operand 'x' has 4 columns"),
     ("glu_matmul", {2: "f32[4,6]"}, {}, "operand 'up' has shape [4,6], must be [4,5] (the shape of operand 'gate')"),
     ("glu_matmul", {2: "bf16[4,5]"}, {}, "operand 'up' has type bf16 but operand 'gate' has f32"),
@@ -299,8 +323,9 @@ def test_wrong_results_are_refused(name: str) -> None:
     results = list(op.problem(operands, attrs).results)
     first = op.results[0]
     shown = f"{first[1:]} number 0" if op.variadic_results else first
-    longer = TensorType((*results[0].shape, 77), results[0].dtype)
-    with pytest.raises(UsageError, match=rf"op result '{shown}' has type .*x77x?\w+>, must be tensor<"):
+    extra = 64 if results[0].quantised else 77
+    longer = TensorType((*results[0].shape, extra), results[0].dtype)
+    with pytest.raises(UsageError, match=rf"op result '{shown}' has type .*x{extra}x?[\w!.]+>, must be tensor<"):
         parse(op, operands, attrs, [longer, *results[1:]])
     other = TensorType(results[0].shape, "i8")
     with pytest.raises(UsageError, match=rf"op result '{shown}' has type tensor<.*i8>, must be tensor<"):

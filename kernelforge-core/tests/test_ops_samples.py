@@ -12,6 +12,7 @@ from kernelforge.dialects.transformer import OPS
 from kernelforge.dtype import to_numpy
 from kernelforge.op import OpDef
 from kernelforge.problem import Problem, parse_problem
+from kernelforge.quant import dequantize
 
 CHEAP = 2e6
 """Bytes up to which a sample is evaluated here."""
@@ -57,7 +58,7 @@ def test_samples_cover_the_optional_operands_and_every_choice(op: OpDef) -> None
 
 @each_op
 def test_samples_cover_reduced_precision(op: OpDef) -> None:
-    dtypes = {t.dtype for p in samples(op) for t in p.operands if t is not None}
+    dtypes = {t.dtype for p in samples(op) for t in (*p.operands, *p.results) if t is not None}
     assert {"f32", "bf16", "f16"} <= dtypes
 
 
@@ -70,13 +71,13 @@ def test_inputs_fit_and_references_give_finite_results_of_the_inferred_types(op:
         for array, t in zip(arrays, problem.operands, strict=True):
             assert (array is None) == (t is None)
             if array is not None and t is not None:
-                assert (array.shape, array.dtype) == (t.shape, to_numpy(t.dtype))
+                assert (array.shape, array.dtype) == (t.array_shape(), to_numpy(t.dtype))
         before = [None if a is None else a.copy() for a in arrays]
         outputs = op.evaluate(problem, arrays)
         for array, t in zip(outputs, problem.results, strict=True):
-            assert (array.shape, array.dtype) == (t.shape, to_numpy(t.dtype))
+            assert (array.shape, array.dtype) == (t.array_shape(), to_numpy(t.dtype))
             assert array.flags.c_contiguous
-            assert np.isfinite(array.astype(np.float64)).all()
+            assert np.isfinite((dequantize(array) if t.quantised else array).astype(np.float64)).all()
         for given, saved in zip(arrays, before, strict=True):
             np.testing.assert_array_equal(given, saved)
 

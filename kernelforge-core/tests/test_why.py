@@ -190,6 +190,10 @@ def test_ops_are_found_by_either_name_and_hints_are_problems() -> None:
         ("matmul --shape 8x16,16x4,_,8x4", "transformer.matmul(f32[8,16], f32[16,4]@const, _, f32[8,4])"),
         ("matmul --shape 8x16,16x4 --dtype bf16", "transformer.matmul(f32[8,16], bf16[16,4]@const, _, _)"),
         ("matmul --shape 8x16,16x4 --dtype f16,f16", "transformer.matmul(f16[8,16], f16[16,4]@const, _, _)"),
+        (
+            "matmul --shape 8x64,16x64 --dtype q4 --attr transpose_rhs=true",
+            "transformer.matmul(f32[8,64], q4[16,64]@const, _, _)",
+        ),
         ("matmul --shape 8x16,16x4 --no-constant", "transformer.matmul(f32[8,16], f32[16,4], _, _)"),
         ("rms_norm --shape ?x16,16 --dtype bf16", "transformer.rms_norm(f32[?0,16], bf16[16]@const)"),
         ("silu --shape 3x5 --dtype bf16", "transformer.silu(bf16[3,5])"),

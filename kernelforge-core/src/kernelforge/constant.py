@@ -66,13 +66,16 @@ class ArraySource:
 
 def evaluate(constant: Constant, source: TensorSource, ops: Mapping[str, OpDef]) -> Array:
     """The constant's value. Raises AssetError when a named tensor's shape or dtype is not what the module says."""
-    from kernelforge.dtype import from_numpy
+    from kernelforge.dtype import GROUP, QUANTISED, from_numpy
 
     if isinstance(constant, Folded):
         arrays = [None if c is None else evaluate(c, source, ops) for c in constant.operands]
         return ops[constant.problem.op].evaluate(constant.problem, arrays)[constant.result]
     array = source.tensor(constant.name)
-    have, want = TensorType(tuple(array.shape), from_numpy(array.dtype)), constant.type
+    dtype, shape = from_numpy(array.dtype), tuple(array.shape)
+    if dtype in QUANTISED and shape:
+        shape = (*shape[:-1], shape[-1] * GROUP)
+    have, want = TensorType(shape, dtype), constant.type
     if (have.shape, have.dtype) != (want.shape, want.dtype):
         raise AssetError(f"constant '{constant.name}' is {have}, the module wants {want.dtype}{list(want.shape)}")
     return array

@@ -9,12 +9,21 @@ from collections.abc import Callable, Mapping, Sequence
 from keyword import iskeyword
 from typing import Any
 
+from kernelforge.dtype import QUANTISED
 from kernelforge.errors import KernelForgeWarning, PluginError
 from kernelforge.faults import explain
 from kernelforge.mlir import Dialect, Operand, Pure, Result, ir, new_context
 from kernelforge.op import Attrs, OpDef, OpError, same_shape
 from kernelforge.problem import Attr, TensorType
-from kernelforge.syntax import RESULT_SEGMENTS, RUNS, SEGMENTS, attribute_texts, read_tensor, tensor_text
+from kernelforge.syntax import (
+    QUANTISED_PREFIX,
+    RESULT_SEGMENTS,
+    RUNS,
+    SEGMENTS,
+    attribute_texts,
+    read_tensor,
+    tensor_text,
+)
 
 _classes: dict[tuple[str, tuple[OpDef, ...]], type[Dialect]] = {}
 _creating = threading.Lock()
@@ -28,7 +37,10 @@ def dialect_class(name: str, ops: Sequence[OpDef]) -> type[Dialect]:
     key = (name, tuple(ops))
     with _creating:
         if key not in _classes:
-            dialect = types.new_class(name.capitalize(), (Dialect,), {"name": name})
+            dialect: type[Dialect] = types.new_class(name.capitalize(), (Dialect,), {"name": name})
+            if f"!{name}." == QUANTISED_PREFIX:
+                for dtype in QUANTISED:
+                    types.new_class(dtype.capitalize(), (dialect.Type,), {"name": dtype})
             for op in ops:
                 _make_op_class(dialect, op)
             _classes[key] = dialect

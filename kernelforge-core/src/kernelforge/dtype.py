@@ -13,6 +13,12 @@ if TYPE_CHECKING:
 ITEMSIZE = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2, "i64": 8, "i32": 4, "i8": 1}
 """Bytes of one element, by the name used everywhere: in MLIR, in problems, in records and on the command line."""
 
+QUANTISED = {"q8": 34, "q4": 18}
+"""Bytes of a group of `GROUP` elements in a row, by format: see `kernelforge.quant`."""
+GROUP = 32
+
+DTYPES = (*ITEMSIZE, *QUANTISED)
+
 FLOATS = ("f64", "f32", "bf16", "f16")
 INTEGERS = ("i64", "i32", "i8")
 
@@ -28,8 +34,15 @@ _NUMPY = {
 
 @cache
 def to_numpy(dtype: str) -> np.dtype[np.generic]:
-    """The numpy dtype of `dtype`; bf16 comes from ml_dtypes. Raises UsageError for an unknown name."""
+    """The numpy dtype of `dtype`; bf16 comes from ml_dtypes, and that of a quantised format is of a whole group.
+
+    Raises UsageError for an unknown name.
+    """
     import numpy as np
+
+    if dtype in QUANTISED:
+        values = ("i1", (GROUP,)) if dtype == "q8" else ("u1", (GROUP // 2,))
+        return np.dtype([("scale", "<f2"), ("values", *values)])
 
     if dtype == "bf16":
         import ml_dtypes
@@ -37,13 +50,16 @@ def to_numpy(dtype: str) -> np.dtype[np.generic]:
         bf16: np.dtype[np.generic] = np.dtype(ml_dtypes.bfloat16)
         return bf16
     if dtype not in _NUMPY:
-        raise UsageError(f"unknown dtype '{dtype}'", hint=f"one of {', '.join(ITEMSIZE)}")
+        raise UsageError(f"unknown dtype '{dtype}'", hint=f"one of {', '.join(DTYPES)}")
     return np.dtype(_NUMPY[dtype])
 
 
 @cache
 def from_numpy(dtype: np.dtype[np.generic]) -> str:
     """The name of a numpy dtype. Raises UsageError when it has no equivalent here."""
+    for quantised in QUANTISED:
+        if dtype == to_numpy(quantised):
+            return quantised
     name = dtype.name
     if name == "bfloat16":
         return "bf16"

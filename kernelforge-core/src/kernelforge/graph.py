@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING
 
-from kernelforge.dialects.transformer import attention, elementwise, layout, lookup, matmul, norms, rope
+from kernelforge.dialects.transformer import attention, elementwise, layout, lookup, matmul, norms, quantisation, rope
 from kernelforge.errors import UsageError
 from kernelforge.module import CONSTANT, DIMS, DONATED, NAME, TOKENS
 from kernelforge.op import OpDef, OpError
@@ -145,7 +145,10 @@ class Graph:
 
         Raises UsageError for a second argument of that name, an unknown dtype or a dimension that is none.
         """
-        return self._argument(name, _type(shape, dtype), {DONATED: ""} if donated else {})
+        t = _type(shape, dtype)
+        if t.quantised:
+            raise UsageError(f"input '{name}' cannot be {dtype}", hint="only constants are quantised")
+        return self._argument(name, t, {DONATED: ""} if donated else {})
 
     def constant(self, name: str, shape: Sequence[int], dtype: str) -> Tensor:
         """A weight: a tensor that is known when the module is compiled, by this name. Raises UsageError as `input`."""
@@ -394,3 +397,10 @@ class Graph:
 
     def concat(self, *xs: Tensor, axis: int = -1) -> Tensor:
         return self._one(layout.CONCAT, *xs, axis=axis)
+
+    def quantize(self, x: Tensor, format: str) -> Tensor:  # noqa: A002 (the attribute's name)
+        """A constant in the quantised format "q8" or "q4": rows of a multiple of 32 elements."""
+        return self._one(quantisation.QUANTIZE, x, format=format)
+
+    def dequantize(self, x: Tensor, dtype: str = "f32") -> Tensor:
+        return self._one(quantisation.DEQUANTIZE, x, dtype=dtype)

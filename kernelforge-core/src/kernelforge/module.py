@@ -215,6 +215,8 @@ class _Reader:
             )
         if bad := [n for n in names if n and not n.isidentifier()]:
             raise UsageError(f"argument '{name}': '{bad[0]}' cannot name a dimension")
+        if t.quantised and not constant:
+            raise UsageError(f"argument '{name}' is {t.dtype} and must be constant", hint="quantised are only weights")
         shape = list(t.shape)
         for i, dim in zip(dynamic, names, strict=True):
             shape[i] = dim or TOKENS
@@ -247,6 +249,10 @@ class _Reader:
         except OpError as error:
             raise UsageError(f"'{operation.name}' at {location or 'unknown place'}: {error}") from None
         constant = all(t is None or t.constant for t in types)
+        if not constant and any(t.quantised for t in problem.results):
+            raise UsageError(
+                f"'{operation.name}' at {location or 'unknown place'}: a quantised result must be computed from constants"
+            )
         pairs = zip(operation.results, problem.results, strict=True)
         results = tuple(self._add(value, replace(t, constant=constant)) for value, t in pairs)
         return Node(operation.name, operands, results, problem, location)

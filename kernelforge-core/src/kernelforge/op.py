@@ -187,7 +187,7 @@ class OpDef:
         yield from resolve(self.sample)(rng)
 
     def compute(self, problem: Problem, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
-        """Run the reference in float64, without rounding the results to their types.
+        """Run the reference in float64, without rounding the results to their types; quantised operands are dequantised.
 
         `arrays` are the operands (None where absent), in any float dtype and layout; shapes of dynamic dimensions come
         from the arrays. An exact op runs in the operands' own dtypes.
@@ -201,12 +201,7 @@ class OpDef:
     def _run(self, function: Ref, problem: Problem, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
         import numpy as np
 
-        from kernelforge.dtype import FLOATS
-
-        wide = [
-            a if a is None or self.exact or t is None or t.dtype not in FLOATS else a.astype(np.float64)
-            for a, t in zip(arrays, problem.operands, strict=True)
-        ]
+        wide = list(arrays) if self.exact else [None if a is None else _wide(a) for a in arrays]
         with np.errstate(all="ignore"):
             return tuple(np.asarray(o) for o in resolve(function)(wide, dict(problem.attrs)))
 
@@ -223,6 +218,7 @@ class OpDef:
     def make_inputs(self, problem: Problem, rng: np.random.Generator) -> list[Array | None]:
         """Valid inputs for a static problem: the op's own, else normal floats and integers in 0..7."""
         from kernelforge.dtype import FLOATS, to_numpy
+        from kernelforge.quant import quantize
 
         if self.inputs is not None:
             made: list[Array | None] = resolve(self.inputs)(problem, rng)
@@ -231,6 +227,8 @@ class OpDef:
         for t in problem.operands:
             if t is None:
                 arrays.append(None)
+            elif t.quantised:
+                arrays.append(quantize(rng.standard_normal(t.static_shape()), t.dtype))
             elif t.dtype in FLOATS:
                 arrays.append(rng.standard_normal(t.static_shape()).astype(to_numpy(t.dtype)))
             else:
@@ -243,6 +241,19 @@ class OpDef:
             return self.make_inputs(problem, rng)
         made: list[Array | None] = resolve(self.typical)(problem, rng)
         return made
+
+
+def _wide(array: Array) -> Array:
+    """Floats as float64."""
+    import numpy as np
+
+    from kernelforge.dtype import FLOATS, QUANTISED, from_numpy
+    from kernelforge.quant import dequantize
+
+    dtype = from_numpy(array.dtype)
+    if dtype in QUANTISED:
+        array = dequantize(array)
+    return array.astype(np.float64) if dtype in (*FLOATS, *QUANTISED) else array
 
 
 def _checked_attr(spec: Attribute, value: Attr) -> Attr:

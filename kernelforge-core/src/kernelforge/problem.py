@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from kernelforge.dtype import ITEMSIZE
+from kernelforge.dtype import DTYPES, GROUP, ITEMSIZE, QUANTISED
 from kernelforge.errors import UsageError
 
 Dim = int | str
@@ -30,20 +30,34 @@ class TensorType:
     """Known when compiling (a weight): a kernel may ask for it packed."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in ITEMSIZE:
-            raise UsageError(f"unknown dtype '{self.dtype}'", hint=f"one of {', '.join(ITEMSIZE)}")
+        if self.dtype not in DTYPES:
+            raise UsageError(f"unknown dtype '{self.dtype}'", hint=f"one of {', '.join(DTYPES)}")
         for dim in self.shape:
             if isinstance(dim, int) and dim < 0:
                 raise UsageError(f"negative dimension {dim} in shape {self.shape}")
         if self.strides is not None and len(self.strides) != len(self.shape):
             raise UsageError(f"{len(self.strides)} strides for a tensor of rank {len(self.shape)}")
+        if self.quantised:
+            columns = self.shape[-1] if self.shape else 1
+            if isinstance(columns, str) or columns % GROUP:
+                raise UsageError(f"{self.dtype}{list(self.shape)} has rows that are no multiple of {GROUP} elements")
+            if self.strides is not None:
+                raise UsageError(f"{self.dtype}{list(self.shape)} cannot have strides")
 
     @property
     def rank(self) -> int:
         return len(self.shape)
 
     @cached_property
+    def quantised(self) -> bool:
+        """Whether its elements come in groups with a scale: see `kernelforge.quant`."""
+        return self.dtype in QUANTISED
+
+    @cached_property
     def itemsize(self) -> int:
+        """Bytes of one element. Raises UsageError for a quantised tensor, where only groups have a size."""
+        if self.quantised:
+            raise UsageError(f"an element of {self.dtype} has no size of its own")
         return ITEMSIZE[self.dtype]
 
     @cached_property
@@ -61,8 +75,19 @@ class TensorType:
         """Number of elements."""
         return prod(self.static_shape(dims))
 
+    def bytes_of(self, elements: int) -> int:
+        """Bytes of that many elements; of a quantised tensor, of whole groups."""
+        if self.quantised:
+            return elements // GROUP * QUANTISED[self.dtype]
+        return elements * self.itemsize
+
     def nbytes(self, dims: Mapping[str, int] | None = None) -> int:
-        return self.size(dims) * self.itemsize
+        return self.bytes_of(self.size(dims))
+
+    def array_shape(self, dims: Mapping[str, int] | None = None) -> tuple[int, ...]:
+        """The shape of the numpy array that holds it: that of a quantised tensor counts groups along the last axis."""
+        shape = self.static_shape(dims)
+        return (*shape[:-1], shape[-1] // GROUP) if self.quantised else shape
 
     def row_major_strides(self) -> tuple[int, ...] | None:
         """Row-major strides in elements, or None when one of them depends on a dynamic dimension."""

@@ -128,7 +128,7 @@ class ReferenceExecutable:
             memory[i] = array if owned else array.copy()
         for i, value in enumerate(self._plan.values):
             if value.place in ("arena", "output"):
-                memory[i] = np.empty(value.type.static_shape(dims), to_numpy(value.type.dtype))
+                memory[i] = np.empty(value.type.array_shape(dims), to_numpy(value.type.dtype))
             if value.place == "output" and out is not None and value.name in out:
                 memory[i] = output_array(out[value.name], value.name, memory[i])
         if out and (unknown := out.keys() - {self._plan.values[i].name for i in self._plan.outputs}):

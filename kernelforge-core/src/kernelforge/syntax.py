@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import groupby
 
-from kernelforge.dtype import ITEMSIZE
+from kernelforge.dtype import DTYPES, GROUP, QUANTISED
 from kernelforge.op import UNKNOWN, OpDef, OpError
 from kernelforge.problem import Attr, Dim, Problem, TensorType
 
@@ -20,7 +20,12 @@ RUNS = 8
 """Variadic operands or results are declared to MLIR as so many groups. Those of a group must have the same type: the
 constraints of a dialect that is defined at run time bind all of a group to one type."""
 
-_TENSOR = re.compile(r"tensor<(?P<shape>(?:(?:\d+|\?)x)*)(?P<dtype>\w+)>")
+QUANTISED_PREFIX = "!transformer."
+"""Before the name of a quantised format, which is a type of that dialect."""
+
+_TENSOR = re.compile(r"tensor<(?P<shape>(?:(?:\d+|\?)x)*)(?P<dtype>[\w!.]+)>")
+_DTYPES = {f"{QUANTISED_PREFIX if name in QUANTISED else ''}{name}": name for name in DTYPES}
+"""By their names in MLIR."""
 _PLAIN_FLOAT = re.compile(r"(-?\d+)(?:\.(\d+))?(e[-+]?\d+)?")
 
 
@@ -31,15 +36,19 @@ def read_tensor(text: str) -> TensorType:
     Raises OpError, to be prefixed by what has that type, when it is not a ranked tensor of a known element type.
     """
     match = _TENSOR.fullmatch(text)
-    if match is None or match["dtype"] not in ITEMSIZE:
-        raise OpError(f"has type {text}, must be a tensor of {', '.join(ITEMSIZE)}")
+    if match is None or match["dtype"] not in _DTYPES:
+        raise OpError(f"has type {text}, must be a tensor of {', '.join(_DTYPES)}")
     sizes = match["shape"].split("x")[:-1]
-    return TensorType(tuple(UNKNOWN if d == "?" else int(d) for d in sizes), match["dtype"])
+    dtype = _DTYPES[match["dtype"]]
+    if dtype in QUANTISED and (not sizes or sizes[-1] == "?" or int(sizes[-1]) % GROUP):
+        raise OpError(f"has type {text}, must have rows of a multiple of {GROUP} elements")
+    return TensorType(tuple(UNKNOWN if d == "?" else int(d) for d in sizes), dtype)
 
 
 def tensor_text(shape: Sequence[Dim], dtype: str) -> str:
     """`tensor<?x8xf32>`; named dimensions become `?`."""
-    return f"tensor<{''.join('?x' if isinstance(d, str) else f'{d}x' for d in shape)}{dtype}>"
+    prefix = QUANTISED_PREFIX if dtype in QUANTISED else ""
+    return f"tensor<{''.join('?x' if isinstance(d, str) else f'{d}x' for d in shape)}{prefix}{dtype}>"
 
 
 def string_text(value: str) -> str:

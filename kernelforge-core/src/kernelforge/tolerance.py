@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from kernelforge.dtype import FLOATS, epsilon, to_numpy
+from kernelforge.dtype import FLOATS, QUANTISED, epsilon, to_numpy
 from kernelforge.errors import WrongResultError
 from kernelforge.op import OpDef
 from kernelforge.problem import Problem
@@ -142,6 +142,8 @@ def compare(got: Array, exact: Array, allowed: Array | float, dtype: str, what: 
         have, want = f"{got.dtype}{list(got.shape)}", f"{to_numpy(dtype)}{list(exact.shape)}"
         kind: MismatchKind = "wrong-shape" if got.shape != exact.shape else "wrong-dtype"
         raise Mismatch(kind, f"{what} is {have}, the reference gives {want}")
+    if dtype in QUANTISED:
+        return compare(got.view(np.int8), exact.view(np.int8), 0.0, "i8", what)
     with np.errstate(all="ignore"):
         rounded = exact.astype(got.dtype)
         if dtype not in FLOATS:

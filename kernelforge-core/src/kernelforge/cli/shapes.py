@@ -51,13 +51,13 @@ def _dims(text: str) -> tuple[Dim, ...] | None:
 
 
 def _usual_types(op: OpDef) -> list[TensorType]:
-    """For each operand: a type that it has in the op's samples, constant if it is a weight in any of them."""
+    """For each operand: the first type that it has in the op's samples, as a weight if it is one in any of them."""
     found: list[TensorType] = []
     for problem in _samples(op):
         for i, t in enumerate(problem.operands):
             if t is not None and i == len(found):
                 found.append(t)
-            elif t is not None and i < len(found) and t.constant:
+            elif t is not None and i < len(found) and t.constant and not found[i].constant:
                 found[i] = t
     return found
 

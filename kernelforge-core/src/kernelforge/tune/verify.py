@@ -136,6 +136,8 @@ class Workload:
         for i, (output, want) in enumerate(zip(outputs, case.expected, strict=True)):
             name = self.op.results[i] if not self.op.variadic_results else f"{self.op.results[0][1:]}{i}"
             got = output if isinstance(output, np.ndarray) else output.numpy()
+            if results[i].quantised:  # bits must agree
+                got, want = got.view(np.int8), want.view(np.int8)
             limit = self.tolerance if results[i].dtype in FLOATS else 0.0
             error |= compare(got, want, limit, f"result '{name}' of {self.problem.op}")
         return error
@@ -154,4 +156,8 @@ def _laid_out(array: Array, t: TensorType) -> Array:
 
 def _poison(t: TensorType) -> Array:
     """A tensor that a kernel has yet to write: NaN, or -1 where there is none."""
+    if t.quantised:
+        groups = np.empty(t.array_shape(), to_numpy(t.dtype))
+        groups.view(np.int8)[...] = -1
+        return groups
     return np.full(t.static_shape(), np.nan if t.dtype in FLOATS else -1, to_numpy(t.dtype))

@@ -12,6 +12,7 @@ from kernelforge.dialects.transformer.layout import CONCAT, RESHAPE, SLICE, SPLI
 from kernelforge.dialects.transformer.lookup import ARGMAX, EMBEDDING, KV_CACHE_UPDATE
 from kernelforge.dialects.transformer.matmul import GLU_MATMUL, MATMUL
 from kernelforge.dialects.transformer.norms import ADD_RMS_NORM, LAYER_NORM, RMS_NORM, SOFTMAX
+from kernelforge.dialects.transformer.quantisation import DEQUANTIZE, QUANTIZE
 from kernelforge.dialects.transformer.rope import ROPE
 
 OPS = (
@@ -36,4 +37,6 @@ OPS = (
     SLICE,
     SPLIT,
     CONCAT,
+    QUANTIZE,
+    DEQUANTIZE,
 )

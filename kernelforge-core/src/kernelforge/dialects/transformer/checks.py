@@ -40,6 +40,17 @@ def want_float(name: str, t: TensorType) -> None:
         raise OpError(f"operand '{name}' must have a float type, got {t.dtype}")
 
 
+def want_weight(name: str, t: TensorType) -> None:
+    """Floats or quantised."""
+    if not t.quantised:
+        want_float(name, t)
+
+
+def want_plain(name: str, t: TensorType) -> None:
+    if t.quantised:
+        raise OpError(f"operand '{name}' is quantised ({t.dtype}) and must not be: its elements come in groups")
+
+
 def want_i32(name: str, t: TensorType, shape: Sequence[Dim], meaning: str) -> None:
     """An i32 tensor of `shape`, which `meaning` explains."""
     if t.dtype != "i32":
@@ -95,14 +106,17 @@ def traffic(problem: Problem) -> int:
 
 
 def standard_inputs(problem: Problem, rng: np.random.Generator) -> list[Array | None]:
-    """Normal floats for float operands; integer operands are None, to be filled in by the op."""
+    """Normal numbers for float and quantised operands; integer operands are None, to be filled in by the op."""
     import numpy as np
 
     from kernelforge.dtype import to_numpy
+    from kernelforge.quant import quantize
 
-    return [
-        None
-        if t is None or t.dtype not in FLOATS
-        else rng.standard_normal(t.static_shape(), dtype=np.float32).astype(to_numpy(t.dtype), copy=False)
-        for t in problem.operands
-    ]
+    arrays: list[Array | None] = []
+    for t in problem.operands:
+        if t is None or not (t.quantised or t.dtype in FLOATS):
+            arrays.append(None)
+            continue
+        numbers = rng.standard_normal(t.static_shape(), dtype=np.float32)
+        arrays.append(quantize(numbers, t.dtype) if t.quantised else numbers.astype(to_numpy(t.dtype), copy=False))
+    return arrays

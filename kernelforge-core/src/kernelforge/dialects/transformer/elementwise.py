@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from kernelforge.dialects.transformer.activation import FLOPS, gelu, gelu_tanh, silu
-from kernelforge.dialects.transformer.checks import DIALECT, Attrs, required, shape_text, traffic, want_float
+from kernelforge.dialects.transformer.checks import (
+    DIALECT,
+    Attrs,
+    required,
+    shape_text,
+    traffic,
+    want_float,
+    want_plain,
+)
 from kernelforge.dialects.transformer.models import ACTIVATIONS, MODELS, TOKENS, f32, make, ragged
 from kernelforge.dtype import ITEMSIZE
 from kernelforge.op import UNKNOWN, Attribute, Cost, OpDef, Operand, OperandTypes, OpError
@@ -177,7 +185,9 @@ MUL = _binary("mul", "a * b with numpy's broadcasting, in the type of a", mul_re
 
 
 def infer_cast(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ...]:
-    return (TensorType(required(operands, 0).shape, str(attrs["dtype"])),)
+    x = required(operands, 0)
+    want_plain("x", x)
+    return (TensorType(x.shape, str(attrs["dtype"])),)
 
 
 def cast_reference(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:

@@ -17,6 +17,7 @@ from kernelforge.dialects.transformer.checks import (
     required,
     shape_text,
     traffic,
+    want_plain,
 )
 from kernelforge.dialects.transformer.models import ACTIVATIONS, MODELS, f32, make
 from kernelforge.dialects.transformer.strides import known_strides, reshaped_strides
@@ -60,6 +61,7 @@ def _reshaped(x: TensorType, shape: tuple[int, ...]) -> tuple[Dim, ...]:
 
 def infer_reshape(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ...]:
     x = required(operands, 0)
+    want_plain("x", x)
     return (TensorType(_reshaped(x, ints_attr(attrs, "shape")), x.dtype),)
 
 
@@ -104,6 +106,7 @@ RESHAPE = OpDef(
 
 def infer_transpose(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ...]:
     x, perm = required(operands, 0), ints_attr(attrs, "perm")
+    want_plain("x", x)
     if sorted(perm) != list(range(x.rank)):
         raise OpError(f"attribute 'perm' is {shape_text(perm)}, not an order of the {x.rank} axes of operand 'x'")
     return (TensorType(tuple(x.shape[i] for i in perm), x.dtype),)
@@ -146,6 +149,7 @@ TRANSPOSE = OpDef(
 
 def infer_slice(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ...]:
     x, starts, sizes = required(operands, 0), ints_attr(attrs, "starts"), ints_attr(attrs, "sizes")
+    want_plain("x", x)
     for name, values in (("starts", starts), ("sizes", sizes)):
         if len(values) != x.rank:
             raise OpError(f"attribute '{name}' has {len(values)} entries for the {x.rank} axes of operand 'x'")
@@ -212,6 +216,7 @@ SLICE = OpDef(
 def infer_split(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ...]:
     x, sizes = required(operands, 0), ints_attr(attrs, "sizes")
     axis = axis_of("axis", attrs["axis"], x.rank)
+    want_plain("x", x)
     if not sizes or min(sizes) < 0:
         raise OpError(f"attribute 'sizes' is {shape_text(sizes)}, must be one or more sizes")
     if isinstance(x.shape[axis], str):
@@ -276,6 +281,8 @@ def infer_concat(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ...]
     first = types[0]
     axis = axis_of("axis", attrs["axis"], first.rank)
     shape = first.shape
+    if first.quantised and axis == first.rank - 1:
+        raise OpError(f"operand 'xs' is quantised ({first.dtype}): its rows cannot be concatenated")
     for i, t in enumerate(types):
         if t.dtype != first.dtype:
             raise OpError(f"operand 'xs' number {i} has type {t.dtype}, the first has {first.dtype}")

@@ -18,6 +18,7 @@ from kernelforge.dialects.transformer.checks import (
     want_i32,
     want_rank,
     want_shape,
+    want_weight,
 )
 from kernelforge.dialects.transformer.models import (
     ACTIVATIONS,
@@ -31,7 +32,7 @@ from kernelforge.dialects.transformer.models import (
     ragged,
     weight,
 )
-from kernelforge.dtype import FLOATS
+from kernelforge.dtype import FLOATS, QUANTISED
 from kernelforge.errors import UsageError
 from kernelforge.op import Attribute, Cost, OpDef, Operand, OperandTypes, OpError
 from kernelforge.problem import Problem, TensorType
@@ -115,26 +116,32 @@ KV_CACHE_UPDATE = OpDef(
 
 def infer_embedding(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ...]:
     table, ids = required(operands, 0), required(operands, 1)
-    want_float("table", table)
+    want_weight("table", table)
     want_rank("table", table, 2)
     want_rank("ids", ids, 1)
     want_i32("ids", ids, ids.shape, "one for each row of the result")
-    return (TensorType((*ids.shape, table.shape[1]), str(attrs["dtype"]) or table.dtype),)
+    return (
+        TensorType((*ids.shape, table.shape[1]), str(attrs["dtype"]) or ("f32" if table.quantised else table.dtype)),
+    )
 
 
 def embedding_reference(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
     """table[ids]. Raises UsageError for an id that is not a row of the table."""
+    from kernelforge.dtype import from_numpy
+    from kernelforge.quant import dequantize
+
     table, ids = arrays
     bad = (ids < 0) | (ids >= len(table))
     if bad.any():
         raise UsageError(f"id {int(ids[bad.argmax()])} is not a row of a table of {len(table)}")
-    return (table[ids],)
+    rows = table[ids]
+    return (dequantize(rows) if from_numpy(table.dtype) in QUANTISED else rows,)
 
 
 def embedding_cost(problem: Problem) -> Cost:
     """Only the rows that are looked up move."""
     table, out = problem.operand(0), problem.results[0]
-    return Cost(0, out.size() * table.itemsize + out.nbytes() + problem.operand(1).nbytes())
+    return Cost(0, table.bytes_of(out.size()) + out.nbytes() + problem.operand(1).nbytes())
 
 
 def embedding_inputs(problem: Problem, rng: np.random.Generator) -> list[Array | None]:
@@ -151,11 +158,14 @@ def embedding_samples(rng: random.Random) -> Iterator[Problem]:
     for dtype in ACTIVATIONS:
         yield make(EMBEDDING, weight(dtype, ragged(rng, 5, 50), ragged(rng, 3, 40)), i32(6), dtype="f32")
         yield make(EMBEDDING, weight(dtype, 11, 8), i32(3))
+    for name in QUANTISED:
+        yield make(EMBEDDING, weight(name, ragged(rng, 5, 50), 32 * rng.randrange(1, 9)), i32(6))
     for model in MODELS:
         yield make(EMBEDDING, f32(TOKENS[-1], model.width), i32(4))
     for model, counts in ((TINY, TOKENS), (SMALL, (1, 64))):
         for tokens in counts:
-            yield make(EMBEDDING, weight("bf16", model.vocabulary, model.width), i32(tokens), dtype="f32")
+            for dtype in ("bf16", *QUANTISED):
+                yield make(EMBEDDING, weight(dtype, model.vocabulary, model.width), i32(tokens), dtype="f32")
 
 
 EMBEDDING = OpDef(
@@ -163,7 +173,9 @@ EMBEDDING = OpDef(
     summary="the rows of a table by index",
     operands=(Operand("table"), Operand("ids")),
     results=("out",),
-    attributes=(Attribute("dtype", "str", "", ("", *FLOATS), "type of the result; empty: the table's"),),
+    attributes=(
+        Attribute("dtype", "str", "", ("", *FLOATS), "type of the result; empty: the table's, f32 for a quantised one"),
+    ),
     infer=infer_embedding,
     reference=embedding_reference,
     sample=embedding_samples,

@@ -18,8 +18,10 @@ from kernelforge.dialects.transformer.checks import (
     want_float,
     want_rank,
     want_shape,
+    want_weight,
 )
 from kernelforge.dialects.transformer.models import MODELS, TINY, TOKENS, f32, make, ragged, weight
+from kernelforge.dtype import QUANTISED
 from kernelforge.op import Attribute, Cost, OpDef, Operand, OperandTypes, OpError, same_dim, same_shape
 from kernelforge.problem import Dim, Problem, TensorType
 
@@ -29,11 +31,17 @@ if TYPE_CHECKING:
 
 def _matrix(name: str, t: TensorType, transposed: bool) -> tuple[Dim, Dim]:
     """Rows and columns of the matrix that is multiplied."""
-    want_float(name, t)
     if t.rank < 2:
         raise OpError(f"operand '{name}' must have rank 2 or more, got shape {shape_text(t.shape)}")
     rows, columns = t.shape[-2:]
     return (columns, rows) if transposed else (rows, columns)
+
+
+def _want_rhs(name: str, t: TensorType, transposed: bool) -> None:
+    """A weight; the groups of a quantised one lie along the inner dimension."""
+    want_weight(name, t)
+    if t.quantised and not transposed:
+        raise OpError(f"operand '{name}' is quantised ({t.dtype}) and must be [N, K] with transpose_rhs = true")
 
 
 def _check_inner(
@@ -48,6 +56,8 @@ def _check_inner(
 def infer_matmul(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ...]:
     lhs, rhs = required(operands, 0), required(operands, 1)
     transpose_lhs, transpose_rhs = bool(attrs["transpose_lhs"]), bool(attrs["transpose_rhs"])
+    want_float("lhs", lhs)
+    _want_rhs("rhs", rhs, transpose_rhs)
     m, k = _matrix("lhs", lhs, transpose_lhs)
     inner, n = _matrix("rhs", rhs, transpose_rhs)
     _check_inner("lhs", "rhs", k, inner, transpose_lhs, transpose_rhs)
@@ -106,11 +116,15 @@ def matmul_samples(rng: random.Random) -> Iterator[Problem]:
         m, n, k = (ragged(rng, 2, 70) for _ in range(3))
         yield make(MATMUL, f32(m, k), weight(dtype, n, k), transpose_rhs=True)
         yield make(MATMUL, TensorType((m, k), dtype), weight(dtype, k, n), weight(dtype, n))
+    for name in QUANTISED:
+        m, n, k = ragged(rng, 2, 40), ragged(rng, 2, 70), 32 * rng.randrange(1, 9)
+        yield make(MATMUL, f32(m, k), weight(name, n, k), weight("f32", n), f32(m, n), transpose_rhs=True)
+        yield make(MATMUL, TensorType((m, k), "bf16"), weight(name, n, k), transpose_rhs=True)
     for model in MODELS:
         for tokens in TOKENS if model is TINY else TOKENS[:-1]:
             qkv = (model.heads + 2 * model.kv_heads) * model.head_dim
             for n, k in ((qkv, model.width), (model.hidden, model.width), (model.width, model.hidden)):
-                for dtype in ("f32", "bf16"):
+                for dtype in ("f32", "bf16", *QUANTISED):
                     yield make(MATMUL, f32(tokens, k), weight(dtype, n, k), transpose_rhs=True)
         yield make(MATMUL, f32(1, model.width), weight("bf16", model.vocabulary, model.width), transpose_rhs=True)
 
@@ -136,8 +150,10 @@ MATMUL = OpDef(
 
 def infer_glu(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ...]:
     x, gate, up = (required(operands, i) for i in range(3))
+    want_float("x", x)
     m, k = _matrix("x", x, False)
     for name, t in (("gate", gate), ("up", up)):
+        _want_rhs(name, t, bool(attrs["transpose_rhs"]))
         want_rank(name, t, 2)
         inner, _ = _matrix(name, t, bool(attrs["transpose_rhs"]))
         _check_inner("x", name, k, inner, False, bool(attrs["transpose_rhs"]))
@@ -173,9 +189,12 @@ def glu_samples(rng: random.Random) -> Iterator[Problem]:
         m, n, k = (ragged(rng, 2, 40) for _ in range(3))
         yield make(GLU_MATMUL, f32(m, k), weight("f32", k, n), weight("f32", k, n), activation=activation)
     yield make(GLU_MATMUL, f32(2, 3, 8), weight("f16", 5, 8), weight("f16", 5, 8), transpose_rhs=True)
+    for name in QUANTISED:
+        m, n, k = ragged(rng, 2, 40), ragged(rng, 2, 70), 32 * rng.randrange(1, 9)
+        yield make(GLU_MATMUL, f32(m, k), weight(name, n, k), weight(name, n, k), transpose_rhs=True)
     for model in MODELS:
         for tokens in TOKENS[:-1]:
-            for dtype in ("f32", "bf16"):
+            for dtype in ("f32", "bf16", *QUANTISED):
                 w = weight(dtype, model.hidden, model.width)
                 yield make(GLU_MATMUL, f32(tokens, model.width), w, w, transpose_rhs=True)
 
