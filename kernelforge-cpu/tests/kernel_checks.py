@@ -29,6 +29,7 @@ Bound = Callable[[Arrays, list[Array]], list[Array]]
 
 DEFS: dict[str, OpDef] = {op.name: op for op in OPS}
 NATIVE: dict[str, KernelVariant] = {v.op.partition(".")[2]: v for v in VARIANTS if v.name == "vectorized"}
+QUANTISED: dict[str, KernelVariant] = {v.op.partition(".")[2]: v for v in VARIANTS if v.name == "quantised"}
 PARTS = (1, 2, 3, 7)
 F32 = epsilon("f32")
 GUARD = 67
@@ -41,12 +42,13 @@ def device(target: CpuTarget | None = None, threads: int = 2) -> DeviceInfo:
 
 
 def native(problems: Sequence[Problem], target: CpuTarget, config: Config | None = None) -> dict[Problem, NativeKernel]:
-    """The `vectorized` kernels of some problems, built as on a machine that is `target`."""
+    """The `vectorized` kernels of some problems, `quantised` for such operands, built as on a machine that is `target`."""
     info, built = device(target), {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(isa, "host_target", lambda: target)
         for p in problems:
-            variant = NATIVE[p.op.partition(".")[2]]
+            quantised = any(t is not None and t.quantised for t in p.operands)
+            variant = (QUANTISED if quantised else NATIVE)[p.op.partition(".")[2]]
             assert variant.judge(p, info) == Accept(), p
             canonical = p.canonical()
             built[p] = variant.build_kernel(canonical, config or variant.default_config(canonical, info), info)
@@ -72,8 +74,8 @@ class Memory:
 
     def __init__(self, t: TensorType) -> None:
         """`t` is static."""
-        dtype, shape = to_numpy(t.dtype), t.static_shape()
-        steps = t.strides if t.strides is not None else TensorType(shape, t.dtype).element_strides()
+        dtype, shape = to_numpy(t.dtype), t.array_shape()
+        steps = t.strides if t.strides is not None else TensorType(shape, "f32").element_strides()
         extent = 1 + sum((n - 1) * s for n, s in zip(shape, steps, strict=True)) if all(shape) else 0
         self.raw = np.full((extent + 2 * GUARD) * dtype.itemsize, 0xFF, np.uint8)
         self.array: Array = as_strided(self.raw.view(dtype)[GUARD:], shape, tuple(s * dtype.itemsize for s in steps))

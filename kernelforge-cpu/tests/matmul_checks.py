@@ -11,6 +11,7 @@ from kernel_checks import F32, PARTS, Array, Arrays, Memory, assert_close, probl
 
 from kernelforge.dtype import to_numpy
 from kernelforge.problem import Problem
+from kernelforge.quant import dequantize, quantize
 from kernelforge.variant import Accept, Config, DeviceInfo, KernelVariant
 from kernelforge_cpu.isa import host_target, host_targets
 from kernelforge_cpu.jit import KERNEL, compile_object, load
@@ -112,7 +113,11 @@ class Products:
 
 def inputs(p: Problem, seed: int = 7) -> list[Array | None]:
     rng = np.random.default_rng(seed)
-    return [None if t is None else rng.standard_normal(t.static_shape()).astype(to_numpy(t.dtype)) for t in p.operands]
+    normal = [None if t is None else rng.standard_normal(t.static_shape()) for t in p.operands]
+    return [
+        None if a is None or t is None else quantize(a, t.dtype) if t.quantised else a.astype(to_numpy(t.dtype))
+        for a, t in zip(normal, p.operands, strict=True)
+    ]
 
 
 def expected(p: Problem, arrays: Arrays) -> tuple[Array, Array]:
@@ -122,7 +127,10 @@ def expected(p: Problem, arrays: Arrays) -> tuple[Array, Array]:
     magnitudes (Higham 2002, section 3.1). The slope of an activation is at most 1.13; it is computed to a few roundings
     of its argument and value.
     """
-    wide = [None if a is None else a.astype(np.float64) for a in arrays]
+    wide = [
+        None if a is None else (dequantize(a) if t is not None and t.quantised else a).astype(np.float64)
+        for a, t in zip(arrays, p.operands, strict=True)
+    ]
 
     def product(i: int) -> tuple[Array, Array]:
         x, y = wide[0], wide[i]

@@ -18,6 +18,11 @@ EMBEDDINGS = [
     problem("embedding", "f16[50,32]@const", "i32[300]", dtype="bf16"),
     problem("embedding", "f32[11,20]:[31,1]", "i32[5]:[3]", dtype="f16"),
     problem("embedding", "bf16[11,8]", "i32[5]"),
+    problem("embedding", "q8[50,96]@const", "i32[7]"),
+    problem("embedding", "q4[50,96]@const", "i32[7]"),
+    problem("embedding", "q4[3,32]@const", "i32[1]", dtype="bf16"),
+    problem("embedding", "q8[50,32]@const", "i32[300]:[2]", dtype="f16"),
+    problem("embedding", "q8[50,0]@const", "i32[3]"),
 ]
 UPDATES = [
     problem(
@@ -43,6 +48,7 @@ DYNAMIC = [
     problem("embedding", "f32[tokens,24]", "i32[rows]"),
     problem("kv_cache_update", "f32[2,64,2,8]", "f32[tokens,2,8]", "i32[tokens]", "i32[tokens]"),
     problem("argmax", "f32[tokens,50]"),
+    problem("embedding", "q4[50,64]@const", "i32[rows]"),
 ]
 
 
@@ -59,6 +65,7 @@ def test_equals_reference(kernels: Kernels, p: Problem) -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 60])
 def test_dynamic_dimensions(kernels: Kernels, tokens: int) -> None:
     kernels.check(DYNAMIC[0], sizes={"tokens": tokens, "rows": 3})
+    kernels.check(DYNAMIC[3], sizes={"rows": tokens})
     kernels.check(DYNAMIC[1], sizes={"tokens": tokens})
     kernels.check(DYNAMIC[2], sizes={"tokens": tokens})
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kernelforge.dtype import GROUP
+from kernelforge.variant import Accept, Reject
 from kernelforge_cpu.kernel import NativeKernel, Phase
 from kernelforge_cpu.kernels.axes import emit_size, shared, size_of
 from kernelforge_cpu.kernels.common import new_kernel
-from kernelforge_cpu.kernels.strided import tensor
+from kernelforge_cpu.kernels.strided import FLOATS, contiguous_rows, tensor
 
 if TYPE_CHECKING:
     from kernelforge.problem import Problem
-    from kernelforge.variant import Config, DeviceInfo
+    from kernelforge.variant import Config, DeviceInfo, Verdict
     from kernelforge_cpu.emit import Value
 
 GRAIN = 32768
@@ -31,4 +33,38 @@ def build_embedding(problem: Problem, config: Config, device: DeviceInfo) -> Nat
             result.store(source.load(i, k.lanes, valid=valid), i, valid=valid)
 
         k.vectorize(0, emit_size(k, problem, size_of(shape[1])), step)
+    return NativeKernel((Phase(k.name, shared(problem, size_of(*shape), GRAIN)),), k.text())
+
+
+def takes_quantised(problem: Problem, device: DeviceInfo) -> Verdict:
+    table, out = problem.operand(0), problem.results[0]
+    if not table.quantised:
+        return Reject(f"takes a quantised table, not {table.dtype}")
+    if out.dtype not in FLOATS:
+        return Reject(f"gives {', '.join(FLOATS)}, not {out.dtype}")
+    return Accept() if contiguous_rows(out) else Reject(f"gives rows of stride 1, not {out}")
+
+
+def build_quantised(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
+    """Reads the groups as `kernelforge.quant` lays them out: a row lies together."""
+    k = new_kernel(problem, config, device)
+    table, shape = problem.operand(0), problem.results[0].shape
+    columns, half = int(table.shape[1]), GROUP // 2
+    ids, out = (tensor(k, problem, i) for i in (1, 2))
+    steps = [emit_size(k, problem, t.strides[0]) for t in (ids, out)]
+    lanes = min(k.lanes, half)
+    with k.for_(*k.share(emit_size(k, problem, size_of(shape[0])))) as token:
+        row = k.convert(ids.pointer.load(token.i * steps[0]), "i64")
+        source, result = k.buffer(0, "i8").at(row * table.bytes_of(columns)), out.pointer.at(token.i * steps[1])
+        with k.for_(0, columns // GROUP) as group:
+            at = source.at(group.i * table.bytes_of(GROUP))
+            scale = k.broadcast(k.convert(at.of("f16").load(align=1), "f32"), lanes)
+            values, made = at.at(2), result.at(group.i * GROUP)
+            for first in range(0, GROUP if table.dtype == "q8" else half, lanes):
+                packed = values.load(first, lanes)
+                if table.dtype == "q8":
+                    made.store(k.convert(packed, "f32") * scale, first)
+                    continue
+                for at_half, nibbles in ((0, packed & 15), (half, k.shift_right_logical(packed, 4))):
+                    made.store((k.convert(nibbles, "f32") - 8.0) * scale, at_half + first)
     return NativeKernel((Phase(k.name, shared(problem, size_of(*shape), GRAIN)),), k.text())

@@ -26,6 +26,23 @@ VARIANTS = (
     ),
     *(
         KernelVariant(
+            name="quantised",
+            op=f"transformer.{op}",
+            target="cpu",
+            build=f"{HERE}.quantised:build_quantised",
+            summary=f"{summary}; weights of 8 or 4 bits, widened to f32 in registers",
+            supports=f"{HERE}.quantised:takes_quantised",
+            space=f"{HERE}.quantised:quantised_space",
+            default=f"{HERE}.quantised:quantised_default",
+            priority=10,
+        )
+        for op, summary in (
+            ("matmul", "packed rhs, fused epilogue"),
+            ("glu_matmul", "both products in one pass over x"),
+        )
+    ),
+    *(
+        KernelVariant(
             name=name,
             op="transformer.matmul",
             target="cpu",

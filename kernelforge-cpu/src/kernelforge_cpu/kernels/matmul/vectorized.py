@@ -34,6 +34,11 @@ def takes_matmul(problem: Problem, device: DeviceInfo) -> Verdict:
     for t in tensors(problem):
         if t.dtype not in FLOATS:
             return Reject(f"takes {', '.join(FLOATS)}, not {t.dtype}")
+    return takes_rows(problem, g)
+
+
+def takes_rows(problem: Problem, g: Geometry) -> Verdict:
+    """Whether sizes are known and rows contiguous where the kernels want it."""
     for name, size in (("inner dimension", g.inner), ("number of columns", g.columns)):
         if isinstance(size, str):
             return Reject(f"takes a static {name}, not {size}")
@@ -55,7 +60,7 @@ def build_matmul(problem: Problem, config: Config, device: DeviceInfo) -> Native
     rows, panels, vectors, kc, group = (int(config[name]) for name in ("rows", "panels", "vectors", "kc", "group"))
     dtype = problem.operand(g.rhs[0]).dtype
     tile = Tile(rows, panels, vectors, k.lanes, unroll(dtype, device), registers(device))
-    multiply = Phase(k.name, _shared(problem, g, tile))
+    multiply = Phase(k.name, shared_parts(problem, g, tile))
     constant = [i for i in g.rhs if problem.operand(i).constant]
     layout = Panels(vectors, k.lanes, dtype)
     packs = {i: layout.pack(g.transpose_rhs) for i in constant}
@@ -90,9 +95,9 @@ def _packed_bytes(problem: Problem, g: Geometry, tile: Tile) -> Size:
     return Size(-(-matrix // 64) * 64).times(size_of(*rhs.shape[:-2]))
 
 
-def _shared(problem: Problem, g: Geometry, tile: Tile) -> Count:
+def shared_parts(problem: Problem, g: Geometry, tile: Tile) -> Count:
     inner, columns = int(g.inner), int(g.columns)
-    flops, matrix = 2 * len(g.rhs) * inner * columns, inner * columns * problem.operand(g.rhs[0]).itemsize
+    flops, matrix = 2 * len(g.rhs) * inner * columns, problem.operand(g.rhs[0]).bytes_of(inner * columns)
     panels = -(-columns // tile.width)
     batches = ONE
     for axis in g.batches:
