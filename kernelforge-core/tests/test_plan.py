@@ -173,6 +173,43 @@ def test_independent_steps_share_a_group_and_dependent_ones_never() -> None:
     assert [step.group for step in plan_of(text).steps] == [0, 0, 1]
 
 
+def test_memory_is_not_reused_within_a_group() -> None:
+    text = """
+    func.func @main(%x: tensor<4xf32>, %y: tensor<4xf32>) -> tensor<4xf32> {
+      %a = "transformer.silu"(%x) : (tensor<4xf32>) -> tensor<4xf32>
+      %b = "transformer.silu"(%a) : (tensor<4xf32>) -> tensor<4xf32>
+      %c = "transformer.silu"(%y) : (tensor<4xf32>) -> tensor<4xf32>
+      %d = "transformer.add"(%b, %c) : (tensor<4xf32>, tensor<4xf32>) -> tensor<4xf32>
+      return %d : tensor<4xf32>
+    }"""
+    plan = plan_of(text)
+    assert [step.group for step in plan.steps] == [0, 1, 1, 2]
+    assert plan.pack({}).nbytes == 3 * ALIGNMENT  # %a is read while %c is written
+
+
+def test_what_is_overwritten_in_place_was_read_in_an_earlier_group() -> None:
+    read = """%r = "transformer.silu"(%c) : (tensor<1x16x2x4xf32>) -> tensor<1x16x2x4xf32>
+  %u ="""
+    text = CACHED.replace("%u =", read).replace(
+        "return %a, %u : tensor<?x4xf32>", "return %r, %u : tensor<1x16x2x4xf32>"
+    )
+    plan = plan_of(text.replace("-> (tensor<?x4xf32> {", "-> (tensor<1x16x2x4xf32> {"))
+    groups = {step.problem.op.removeprefix("transformer."): step.group for step in plan.steps}
+    assert groups["silu"] < groups["kv_cache_update"]
+
+
+def test_an_input_that_is_an_output_is_copied_a_donated_buffer_is_not() -> None:
+    text = """func.func @main(%x: tensor<4xf32> {kernelforge.name = "x"DONATED}) -> tensor<4xf32> {
+      return %x : tensor<4xf32> }"""
+    x = np.arange(4, dtype=np.float32)
+    (y,) = run(plan_of(text.replace("DONATED", "")), {"x": x})
+    np.testing.assert_array_equal(y, x)
+    assert not np.shares_memory(y, x)
+    buffer = HostBuffer(x)
+    (same,) = run(plan_of(text.replace("DONATED", ", kernelforge.donated")), {"x": buffer})
+    assert same is buffer
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
