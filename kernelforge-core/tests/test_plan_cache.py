@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from kernelforge.graph import Graph
 from kernelforge.hookspecs import hookimpl
 from kernelforge.plan_cache import plan_from_json, plan_to_json
 from kernelforge.plugins import core_registry, load_registry
-from kernelforge.selection import NO_RECORDS
+from kernelforge.provenance import Provenance
+from kernelforge.selection import NO_RECORDS, NoRecords
 from kernelforge.session import Session
 from kernelforge.variant import KernelVariant
 
@@ -69,6 +71,9 @@ def test_changed_code_and_changed_records_make_another_key(monkeypatch: pytest.M
     monkeypatch.setattr(plan_cache, "_stamp", lambda packages: f"other code of {packages}")
     session().plan(module())
     assert len(list(state.glob("*.json"))) == 2
+    monkeypatch.setattr(NoRecords, "stamp", lambda self: "other records")
+    session().plan(module())
+    assert len(list(state.glob("*.json"))) == 3
 
 
 def test_a_plugin_given_as_an_object_is_never_cached(state: Path) -> None:
@@ -84,11 +89,31 @@ def test_a_plugin_given_as_an_object_is_never_cached(state: Path) -> None:
     assert not list(state.glob("*.json"))
 
 
+def test_a_plan_made_without_a_plugin_that_failed_is_not_kept(state: Path) -> None:
+    bad = KernelVariant("bad", "transformer.matmul", "reference", "nowhere:build", supports="nowhere:supports")
+
+    class Theirs:
+        """As an installed plugin: its descriptors have the provenance of a distribution."""
+
+        @hookimpl
+        def kernelforge_kernels(self) -> list[KernelVariant]:
+            return [bad]
+
+    registry = load_registry(allow=["core"], extra_plugins=[Theirs()])
+    hooks = {**registry.hooks, "kernelforge_kernels": (replace(bad, provenance=Provenance("theirs", "theirs", "1")),)}
+    installed = replace(registry, hooks=hooks)
+    for _ in range(2):
+        with pytest.warns(KernelForgeWarning, match="variant 'reference/transformer.matmul/bad' of plugin theirs"):
+            Session("reference", registry=installed, records=NO_RECORDS).plan(module())
+    assert not list(state.glob("*.json"))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         lambda t: t[: len(t) // 2],
-        lambda t: t.replace('"format":1', '"format":99'),
+        lambda t: t.replace('"format":2', '"format":99'),
+        lambda t: t.replace('"default"]', '"hearsay"]'),
         lambda t: t.replace('"arena"', '"moon"', 1).replace('"output"', '"moon"', 1),
         lambda t: t.replace("transformer.matmul(", "transformer matmul("),
         lambda t: t.replace('"inputs":[0', '"inputs":[999'),

@@ -12,6 +12,7 @@ from kernelforge.variant import DeviceInfo
 if TYPE_CHECKING:
     import numpy as np
 
+    from kernelforge.explanation import Explanation
     from kernelforge.op import OpDef
     from kernelforge.plan import Plan
     from kernelforge.variant import KernelVariant
@@ -101,6 +102,11 @@ class Executable(Protocol):
 
     def measure(self, inputs: Mapping[str, Array | Buffer], *, repeats: int) -> Timing:
         """Run `repeats` times back to back and time each run, without the cost of moving inputs and outputs."""
+        ...
+
+    def explain(self, inputs: Mapping[str, Array | Buffer] | None = None, *, repeats: int = 9) -> Explanation:
+        """What runs each step and where it comes from. With `inputs` the steps are timed, too: medians of `repeats`
+        runs of the whole after one that does not count. Donated inputs are written, as by `run`."""
         ...
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 from kernelforge.constant import Constant
 from kernelforge.problem import Problem, TensorType
+from kernelforge.selection import ConfigSource
 from kernelforge.variant import Config
 
 ALIGNMENT = 64
@@ -51,6 +52,7 @@ class Step:
     group: int
     """Steps of one group do not depend on each other: a barrier is needed only between groups."""
     location: str = ""
+    config_source: ConfigSource = "default"
 
 
 @dataclass(frozen=True)

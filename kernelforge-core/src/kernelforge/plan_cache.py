@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from kernelforge import home
 from kernelforge.constant import Constant, Folded, Named
@@ -24,11 +24,12 @@ from kernelforge.discovery import GIVEN
 from kernelforge.errors import KernelForgeWarning, UsageError
 from kernelforge.plan import Plan, Step, Value
 from kernelforge.problem import parse_problem, parse_tensor_type
+from kernelforge.selection import ConfigSource
 
 if TYPE_CHECKING:
     from kernelforge.registry import Registry
 
-FORMAT = 1
+FORMAT = 2
 MAX_FILES = 256
 """The oldest plans beyond this number are deleted; one is some hundred kilobytes."""
 
@@ -112,7 +113,17 @@ def plan_to_json(plan: Plan) -> str:
         "target": plan.target,
         "values": [_value_out(v, constants, table) for v in plan.values],
         "steps": [
-            [str(s.problem), s.dims, s.operands, s.results, s.variant, dict(s.config), s.group, s.location]
+            [
+                str(s.problem),
+                s.dims,
+                s.operands,
+                s.results,
+                s.variant,
+                dict(s.config),
+                s.group,
+                s.location,
+                s.config_source,
+            ]
             for s in plan.steps
         ],
         "inputs": plan.inputs,
@@ -134,9 +145,11 @@ def plan_from_json(text: str) -> Plan:
     values = tuple(_value_in(entry, table) for entry in document["values"])
     problem = cache(parse_problem)
     steps = tuple(
-        Step(problem(p), tuple(dims), tuple(operands), tuple(results), variant, config, group, location)
-        for p, dims, operands, results, variant, config, group, location in document["steps"]
+        Step(problem(p), tuple(dims), tuple(operands), tuple(results), variant, config, group, location, source)
+        for p, dims, operands, results, variant, config, group, location, source in document["steps"]
     )
+    if unknown := {s.config_source for s in steps}.difference(get_args(ConfigSource)):
+        raise ValueError(f"a config comes from '{min(unknown)}'")
     numbers = [v for s in steps for v in (*s.operands, *s.results) if v is not None]
     inputs, outputs = tuple(document["inputs"]), tuple(document["outputs"])
     if any(not 0 <= v < len(values) for v in (*numbers, *inputs, *outputs)):

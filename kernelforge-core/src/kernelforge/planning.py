@@ -172,6 +172,7 @@ class _Planner:
                 selection.config,
                 0,
                 location,
+                selection.chosen.config_source,
             )
         )
 

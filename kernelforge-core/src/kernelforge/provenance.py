@@ -13,7 +13,7 @@ class Provenance:
     version: str
 
     def __str__(self) -> str:
-        return f"{self.plugin} ({self.distribution} {self.version})"
+        return f"{self.plugin} ({f'{self.distribution} {self.version}'.rstrip()})"
 
 
 BUILTIN = Provenance("core", "kernelforge-core", "")

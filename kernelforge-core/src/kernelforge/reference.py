@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from kernelforge.backend import Buffer, Catalog, TensorSource, Timing
 from kernelforge.constant import evaluate
 from kernelforge.dtype import from_numpy, to_numpy
 from kernelforge.errors import UsageError
+from kernelforge.explanation import Explanation, explain_plan
 from kernelforge.op import OpDef
 from kernelforge.problem import Problem
 from kernelforge.variant import Config, DeviceInfo, KernelVariant
@@ -92,6 +94,8 @@ def bind_inputs(plan: Plan, inputs: Mapping[str, Array | Buffer]) -> tuple[dict[
 
 def output_array(given: Array, name: str, like: Array) -> Array:
     """The caller's array for an output that must be as `like`. Raises UsageError when it is not."""
+    if not isinstance(given, np.ndarray):
+        raise UsageError(f"output '{name}' cannot be written to a {type(given).__name__}", hint="give a numpy array")
     fits = given.shape == like.shape and given.dtype == like.dtype
     if not fits or not given.flags.c_contiguous or not given.flags.writeable:
         raise UsageError(
@@ -103,7 +107,7 @@ def output_array(given: Array, name: str, like: Array) -> Array:
 
 class ReferenceExecutable:
     def __init__(self, plan: Plan, constants: TensorSource, catalog: Catalog) -> None:
-        self._plan = plan
+        self._plan, self._catalog = plan, catalog
         self._ops = [catalog.ops[step.problem.op] for step in plan.steps]
         used = {plan.root(v) for step in plan.steps for v in step.operands if v is not None}
         used |= {plan.root(v) for v in plan.outputs}
@@ -120,6 +124,20 @@ class ReferenceExecutable:
     def run(
         self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array] | None = None
     ) -> tuple[Array | Buffer, ...]:
+        memory, dims = self._memory(inputs, out)
+        for op, step in zip(self._ops, self._plan.steps, strict=True):
+            self._step(op, step, memory, dims)
+        outputs: list[Array | Buffer] = []
+        for i in self._plan.outputs:
+            root = self._plan.values[self._plan.root(i)]
+            buffer = inputs.get(root.name) if root.place == "input" else None
+            outputs.append(buffer if isinstance(buffer, HostBuffer) else self._array(i, memory, dims))
+        return tuple(outputs)
+
+    def _memory(
+        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array] | None = None
+    ) -> tuple[dict[int, Array], dict[str, int]]:
+        """Where every value that is no view lives, and the sizes of the dynamic dimensions."""
         bound, dims = bind_inputs(self._plan, inputs)
         memory: dict[int, Array] = dict(self._constants)
         for i, array in bound.items():
@@ -133,14 +151,7 @@ class ReferenceExecutable:
                 memory[i] = output_array(out[value.name], value.name, memory[i])
         if out and (unknown := out.keys() - {self._plan.values[i].name for i in self._plan.outputs}):
             raise UsageError(f"there is no output '{min(unknown)}' to write to")
-        for op, step in zip(self._ops, self._plan.steps, strict=True):
-            self._step(op, step, memory, dims)
-        outputs: list[Array | Buffer] = []
-        for i in self._plan.outputs:
-            root = self._plan.values[self._plan.root(i)]
-            buffer = inputs.get(root.name) if root.place == "input" else None
-            outputs.append(buffer if isinstance(buffer, HostBuffer) else self._array(i, memory, dims))
-        return tuple(outputs)
+        return memory, dims
 
     def bind(
         self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array] | None = None
@@ -179,6 +190,18 @@ class ReferenceExecutable:
             self.run(inputs)
             samples.append(time.perf_counter() - start)
         return Timing(tuple(samples), "host-clock")
+
+    def explain(self, inputs: Mapping[str, Array | Buffer] | None = None, *, repeats: int = 9) -> Explanation:
+        if inputs is None:
+            return explain_plan(self._plan, self._catalog)
+        memory, dims = self._memory(inputs)
+        samples: list[list[float]] = [[] for _ in self._ops]
+        for _ in range(repeats + 1):
+            for op, step, times in zip(self._ops, self._plan.steps, samples, strict=True):
+                start = time.perf_counter()
+                self._step(op, step, memory, dims)
+                times.append(time.perf_counter() - start)
+        return explain_plan(self._plan, self._catalog, dims, [median(times[1:]) for times in samples])
 
 
 class ReferenceDevice:

@@ -47,7 +47,7 @@ class PluginStatus:
     """What it registers: hook name to the names of its descriptors."""
 
     def __str__(self) -> str:
-        return f"plugin '{self.name}' ({self.distribution} {self.version})"
+        return f"plugin '{self.name}' ({f'{self.distribution} {self.version}'.rstrip()})"
 
     @property
     def report(self) -> str:

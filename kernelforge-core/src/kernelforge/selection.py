@@ -65,6 +65,8 @@ class Decision:
     """The record that the config or the ranking came from."""
     reason: str = ""
     """Why it was or was not chosen, in words."""
+    failed: bool = False
+    """It was rejected because the variant's own functions failed, which must be said each time."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def judge(
         if forced:
             raise failed(f"variant '{variant.key}'", variant.provenance, "fails", error) from error
         reason = leave_out(f"variant '{variant.key}'", variant.provenance, error)
-        return Decision(variant, Reject(reason), reason=reason)
+        return Decision(variant, Reject(reason), reason=reason, failed=True)
 
 
 def _judge(problem: Problem, variant: KernelVariant, device: DeviceInfo, matches: Iterable[RecordMatch]) -> Decision:

@@ -57,6 +57,7 @@ class Session:
         if pipeline is not None:
             _ = self.pipeline  # a bad text is an error here, not when something is compiled
         self._selections: dict[Problem, Selection] = {}
+        self._plugins_failed = False
         self._functions: dict[str, Function] = {}
 
     @cached_property
@@ -87,6 +88,7 @@ class Session:
                 self.records,
                 variant=self.variants.get(problem.op),
             )
+            self._plugins_failed |= any(d.failed for d in self._selections[problem].decisions)
         return self._selections[problem]
 
     def lower(self, module: str | Module) -> Module:
@@ -117,7 +119,7 @@ class Session:
             return kept
         function = self._function(module)
         plan = make_plan(function, self.registry.ops, self.select, target=self.target, dims=dims, max_dims=max_dims)
-        if key is not None:
+        if key is not None and not self._plugins_failed:
             keep_plan(key, plan)
         return plan
 
@@ -247,5 +249,6 @@ def problem_plan(problem: Problem, selection: Selection, registry: Registry) -> 
         dict(selection.config),
         0,
         "problem",
+        selection.chosen.config_source,
     )
     return Plan(selection.variant.target, tuple(values), (step,), inputs, tuple(results))

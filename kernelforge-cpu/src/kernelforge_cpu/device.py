@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kernelforge.dtype import to_numpy
 from kernelforge.errors import PluginError, UsageError
+from kernelforge.faults import failed
 from kernelforge.reference import HostBuffer
 from kernelforge.variant import DeviceInfo, config_key
 from kernelforge_cpu.executable import CpuExecutable, LinkedKernel
@@ -50,7 +51,7 @@ class CpuDevice:
                 constant = None if operand is None else plan.values[operand].constant
                 if constant is not None:
                     packed[i, k] = store.get(constant, packs.get(k), constants, catalog.ops)
-        return CpuExecutable(plan, kernels, packed, self._team)
+        return CpuExecutable(plan, kernels, packed, self._team, catalog)
 
     def _store(self, source: TensorSource) -> ConstantStore:
         """The packed constants of `source`, dropped with it."""
@@ -93,7 +94,11 @@ class CpuDevice:
         fresh = {self._key(s): s for s in steps if self._key(s) not in self._kernels}
         built = {key: self._build(step, catalog) for key, step in fresh.items()}
         texts = list(dict.fromkeys(k.mlir for k in built.values() if isinstance(k, NativeKernel) and k.mlir))
-        library = load_objects(texts) if texts else None
+        try:
+            library = load_objects(texts) if texts else None
+        except Exception:
+            self._blame(fresh, built, catalog)
+            raise
         for key, kernel in built.items():
             addresses: list[int] = []
             for phase in kernel.phases if isinstance(kernel, NativeKernel) else ():
@@ -105,3 +110,22 @@ class CpuDevice:
                     addresses.append(library.address(phase.function))
             self._kernels[key] = LinkedKernel(kernel, tuple(addresses), library)
         return [self._kernels[self._key(s)] for s in steps]
+
+    def _blame(
+        self,
+        steps: Mapping[tuple[str, str, str], Step],
+        built: Mapping[tuple[str, str, str], NativeKernel | PythonKernel],
+        catalog: Catalog,
+    ) -> None:
+        """Raises PluginError for the kernel whose text does not compile, if one of them alone does not."""
+        from kernelforge_cpu.objects import load_objects
+
+        for key, kernel in built.items():
+            try:
+                if isinstance(kernel, NativeKernel) and kernel.mlir:
+                    load_objects([kernel.mlir])
+            except Exception as error:
+                step = steps[key]
+                variant = catalog.variant(self._info.target, step.problem.op, step.variant)
+                what = f"does not compile for {step.problem}"
+                raise failed(f"variant '{variant.key}'", variant.provenance, what, error) from error

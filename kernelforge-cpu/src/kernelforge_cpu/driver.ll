@@ -387,6 +387,27 @@ asleep:
   ret i64 1
 }
 
+; A kernel that notes when it is run. Its buffers: the function that reads the clock, the clock's number, where the time
+; goes. Two forms, for clock_gettime and for QueryPerformanceCounter.
+define void @kf_stamp_posix(ptr %buffers, ptr %dims, i64 %part, i64 %parts) {
+  %clock = load ptr, ptr %buffers
+  %number.p = getelementptr i64, ptr %buffers, i64 1
+  %number = load i64, ptr %number.p
+  %number32 = trunc i64 %number to i32
+  %out.p = getelementptr ptr, ptr %buffers, i64 2
+  %out = load ptr, ptr %out.p
+  %ignored = call i32 %clock(i32 %number32, ptr %out)
+  ret void
+}
+
+define void @kf_stamp_windows(ptr %buffers, ptr %dims, i64 %part, i64 %parts) {
+  %clock = load ptr, ptr %buffers
+  %out.p = getelementptr ptr, ptr %buffers, i64 2
+  %out = load ptr, ptr %out.p
+  %ignored = call i32 %clock(ptr %out)
+  ret void
+}
+
 ; So many pauses, to find out how long one takes.
 define void @kf_spin(i64 %count) {
 entry:

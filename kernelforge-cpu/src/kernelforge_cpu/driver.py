@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
@@ -75,6 +76,10 @@ class StepTable:
     def parts(self, step: int) -> int:
         return int(self._steps[step, PARTS])
 
+    def rows(self, first: int, last: int) -> Array:
+        """Steps [first, last) as they are now: a copy, int64[last - first, 5]."""
+        return self._steps[first:last].copy()
+
 
 class Driver:
     """The native functions of driver.ll. All release the GIL."""
@@ -91,6 +96,8 @@ class Driver:
         self.finish = function("kf_finish", None, pointer)
         self.work = function("kf_work", word, pointer, word)
         self.spin = function("kf_spin", None, word)
+        self.stamp = library.address("kf_stamp_windows" if sys.platform == "win32" else "kf_stamp_posix")
+        """Address of a kernel that notes the time; see `stamps`."""
 
 
 def driver_text(arch: str) -> str:

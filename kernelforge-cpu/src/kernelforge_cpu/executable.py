@@ -6,6 +6,9 @@ import ctypes
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,12 +17,15 @@ from numpy.lib.stride_tricks import as_strided
 from kernelforge.backend import Buffer, Timing
 from kernelforge.dtype import to_numpy
 from kernelforge.errors import UsageError
+from kernelforge.explanation import Explanation, explain_plan
 from kernelforge.reference import HostBuffer, bind_inputs, output_array
 from kernelforge_cpu.driver import StepTable
 from kernelforge_cpu.kernel import NativeKernel, PythonKernel
-from kernelforge_cpu.store import ALIGNMENT, address, aligned_empty
+from kernelforge_cpu.stamps import StampedTable
+from kernelforge_cpu.store import ALIGNMENT, address, aligned_empty, quick_address
 
 if TYPE_CHECKING:
+    from kernelforge.backend import Catalog
     from kernelforge.plan import Plan
     from kernelforge_cpu.jit import Library
     from kernelforge_cpu.team import Team
@@ -54,10 +60,15 @@ class CpuExecutable:
     team."""
 
     def __init__(
-        self, plan: Plan, kernels: Sequence[LinkedKernel], constants: Mapping[tuple[int, int], Array], team: Team
+        self,
+        plan: Plan,
+        kernels: Sequence[LinkedKernel],
+        constants: Mapping[tuple[int, int], Array],
+        team: Team,
+        catalog: Catalog,
     ) -> None:
         """`kernels`: one a step. `constants`: the packed array of (step, operand index) for every constant operand."""
-        self._plan, self._kernels, self._team = plan, kernels, team
+        self._plan, self._kernels, self._team, self._catalog = plan, kernels, team, catalog
         self._constants = dict(constants)
         self._rows = self._make_rows()
         self._lay_out_pointers()
@@ -74,10 +85,7 @@ class CpuExecutable:
             barriers=[r.barrier for r in self._rows],
         )
         self._segments = self._make_segments()
-        self._output_specs = [
-            (i, plan.root(i), v.name if v.place == "output" else "", to_numpy(v.type.dtype))
-            for i, v in ((i, plan.values[i]) for i in plan.outputs)
-        ]
+        self._output_specs: list[tuple[int, int, str, np.dtype[Any], tuple[int, ...]]] = []
         self._input_specs: list[tuple[int, str, np.dtype[Any], tuple[int, ...], bool]] = []
 
     @property
@@ -143,12 +151,14 @@ class CpuExecutable:
         self._dim_slots = {d: np.array([k for k, name in enumerate(dims) if name == d]) for d in set(dims)}
         self._patches = patches
         self._places: dict[int, int] = {}  # where each root value is, as the pointers say
+        self._changes = 0  # of the pointers and sizes, so far
 
     # --- sizes, when they change ---
 
     def _bind_dims(self, dims: dict[str, int]) -> None:
         if self._laid_out and dims == self._dims:
             return
+        self._changes += 1
         grown = {d: max(n, self._bounds.get(d, 0)) for d, n in dims.items()}
         if grown != self._bounds or not self._laid_out:
             self._bounds = grown
@@ -159,6 +169,16 @@ class CpuExecutable:
         self._input_specs = [
             (i, v.name, to_numpy(v.type.dtype), v.type.static_shape(dims), v.donated)
             for i, v in ((i, self._plan.values[i]) for i in self._plan.inputs)
+        ]
+        self._output_specs = [
+            (
+                i,
+                self._plan.root(i),
+                v.name if v.place == "output" else "",
+                to_numpy(v.type.dtype),
+                v.type.static_shape(dims),
+            )
+            for i, v in ((i, self._plan.values[i]) for i in self._plan.outputs)
         ]
         for name, slots in self._dim_slots.items():
             self._dim_values[slots] = dims[name]
@@ -194,6 +214,7 @@ class CpuExecutable:
     def _place(self, root: int, start: int) -> None:
         """Say where a value is."""
         if self._places.get(root) != start:
+            self._changes += 1
             self._places[root] = start
             for slot, offset in self._patches.get(root, ()):
                 self._words[slot] = start + offset
@@ -211,14 +232,15 @@ class CpuExecutable:
         self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array] | None = None
     ) -> Callable[[], tuple[Array | Buffer, ...]]:
         memory, outputs = self._bind(inputs, out)
-        places = dict(self._places)
-        dims = dict(self._dims)
+        dims, changes = dict(self._dims), self._changes
 
         def call() -> tuple[Array | Buffer, ...]:
-            if self._places != places:  # something else was run meanwhile
+            nonlocal changes
+            if self._changes != changes:  # something else was run meanwhile
                 self._bind_dims(dims)
-                for root, start in places.items():
-                    self._place(root, start)
+                for root, array in memory.items():
+                    self._place(root, quick_address(array))
+                changes = self._changes
             self._execute(memory)
             return outputs
 
@@ -239,6 +261,32 @@ class CpuExecutable:
 
         return Timing(tuple(self._timed(call) / inner for _ in range(repeats)), "host-clock")
 
+    def explain(self, inputs: Mapping[str, Array | Buffer] | None = None, *, repeats: int = 9) -> Explanation:
+        if inputs is None:
+            return explain_plan(self._plan, self._catalog)
+        memory, _ = self._bind(inputs, None)
+        tables = [None if isinstance(s, int) else StampedTable(self._table, self._spans(*s)) for s in self._segments]
+        samples = [self._step_seconds(memory, tables) for _ in range(repeats + 1)][1:]
+        seconds = [median(times[i] for times in samples) for i in range(len(self._kernels))]
+        return explain_plan(self._plan, self._catalog, self._dims, seconds)
+
+    def _spans(self, first: int, last: int) -> list[tuple[int, int]]:
+        """The rows of each step between two rows of the table."""
+        starts = [i for i in range(first, last) if self._rows[i].phase == 0]
+        return list(pairwise([*starts, last]))
+
+    def _step_seconds(self, memory: Mapping[int, Array], tables: Sequence[StampedTable | None]) -> dict[int, float]:
+        """Run once; the time of each step."""
+        times = dict.fromkeys(range(len(self._kernels)), 0.0)
+        for segment, table in zip(self._segments, tables, strict=True):
+            if isinstance(segment, int):
+                times[segment] = self._timed(partial(self._run_python, segment, memory))
+            elif table is not None:
+                self._team.run(table)
+                steps = [row.step for row in self._rows[slice(*segment)] if row.phase == 0]
+                times.update(zip(steps, table.seconds(), strict=True))
+        return times
+
     def _bind(
         self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array] | None
     ) -> tuple[dict[int, Array], tuple[Array | Buffer, ...]]:
@@ -248,21 +296,20 @@ class CpuExecutable:
         if memory is None:
             memory = self._checked_inputs(inputs)
         for i, array in memory.items():
-            self._place(i, address(array))
+            self._place(i, quick_address(array))
         returned: list[Array | Buffer] = []
-        for i, root, name, dtype in self._output_specs:
+        for i, root, name, dtype, shape in self._output_specs:
             if name:
-                shape = self._plan.values[i].type.static_shape(self._dims)
                 array = np.empty(shape, dtype)
                 if out is not None and name in out:
                     array = output_array(out[name], name, array)
                 memory[i] = array
-                self._place(i, address(array))
+                self._place(i, quick_address(array))
                 returned.append(array)
             else:
                 given = inputs[self._plan.values[root].name]
                 returned.append(given if isinstance(given, HostBuffer) else memory[root])
-        if out and (unknown := out.keys() - {name for _, _, name, _ in self._output_specs}):
+        if out and (unknown := out.keys() - {spec[2] for spec in self._output_specs}):
             raise UsageError(f"there is no output '{min(unknown)}' to write to")
         return memory, tuple(returned)
 
@@ -273,14 +320,8 @@ class CpuExecutable:
         memory: dict[int, Array] = {}
         for i, name, dtype, shape, donated in self._input_specs:
             given = inputs.get(name)
-            buffer = type(given) is HostBuffer
-            array = given.array if buffer else given  # type: ignore[union-attr]  # it is one
-            if (
-                type(array) is not np.ndarray
-                or array.shape != shape
-                or array.dtype != dtype
-                or (donated and not buffer)
-            ):
+            array = given.array if type(given) is HostBuffer else None if donated else given
+            if type(array) is not np.ndarray or array.shape != shape or array.dtype != dtype:
                 return None
             flags = array.flags
             if not (flags.c_contiguous and flags.aligned):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,21 @@ def address(array: Array) -> int:
     """Address of the first element."""
     found: int = array.__array_interface__["data"][0]
     return found
+
+
+_MEMORY = ctypes.cast(8, ctypes.POINTER(ctypes.c_uint64))
+"""The process's memory in words, from the second on (a pointer to the first would be null)."""
+
+
+def _read_address(array: Array) -> int:
+    found: int = _MEMORY[(id(array) + object.__basicsize__) // 8 - 1]
+    return found
+
+
+_PROBE = np.arange(9)[4:]
+quick_address = _read_address if _read_address(_PROBE) == address(_PROBE) else address
+"""`address` for what is known to be a numpy array, ten times as fast: half of what a run of small arrays costs. An array is
+the header of a Python object, then this address (`PyArrayObject`, part of numpy's binary interface)."""
 
 
 class ConstantStore:
