@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from kernelforge.bench.baseline import THRESHOLD, Change, compare_reports, load_report
+from kernelforge.bench.dispatch import measure_dispatch
 from kernelforge.bench.matmul import benchmark_matmul, matmul_problem
 from kernelforge.bench.suite import CASES, chosen_cases, run_case, run_suite
 from kernelforge.cli import output
@@ -43,6 +44,29 @@ def matmul(
             [f"{name} {p['version']}", p["latency_ms"], p["latency"]["mad"], p["gflops"], p["ratio"], report["threads"]]
         )
     out.table(["", "median ms", "mad ms", "GFLOP/s", "ours / it", "threads"], rows)
+    return report
+
+
+def dispatch() -> dict[str, Any]:
+    """Time what a call of a compiled op costs above its kernel's own time: bound once, and with plain arrays."""
+    out = output.current()
+    with closing(open_session()) as session:
+        found = measure_dispatch(session)
+        threads = session.device.info.threads
+    report = {
+        "problem": str(found.problem),
+        "threads": threads,
+        "kernel_us": float(f"{found.kernel * 1e6:.4g}"),
+        "bound_us": float(f"{(found.bound - found.kernel) * 1e6:.4g}"),
+        "plain_us": float(f"{(found.plain - found.kernel) * 1e6:.4g}"),
+    }
+    out.print(f"{found.problem} on {out.target}, {threads} thread{'s' if threads > 1 else ''}")
+    rows = [
+        ["kernel", report["kernel_us"]],
+        ["+ bound call", report["bound_us"]],
+        ["+ plain arrays", report["plain_us"]],
+    ]
+    out.table(["", "us"], rows)
     return report
 
 

@@ -1,0 +1,111 @@
+"""What runs each step, where it comes from, and its share of the time."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from kernelforge.cli import app, bench_verbs, output
+from kernelforge.cli.output import Output
+from kernelforge.explanation import Explanation, explain_plan
+from kernelforge.graph import Graph
+from kernelforge.plugins import core_registry
+from kernelforge.problem import parse_problem
+from kernelforge.selection import NO_RECORDS
+from kernelforge.session import Session
+
+WEIGHTS = {name: np.ones((16, 16), np.float32) for name in ("one", "two")}
+
+
+def session() -> Session:
+    return Session("reference", registry=core_registry(), records=NO_RECORDS, pipeline="")
+
+
+def module() -> str:
+    """Two equal products, a norm, and attention, whose work depends on values."""
+    g = Graph()
+    x = g.input("x", ("tokens", 16), "f32")
+    for name in WEIGHTS:
+        x = g.matmul(x, g.constant(name, (16, 16), "f32"))
+    heads = g.softmax(x).reshape(-1, 4, 4)
+    g.output(g.attention(heads, heads, heads), "y")
+    return g.text()
+
+
+def explained(seconds: list[float] | None, dims: dict[str, int] | None) -> Explanation:
+    with session() as opened:
+        return explain_plan(opened.plan(module()), opened.registry, dims, seconds)
+
+
+def test_equal_steps_are_one_kernel_with_their_share() -> None:
+    explanation = explained([1e-3, 3e-3, 5e-3, 1e-3], {"tokens": 8})
+    assert [use.op.partition(".")[2] for use in explanation.steps] == ["matmul", "matmul", "softmax", "attention"]
+    assert explanation.seconds == pytest.approx(10e-3)
+    softmax, matmul, attention = explanation.kernels
+    assert (softmax.op, softmax.steps, softmax.seconds) == ("transformer.softmax", 1, 5e-3)
+    assert (matmul.op, matmul.steps) == ("transformer.matmul", 2)
+    assert matmul.seconds == pytest.approx(4e-3)
+    assert "f32[8,16]" in str(matmul.problem)
+    assert matmul.cost is not None
+    assert matmul.cost.flops == 2 * 2 * 8 * 16 * 16
+    assert attention.cost is None  # how much of it is masked is in the values
+    data = explanation.as_data()
+    assert [k["share"] for k in data["kernels"]] == pytest.approx([0.5, 0.4, 0.1])
+    told = data["kernels"][1]
+    assert (told["plugin"], told["distribution"]) == ("core", "kernelforge-core")
+    assert told["version"]
+    assert told["gflops"] == pytest.approx(2 * 2 * 8 * 16 * 16 / 4e-3 / 1e9, rel=1e-3)
+    assert (data["kernels"][2]["gflops"], data["kernels"][2]["gbytes_s"]) == (None, None)
+    assert json.loads(json.dumps(data)) == data
+
+
+def test_without_times_and_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    explanation = explained(None, None)
+    assert explanation.seconds is None
+    assert [use.steps for use in explanation.kernels] == [2, 1, 1]
+    assert all(use.cost is None and use.seconds is None for use in explanation.kernels)
+    assert "f32[tokens,16]" in str(explanation.steps[0].problem)
+    headers, rows = explanation.table()
+    assert headers == ["op", "operands", "variant", "plugin", "config", "source", "steps"]
+    Output().table(headers, rows)
+    assert "transformer.matmul" in capsys.readouterr().out
+
+
+def test_the_table_has_a_column_for_each_figure() -> None:
+    explanation = explained([1e-3, 3e-3, 5e-3, 1e-3], {"tokens": 8})
+    headers, rows = explanation.table()
+    assert headers[-4:] == ["us", "share", "GFLOP/s", "GB/s"]
+    assert rows[0][-4:-2] == ["5000.0", "50.0%"]
+    assert rows[2][-2:] == ["", ""]
+    assert {len(row) for row in rows} == {len(headers)}
+    assert rows[0][3].startswith("core (kernelforge-core ")
+
+
+def test_the_reference_times_its_steps() -> None:
+    with session() as opened:
+        executable = opened.compile(module(), constants=WEIGHTS)
+        x = np.ones((8, 16), np.float32)
+        assert executable.explain().seconds is None
+        explanation = executable.explain({"x": x}, repeats=2)
+        assert all(use.seconds is not None and use.seconds > 0 for use in explanation.steps)
+        assert "f32[8,16]" in str(explanation.steps[0].problem)
+        assert [use.config_source for use in explanation.steps] == ["default"] * 4
+
+
+def test_a_given_config_is_said_to_be_given() -> None:
+    with session() as opened:
+        problem = parse_problem("transformer.silu(f32[4]) -> (f32[4]) {}")
+        executable = opened.compile_problem(problem, config={})
+        assert executable.explain().steps[0].config_source == "given"
+
+
+def test_benchmark_dispatch(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.main(["benchmark-dispatch", "--target", "reference", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)["data"]
+    assert data["problem"].startswith("transformer.add(f32[4,16]")
+    assert {"kernel_us", "bound_us", "plain_us"} <= data.keys()
+    with output.use(Output("benchmark-dispatch", target="reference")):
+        bench_verbs.dispatch()
+    assert "+ plain arrays" in capsys.readouterr().out
