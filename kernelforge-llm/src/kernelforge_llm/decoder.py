@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from kernelforge.backend import Buffer, Executable
 from kernelforge.errors import AssetError, KernelForgeWarning, UsageError
+from kernelforge.explanation import Explanation
 from kernelforge.importer import Program
 from kernelforge.session import Session
 from kernelforge_llm.cache import KVCache
@@ -76,6 +77,14 @@ class _Step(NamedTuple):
     executable: Executable
     logits: int
     """Which of its outputs they are."""
+
+
+def _inputs(
+    cache: KVCache, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], rows: Sequence[int]
+) -> dict[str, NDArray[Any] | Buffer]:
+    """Of a step: for each token its id, position and slot of the cache; the rows whose logits are wanted."""
+    numbers = {"tokens": tokens, "positions": positions, "slots": slots, "rows": rows}
+    return {**{name: np.array(values, np.int32) for name, values in numbers.items()}, **cache.buffers}
 
 
 class Decoder:
@@ -165,14 +174,22 @@ class Decoder:
         rows: Sequence[int],
     ) -> Logits:
         compiled = self._one if len(tokens) == 1 else self._many
-        inputs: dict[str, NDArray[Any] | Buffer] = {
-            "tokens": np.array(tokens, np.int32),
-            "positions": np.array(positions, np.int32),
-            "slots": np.array(slots, np.int32),
-            "rows": np.array(rows, np.int32),
-            **cache.buffers,
-        }
+        inputs = _inputs(cache, tokens, positions, slots, rows)
         return cast("Logits", compiled.executable.run(inputs)[compiled.logits])
+
+    def explain(self, tokens: int = 1, depth: int = 0, *, repeats: int = 9) -> Explanation:
+        """What runs a step of `tokens` tokens with `depth` positions in the cache, and its share of the step's time.
+
+        The step is timed on a cache of its own. Raises UsageError when the context does not hold so many.
+        """
+        if tokens < 1:
+            raise UsageError(f"a step of {tokens} tokens", hint="at least one")
+        cache = self.new_cache()
+        cache.require_room(0, depth + tokens)
+        compiled = self._one if tokens == 1 else self._many
+        ids = [i % self.config.vocab_size for i in range(tokens)]
+        inputs = _inputs(cache, ids, range(depth, depth + tokens), [0] * tokens, (tokens - 1,))
+        return compiled.executable.explain(inputs, repeats=repeats)
 
     def feed(self, cache: KVCache, ids: Sequence[int], sequence: int = 0) -> Logits:
         """Append any number of tokens to one sequence; the logits [vocab] after the last. Raises as `step`."""

@@ -107,18 +107,8 @@ class Output:
 
     def table(self, headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Print aligned columns; columns of numbers are right-aligned."""
-        if self.json:
-            return
-        body = [list(row) for row in rows]
-        cells = [list(headers), *([_cell(value) for value in row] for row in body)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        numeric = [
-            bool(body) and all(isinstance(v, (int, float)) for v in column) for column in zip(*body, strict=True)
-        ]
-        numeric = numeric or [False] * len(headers)
-        for row in cells:
-            padded = (c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True))
-            self.print("  ".join(padded).rstrip())
+        if not self.json:
+            self.print(aligned(headers, rows))
 
     # Everything else: stderr.
 
@@ -161,6 +151,20 @@ class Output:
     def write_envelope(self, errors: Sequence[Mapping[str, Any]]) -> None:
         self._stdout.write(self.envelope(errors) + "\n")
         self._stdout.flush()
+
+
+def aligned(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table as text: `Output.table` prints it, `Output.note` takes it to stderr."""
+    body = [list(row) for row in rows]
+    cells = [list(headers), *([_cell(value) for value in row] for row in body)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    numeric = [bool(body) and all(isinstance(v, (int, float)) for v in column) for column in zip(*body, strict=True)]
+    numeric = numeric or [False] * len(headers)
+    lines = []
+    for row in cells:
+        padded = (c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True))
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
 
 
 def describe(error: BaseException, exit_code: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import typer
 
 from kernelforge.cli import output
 from kernelforge.errors import UsageError
+from kernelforge_llm.verbs.explain import Explain, explained
 from kernelforge_llm.verbs.options import Model, Random, Weights, at_least, chosen_source
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def llm_bench(
     gen_tokens: Annotated[int, typer.Option(help="Tokens of the measured decode.")] = 64,
     depth: Annotated[int, typer.Option(help="Tokens in the cache before either is measured.")] = 0,
     repeat: Annotated[int, typer.Option(help="Measurements of each; the median counts.")] = 5,
+    explain: Explain = False,
     peer: Annotated[list[str] | None, typer.Option(help="Time another decoder in turn: transformers.")] = None,
 ) -> dict[str, Any]:
     """Measure a model: prefill, and decode.
@@ -64,6 +66,13 @@ def llm_bench(
                 for name, other in peers.items():
                     beside[name].append(other.measure(prompt, gen_tokens))
                 progress.advance()
+        peak_bytes = peak.nbytes
+        notes: list[str] = []
+        traced = {}
+        if explain:
+            traced = explained(
+                decoder, notes.append, prompt=prompt_tokens, depth=depth, decode_depth=depth + gen_tokens // 2
+            )
     del runs[0]  # the warm-up: compiles, touches the memory
     beside = {name: measured[1:] for name, measured in beside.items()}
     figures = {
@@ -101,7 +110,9 @@ def llm_bench(
                 for name, c in compared.items()
             ],
         )
-    out.print(f"peak memory {peak.nbytes / 1e6:.0f} MB, compiled in {decoder.compile_s:.1f} s")
+    out.print(f"peak memory {peak_bytes / 1e6:.0f} MB, compiled in {decoder.compile_s:.1f} s")
+    for note in notes:
+        out.print(note)
     return {
         "model": source.name,
         "target": out.target,
@@ -114,7 +125,8 @@ def llm_bench(
         **figures,
         "peers": compared,
         "compile_s": decoder.compile_s,
-        "peak_anonymous_bytes": peak.nbytes,
+        "peak_anonymous_bytes": peak_bytes,
+        **({"explain": traced} if explain else {}),
     }
 
 

@@ -13,6 +13,7 @@ import typer
 
 from kernelforge.cli import output
 from kernelforge.errors import AssetError, UsageError
+from kernelforge_llm.verbs.explain import Explain, explained
 from kernelforge_llm.verbs.options import Model, Random, Weights, at_least, chosen_source
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def llm_inference(
         list[int] | None, typer.Option(metavar="ID", help="Stop at this token id (may be repeated).")
     ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False,
+    explain: Explain = False,
     compare_with_cerebras: Annotated[
         bool, typer.Option("--compare-with-cerebras", help="Also ask Cerebras; needs CEREBRAS_API_KEY.")
     ] = False,
@@ -86,7 +88,10 @@ def llm_inference(
         finally:  # also when interrupted: what was generated is kept
             out.print()
             run.finish(started, peak.nbytes)
-    out.note(_line(run.data))
+        out.note(_line(run.data))
+        if explain:
+            half = min(len(ids) + len(run.data["ids"]) // 2, decoder.context - 1)
+            run.data["explain"] = explained(decoder, out.note, prompt=len(ids), depth=0, decode_depth=half)
     if api_key is not None:
         from kernelforge_llm import cerebras
 
