@@ -197,6 +197,7 @@ def stopped(stops: Sequence[str], *texts: str) -> tuple[list[str], str | None]:
         (["END"], ["xEN"], ["x", "EN"], None),
         (["END"], ["xENDy", "z"], ["x", "", ""], "END"),
         (["END", "D"], ["aEND"], ["a", ""], "END"),
+        (["b", "a"], ["xab"], ["x", ""], "a"),
         (["abcd", "bc"], ["xab", "c"], ["x", "a", ""], "bc"),
         (["aab"], ["aaab"], ["a", ""], "aab"),
         (["ababc"], ["abab", "abc", "d"], ["", "ab", "", ""], "ababc"),
