@@ -202,6 +202,13 @@ def test_dynamic_dimensions(session: Session, variant: KernelVariant) -> None:
         np.testing.assert_allclose(executable.run({"x": x})[0], x / (1 + np.exp(-x)), rtol=1e-5, atol=1e-7)  # type: ignore[arg-type]
 
 
+def test_numba_code_is_shared_by_problems_of_other_sizes() -> None:
+    three, many = (in_blocks.build_kernel(silu(shape), {"block": 7}, DEVICE) for shape in ("3,5", "?0,9"))
+    assert three.phases == many.phases
+    assert [table.tolist() for k in (three, many) for table in k.tables] == [[3, 5, 3, 5], [-1, 9, -1, 9]]
+    assert three.phases != in_blocks.build_kernel(silu("3"), {"block": 7}, DEVICE).phases
+
+
 def test_mlir_text(session: Session) -> None:
     check(session, as_text, parse_problem('transformer.cast(i8[1]) -> (i8[1]) {dtype="i8"}'))
 

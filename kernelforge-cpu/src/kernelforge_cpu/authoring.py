@@ -166,8 +166,8 @@ def _numba(
     from kernelforge_cpu.kernel import NativeKernel, Phase
     from kernelforge_cpu.numba_kernel import compile_kernel
 
-    compiled = compile_kernel(function, problem, {**attrs, **config})
-    return NativeKernel((Phase(compiled.address),), keep=compiled)
+    compiled, sizes = compile_kernel(function, problem, {**attrs, **config})
+    return NativeKernel((Phase(compiled.address),), tables=(sizes,), keep=compiled)
 
 
 def _mlir(
