@@ -17,7 +17,7 @@ from plugin_dist import Site
 
 from kernelforge import __version__, errors
 from kernelforge.cli import app, output
-from kernelforge.cli.output import Output
+from kernelforge.cli.output import Output, aligned
 from kernelforge.descriptors import CommandSpec
 from kernelforge.errors import KernelForgeWarning, PartialResult, RegressionError
 from kernelforge.hookspecs import hookimpl
@@ -361,6 +361,7 @@ def test_verb_outside_of_the_command_line(capsys: pytest.CaptureFixture[str]) ->
 def test_table_aligns_numbers_to_the_right(capsys: pytest.CaptureFixture[str]) -> None:
     Output().table(["kernel", "ms"], [["a", 1.0], ["longer", 12.34567], ["none", 100]])
     assert capsys.readouterr().out == "kernel     ms\na           1\nlonger  12.35\nnone      100\n"
+    assert aligned(["a", "b"], [["x", None], ["long", 2]]) == "a     b\nx\nlong  2"
     Output().table(["nothing"], [])
     assert capsys.readouterr().out == "nothing\n"
 
