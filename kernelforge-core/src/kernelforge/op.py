@@ -201,7 +201,7 @@ class OpDef:
     def _run(self, function: Ref, problem: Problem, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
         import numpy as np
 
-        wide = list(arrays) if self.exact else [None if a is None else _wide(a) for a in arrays]
+        wide = list(arrays) if self.exact else [None if a is None else widened(a) for a in arrays]
         with np.errstate(all="ignore"):
             return tuple(np.asarray(o) for o in resolve(function)(wide, dict(problem.attrs)))
 
@@ -243,8 +243,8 @@ class OpDef:
         return made
 
 
-def _wide(array: Array) -> Array:
-    """Floats as float64."""
+def widened(array: Array) -> Array:
+    """Floats and quantised numbers as float64, others as they are."""
     import numpy as np
 
     from kernelforge.dtype import FLOATS, QUANTISED, from_numpy

@@ -21,7 +21,7 @@ import numpy as np
 
 from kernelforge.dtype import FLOATS, QUANTISED, epsilon, to_numpy
 from kernelforge.errors import WrongResultError
-from kernelforge.op import OpDef
+from kernelforge.op import OpDef, widened
 from kernelforge.problem import Problem
 
 if TYPE_CHECKING:
@@ -114,10 +114,7 @@ def condition(problem: Problem, op: OpDef, arrays: Sequence[Array | None], exact
     rng = np.random.default_rng(0)
     changes: list[list[Array]] = [[] for _ in exact]
     for _ in range(_TRIALS):
-        moved = [
-            a if a is None or t is None or t.dtype not in FLOATS else _moved(np.asarray(a, np.float64), rng)
-            for a, t in zip(arrays, problem.operands, strict=True)
-        ]
+        moved = [a if a is None or a.dtype.kind in "iu" else _moved(widened(a), rng) for a in arrays]
         attrs = tuple((name, float(_moved(v, rng)) if isinstance(v, float) else v) for name, v in problem.attrs)
         with np.errstate(all="ignore"):
             for found, y, before in zip(changes, op.compute(replace(problem, attrs=attrs), moved), exact, strict=True):
