@@ -201,6 +201,8 @@ class OpDef:
     def _run(self, function: Ref, problem: Problem, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
         import numpy as np
 
+        from kernelforge.quant import widened
+
         wide = list(arrays) if self.exact else [None if a is None else widened(a) for a in arrays]
         with np.errstate(all="ignore"):
             return tuple(np.asarray(o) for o in resolve(function)(wide, dict(problem.attrs)))
@@ -241,19 +243,6 @@ class OpDef:
             return self.make_inputs(problem, rng)
         made: list[Array | None] = resolve(self.typical)(problem, rng)
         return made
-
-
-def widened(array: Array) -> Array:
-    """Floats and quantised numbers as float64, others as they are."""
-    import numpy as np
-
-    from kernelforge.dtype import FLOATS, QUANTISED, from_numpy
-    from kernelforge.quant import dequantize
-
-    dtype = from_numpy(array.dtype)
-    if dtype in QUANTISED:
-        array = dequantize(array)
-    return array.astype(np.float64) if dtype in (*FLOATS, *QUANTISED) else array
 
 
 def _checked_attr(spec: Attribute, value: Attr) -> Attr:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from kernelforge.dtype import GROUP, QUANTISED, from_numpy, to_numpy
+from kernelforge.dtype import FLOATS, GROUP, QUANTISED, from_numpy, to_numpy
 from kernelforge.errors import UsageError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -63,6 +63,14 @@ def dequantize(groups: Array) -> Array:
             floats -= 8
         floats *= part["scale"].astype(np.float32)[:, None]
     return out.reshape(*groups.shape[:-1], groups.shape[-1] * GROUP)
+
+
+def widened(array: Array) -> Array:
+    """Floats and quantised numbers as float64, others as they are."""
+    dtype = from_numpy(array.dtype)
+    if dtype in QUANTISED:
+        array = dequantize(array)
+    return array.astype(np.float64) if dtype in (*FLOATS, *QUANTISED) else array
 
 
 def _check_format(dtype: str) -> None:

@@ -21,8 +21,9 @@ import numpy as np
 
 from kernelforge.dtype import FLOATS, QUANTISED, epsilon, to_numpy
 from kernelforge.errors import WrongResultError
-from kernelforge.op import OpDef, widened
+from kernelforge.op import OpDef
 from kernelforge.problem import Problem
+from kernelforge.quant import widened
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
