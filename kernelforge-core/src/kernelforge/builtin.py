@@ -61,7 +61,9 @@ COMMANDS = (
     CommandSpec("import", "kernelforge.cli.records_verbs:import_records", "Merge the records of a file.", "records"),
     CommandSpec("prune", "kernelforge.cli.records_verbs:prune", "Drop records.", "records"),
     CommandSpec("benchmark-matmul", "kernelforge.cli.bench_verbs:matmul", "Time a matrix product beside peers."),
-    CommandSpec("benchmark-dispatch", "kernelforge.cli.bench_verbs:dispatch", "Time what a call costs beside its kernel."),
+    CommandSpec(
+        "benchmark-dispatch", "kernelforge.cli.bench_verbs:dispatch", "Time what a call costs beside its kernel."
+    ),
     CommandSpec("benchmark-suite", "kernelforge.cli.bench_verbs:suite", "Time problems of transformers."),
     CommandSpec("emit-mlir", "kernelforge.cli.emit_verb:emit_mlir", "Print a module at a stage of the compiler."),
     CommandSpec("doctor", "kernelforge.cli.doctor:doctor", "Show what works here and what does not."),
