@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import pytest
 TUTORIAL = Path(__file__).parent.parent / "docs" / "tutorial.md"
 BLOCK = re.compile(r"(?:<!-- file: (?P<file>\S+) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)```\n", re.DOTALL)
 MARK = "---- end of command"
+CPU = version("kernelforge-cpu")
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -83,7 +85,9 @@ def test_every_command_prints_what_the_tutorial_says(printed: list[str]) -> None
     assert len(printed) == len(commands)
     checker = doctest.OutputChecker()
     for command, got in zip(commands, printed, strict=True):
-        want = command.output.replace("\n\n", "\n<BLANKLINE>\n")
+        want = command.output.replace("\n\n", "\n<BLANKLINE>\n").replace(
+            "kernelforge-cpu 0.1.0", f"kernelforge-cpu {CPU}"
+        )
         example = doctest.Example(command.text, want)
         assert checker.check_output(want, got, FLAGS), f"$ {command.text}\n" + checker.output_difference(
             example, got, FLAGS
