@@ -415,10 +415,8 @@ def test_qkv_groups_by_what_can_be_merged() -> None:
 
 def test_qkv_leaves_alone() -> None:
     g, x = start()
-    linear(g, x, "a", 6)
-    late = g.silu(g.constant("late", (6, 6), D))
     outputs = [
-        g.matmul(x, late, transpose_rhs=True),
+        linear(g, x, "a", 6),
         g.matmul(x, g.constant("c", (6, 6), D), transpose_rhs=True, epilogue="silu"),
         g.matmul(x, g.constant("d", (6, 6), D), None, x, transpose_rhs=True),
         g.matmul(x, g.input("e", (6, 6), D), transpose_rhs=True),
@@ -427,6 +425,15 @@ def test_qkv_leaves_alone() -> None:
     for i, y in enumerate(outputs):
         g.output(y, f"y{i}")
     assert ops(check(g, "fuse-qkv")) == ops(g)
+
+
+def test_qkv_of_weights_that_are_computed_later() -> None:
+    g, x = start()
+    for name in "qkv":
+        late = g.silu(g.mul(g.constant(name, (6, 6), D), g.constant(f"{name}.scale", (6,), D)))
+        g.output(g.matmul(x, late, g.silu(g.constant(f"{name}.b", (6,), D)), transpose_rhs=True), name)
+    after = ops(check(g, "fuse-qkv"))
+    assert after == {"mul": 3, "silu": 6, "concat": 2, "matmul": 1, "split": 1}
 
 
 def test_qkv_of_computed_weights() -> None:

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import kernelforge_llm
 from kernelforge.errors import AssetError, KernelForgeWarning, UsageError
+from kernelforge.quant import dequantize, quantize
 from kernelforge.session import Session
 from kernelforge_llm import decoder as decoder_module
 from kernelforge_llm.decoder import Decoder, Token, load, open_decoder
@@ -203,6 +204,40 @@ def test_weight_formats_agree_within_their_precision(session: Session) -> None:
         assert weights == "f32" or not np.array_equal(found, exact)
 
 
+@pytest.mark.parametrize("weights", ["q8", "q4"])
+def test_quantised_weights_are_those_of_the_quantiser(numpy_session: Session, folder: Path, weights: Any) -> None:
+    """The same model with every matrix quantised and dequantised beforehand."""
+    ids = list(range(2, 14))
+    found = load(folder, session=numpy_session, weights=weights)
+    assert f"!transformer.{weights}>" in found.model.module
+
+    def rounded(tensors: dict[str, Any]) -> None:
+        tensors.update({n: dequantize(quantize(a, weights)) for n, a in tensors.items() if a.ndim == 2})
+
+    logits = found.logits(ids)
+    edit_tensors(folder, rounded)
+    np.testing.assert_allclose(load(folder, session=numpy_session).logits(ids), logits, rtol=1e-3, atol=1e-4)
+    with pytest.raises(UsageError, match=f"a safetensors folder cannot hold {weights} weights"):
+        found.save(folder)
+
+
+def test_matrices_that_cannot_be_quantised_stay_and_are_named(numpy_session: Session, folder: Path) -> None:
+    edit_config(folder, intermediate_size=70)
+
+    def narrower(tensors: dict[str, Any]) -> None:
+        for name, a in tensors.items():
+            if "gate_proj" in name or "up_proj" in name:
+                tensors[name] = a[:70].copy()
+            if "down_proj" in name:
+                tensors[name] = a[:, :70].copy()
+
+    edit_tensors(folder, narrower)
+    decoder = load(folder, session=numpy_session, weights="q8")
+    with pytest.warns(KernelForgeWarning, match="not quantised, .*: model.layers.0.mlp.down_proj.weight, ") as caught:
+        decoder.logits([1, 2])
+    assert len(caught) == 1
+
+
 @pytest.mark.parametrize("weights", ["native", "f32", "bf16", "f16"])
 def test_a_saved_model_loads_and_is_the_same(numpy_session: Session, tmp_path: Path, weights: Any) -> None:
     decoder = load(ORACLES / "qwen2-bias", session=numpy_session, weights=weights)
@@ -230,7 +265,7 @@ def test_float64_weights_run_as_f32(numpy_session: Session, folder: Path) -> Non
 def test_an_unknown_weight_format_is_refused(numpy_session: Session) -> None:
     with pytest.raises(UsageError, match="unknown weight format 'int3'") as caught:
         load(LLAMA, session=numpy_session, weights="int3")  # type: ignore[arg-type]  # what is tested
-    assert caught.value.hint == "one of: native, f32, bf16, f16"
+    assert caught.value.hint == "one of: native, f32, bf16, f16, q8, q4"
 
 
 def test_a_missing_tensor_is_named(numpy_session: Session, folder: Path) -> None:

@@ -69,8 +69,8 @@ def test_tinypy_is_real_and_other_shapes_are_random(importer: Importer) -> None:
 
 
 def test_what_is_wrong_is_an_error(importer: Importer, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="unknown weight format 'q4'"):
-        importer.load("tinypy", weights="q4")
+    with pytest.raises(UsageError, match="unknown weight format 'int3'"):
+        importer.load("tinypy", weights="int3")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(AssetError, match=r"has neither model.safetensors nor"):
         importer.load(str(tmp_path))

@@ -25,6 +25,7 @@ PASSES = (
     ),
     PassSpec("fuse-glu", "kernelforge.passes.fuse_glu:FuseGlu", "Compute a gated pair of matmuls in one op."),
     PassSpec("fuse-qkv", "kernelforge.passes.fuse_qkv:FuseQkv", "Multiply by several weights at once."),
+    PassSpec("quantize", "kernelforge.passes.quantize:Quantize", "Put constant weights into 8 or 4 bits."),
 )
 
 KERNELS: tuple[KernelVariant, ...] = ()

@@ -9,12 +9,14 @@ Formats and quantisers: ggml, `ggml-quants.c`, quantize_row_q8_0_ref and quantiz
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from kernelforge.dtype import FLOATS, GROUP, QUANTISED, from_numpy, to_numpy
-from kernelforge.errors import UsageError
+from kernelforge.errors import KernelForgeWarning, UsageError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -71,6 +73,16 @@ def widened(array: Array) -> Array:
     if dtype in QUANTISED:
         array = dequantize(array)
     return array.astype(np.float64) if dtype in (*FLOATS, *QUANTISED) else array
+
+
+def warn_not_quantised(names: Sequence[str]) -> None:
+    """Warn that the weights of these names stay as they are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    warnings.warn(
+        f"not quantised, as their rows are no multiple of {GROUP} elements: {', '.join(names[:3])}{more}",
+        KernelForgeWarning,
+        stacklevel=2,
+    )
 
 
 def _check_format(dtype: str) -> None:

@@ -51,9 +51,9 @@ def load(
     """Load a model for generation.
 
     `path` is a Hugging Face folder, `org/name` on the Hub, or None for the built-in `tinypy`. `weights` converts
-    matrices while compiling ("native" keeps the checkpoint's dtype). `context` is the cache's capacity in positions,
-    by default the model's own up to 4096; `sequences` how many it can hold side by side. Raises AssetError for a
-    missing or broken checkpoint, DeviceError when the target is not usable.
+    matrices while compiling ("native" keeps the checkpoint's dtype; "q8" and "q4" quantise). `context` is the cache's
+    capacity in positions, by default the model's own up to 4096; `sequences` how many it can hold side by side. Raises
+    AssetError for a missing or broken checkpoint, DeviceError when the target is not usable.
     """
     source = open_source(path)
     session = session or Session(target, threads=threads)

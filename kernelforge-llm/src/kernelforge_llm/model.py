@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from kernelforge.dtype import QUANTISED
 from kernelforge.errors import UsageError
 from kernelforge.importer import Program
 from kernelforge_llm.architecture import Architecture, find_architecture
@@ -128,11 +129,19 @@ class Model:
             scores = g.matmul(g.embedding(states, rows), head, transpose_rhs=True)  # [rows, vocab]
             g.output(scores, "logits")
             g.output(g.argmax(scores), "token")
+        table.warn_not_quantised()
         table.warn_unused(known=("lm_head.weight",) if tied else ())  # some tied checkpoints hold the table twice
         return g.text()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the model as a standard safetensors folder, in this weight format. Raises as `save_checkpoint`."""
+        """Write the model as a standard safetensors folder, in this weight format.
+
+        Raises UsageError for a quantised format, and as `save_checkpoint`.
+        """
+        if self.weights in QUANTISED:
+            raise UsageError(
+                f"a safetensors folder cannot hold {self.weights} weights", hint="choose native, f32, bf16 or f16"
+            )
         save_checkpoint(
             Path(folder),
             converted_config(self.source.config, self.weights),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Literal
 
+from kernelforge.dtype import GROUP, QUANTISED
 from kernelforge.errors import AssetError, KernelForgeWarning
 from kernelforge_llm.checkpoint import missing_tensor
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from kernelforge.graph import Graph, Tensor
     from kernelforge_llm.checkpoint import TensorSource
 
-WeightFormat = Literal["native", "f32", "bf16", "f16"]
+WeightFormat = Literal["native", "f32", "bf16", "f16", "q8", "q4"]
 """What matrices are converted to when a model is compiled; "native" leaves them as they are in the checkpoint."""
 
 _DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
@@ -29,6 +30,7 @@ class WeightTable:
         self._g, self._source, self._format, self._where = g, source, weights, where
         self._names = frozenset(source.names())
         self._made: dict[str, Tensor] = {}
+        self._left: list[str] = []
 
     def matrix(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A matrix or table in the format that the user chose; float64 becomes f32.
@@ -44,6 +46,12 @@ class WeightTable:
     def _tensor(self, name: str, shape: tuple[int, ...], wanted: WeightFormat) -> Tensor:
         if name not in self._made:
             tensor = self._g.constant(name, shape, self._checked_dtype(name, shape))
+            if wanted in QUANTISED:
+                if shape[-1] % GROUP == 0:
+                    self._made[name] = self._g.quantize(tensor, wanted)
+                    return self._made[name]
+                self._left.append(name)
+                wanted = "native"
             if wanted == "native" and tensor.dtype == "f64":
                 wanted = "f32"
             self._made[name] = tensor if wanted in ("native", tensor.dtype) else self._g.cast(tensor, wanted)
@@ -64,6 +72,13 @@ class WeightTable:
                 hint=f"supported: {', '.join(_DTYPES)}",
             )
         return _DTYPES[dtype]
+
+    def warn_not_quantised(self) -> None:
+        """Warn of matrices that stay as they are in the checkpoint although they were to be quantised."""
+        from kernelforge.quant import warn_not_quantised
+
+        if self._left:
+            warn_not_quantised(self._left)
 
     def warn_unused(self, known: tuple[str, ...] = ()) -> None:
         """Warn of tensors that nobody asked for, less those in `known`: a sign that config.json is of another model."""

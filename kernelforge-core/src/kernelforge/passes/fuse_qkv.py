@@ -15,7 +15,7 @@ from kernelforge.module import Module
 from kernelforge.op import UNKNOWN
 from kernelforge.passes import Pass
 from kernelforge.passes.matmuls import MATMUL
-from kernelforge.passes.rewriting import Body, Op, available, tensor_type
+from kernelforge.passes.rewriting import Body, Op, tensor_type
 from kernelforge.syntax import RUNS
 
 CONCAT = "transformer.concat"
@@ -35,10 +35,7 @@ class FuseQkv(Pass):
             key = _key(body, op)
             if key is None:
                 continue
-            group = groups.setdefault(key, [op])
-            # The merged matmul stands where the first one stood.
-            if op is not group[0] and all(available(v, at=group[0]) for v in op.operands if v is not None):
-                group.append(op)
+            groups.setdefault(key, []).append(op)
         for group in groups.values():
             for part in _parts(group):
                 if len(part) > 1:
@@ -53,6 +50,8 @@ def _key(body: Body, op: Op) -> tuple[object, ...] | None:
     weight = tensor_type(rhs)
     *rows, columns = tensor_type(op.result).shape
     constant = all(v is None or body.is_constant(v) for v in (rhs, bias))
+    if body.producer(rhs, CONCAT) is not None:  # merged already
+        return None
     # A result that is declared with an unknown size could not be split off again.
     if not constant or weight.rank != 2 or columns == UNKNOWN:
         return None
@@ -71,8 +70,12 @@ def _merge(body: Body, group: list[Op]) -> None:
     first = group[0]
     lhs, _, bias, _ = first.operands
 
+    # The merged matmul stands where the first one stood.
     def side_by_side(index: int, axis: int) -> ir.Value:
         parts = [op.operands[index] for op in group]
+        for part in parts:
+            if part is not None:
+                body.hoist(part, before=first)
         return body.create(CONCAT, parts, {"axis": axis}, before=first, of=group)[0]
 
     columns = 0 if first.attrs["transpose_rhs"] else 1

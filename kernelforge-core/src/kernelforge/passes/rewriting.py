@@ -102,6 +102,14 @@ class Body:
             old.replace_all_uses_with(new)
         self.erase(op)
 
+    def hoist(self, value: ir.Value, before: Op) -> None:
+        """Let an op that is put before another use this constant: move what computes it there, unless it is there."""
+        if not available(value, at=before):
+            operation = value.owner.operation
+            for operand in operation.operands:
+                self.hoist(operand, before)
+            operation.move_before(before.operation)
+
     def erase(self, op: Op) -> None:
         """Erase an op that nothing uses."""
         # Its memory may become another op's: no trace of it may stay.

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 Model = Annotated[str | None, typer.Option(help="Folder, or org/name on the Hub; default: the built-in tinypy.")]
 Random = Annotated[str | None, typer.Option(metavar="SHAPE", help="Random weights at a named shape, not a model.")]
-Weights = Annotated[WeightFormat, typer.Option(help="Convert matrices; native leaves them as they are.")]
+Weights = Annotated[
+    WeightFormat, typer.Option(help="Convert matrices, to 8 or 4 bits with q8 or q4; native leaves them.")
+]
 
 
 def at_least(least: int, **values: int) -> None:
