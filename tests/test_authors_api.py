@@ -13,7 +13,7 @@ from kernelforge.cli.output import Output, Progress, describe, environment
 from kernelforge.errors import AssetError, UsageError
 from kernelforge.graph import Graph
 from kernelforge.hookspecs import hookimpl
-from kernelforge.op import UNKNOWN, View, same_dim, same_shape, widened
+from kernelforge.op import UNKNOWN, View, same_dim, same_shape
 from kernelforge.passes.rewriting import Body, Op, available, run_upstream, tensor_type, uses
 from kernelforge.plugins import load_registry
 from kernelforge.problem import Problem, TensorType, parse_problem
@@ -173,11 +173,6 @@ def test_a_slice_is_a_view() -> None:
     op = default_registry().ops["transformer.slice"]
     views = op.views([TensorType((4, 6), "f32")], {"starts": (1, 2), "sizes": (2, -1)})
     assert views == (View(shape=(2, 4), strides=(6, 1), offset=8),)
-
-
-def test_references_compute_in_float64() -> None:
-    assert widened(np.ones(2, np.float16)).dtype == np.float64
-    assert widened(np.ones(2, np.int32)).dtype == np.int32
 
 
 # --- verbs ---
