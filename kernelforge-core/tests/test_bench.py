@@ -286,6 +286,7 @@ def test_a_change_must_exceed_threshold_and_noise() -> None:
     assert Change("x", 1.0, 1.05, spread_ms=0.0).verdict() == "same"
     assert Change("x", 1.0, 1.05, spread_ms=0.0).verdict(threshold=0.01) == "slower"
     assert Change("x", 1.3, 1.0, spread_ms=0.05).verdict() == "faster"
+    assert Change("x", 1.3, 1.0, spread_ms=0.2).verdict() == "same"
 
 
 def report(median: float = 1.0, mad: float = 0.01, **changes: Any) -> dict[str, Any]:
