@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from kernelforge.descriptors import BackendSpec, CommandSpec, DialectSpec, ImporterSpec, PassSpec, TunerSpec
+from kernelforge.descriptors import BackendSpec, CommandSpec, DialectSpec, PassSpec, TunerSpec
 from kernelforge.hookspecs import hookimpl
-from kernelforge.variant import KernelVariant
 
 DIALECTS = (
     DialectSpec("transformer", "kernelforge.dialects.transformer:OPS", "The ops of decoder-only transformers."),
@@ -28,8 +27,6 @@ PASSES = (
     PassSpec("quantize", "kernelforge.passes.quantize:Quantize", "Put constant weights into 8 or 4 bits."),
 )
 
-KERNELS: tuple[KernelVariant, ...] = ()
-
 TUNERS = (TunerSpec("grid", "kernelforge.tune.grid:GridTuner", "Every config, or a sample of them."),)
 
 BACKENDS = (
@@ -40,8 +37,6 @@ BACKENDS = (
         fallback="kernelforge.reference:variant",
     ),
 )
-
-IMPORTERS: tuple[ImporterSpec, ...] = ()
 
 COMMANDS = (
     CommandSpec("list", "kernelforge.cli.plugins_verbs:list_plugins", "List the plugins and their states.", "plugins"),
@@ -82,11 +77,6 @@ def kernelforge_passes() -> tuple[PassSpec, ...]:
 
 
 @hookimpl
-def kernelforge_kernels() -> tuple[KernelVariant, ...]:
-    return KERNELS
-
-
-@hookimpl
 def kernelforge_tuners() -> tuple[TunerSpec, ...]:
     return TUNERS
 
@@ -94,11 +84,6 @@ def kernelforge_tuners() -> tuple[TunerSpec, ...]:
 @hookimpl
 def kernelforge_backends() -> tuple[BackendSpec, ...]:
     return BACKENDS
-
-
-@hookimpl
-def kernelforge_importers() -> tuple[ImporterSpec, ...]:
-    return IMPORTERS
 
 
 @hookimpl
