@@ -56,9 +56,12 @@ def test_benchmark_matmul_beside_numpy() -> None:
     [
         (("benchmark-matmul", "--variant", "nope"), 2, "unknown variant 'nope'"),
         (("benchmark-matmul", "--peer", "torch"), 2, "needs KERNELFORGE_PEER_PYTHON"),
+        (("benchmark-matmul", "--m", "1", "--n", "100000000000", "--k", "1000000"), 1, "out of memory: "),
         (("--target", "tpu", "tune", "matmul", *SIZES), 2, "unknown target 'tpu'"),
         (("tune", "--model", "no/such/folder/model.onnx"), 13, "cannot read the model"),
         (("why", "--problem", "transformer.silu(f32[4]"), 2, "is not a problem"),
+        (("why", "matmul", *SIZES, "--weights", "bf16"), 2, "--weights needs --model"),
+        (("emit-mlir", "--weights", "bf16"), 2, "--weights needs --model"),
         (("benchmark-suite", "--baseline", "no.json"), 13, "cannot read the baseline"),
         (("records", "import", "no.jsonl"), 13, "cannot read the records file"),
     ],

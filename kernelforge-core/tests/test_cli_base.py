@@ -152,6 +152,7 @@ def test_value_that_looks_like_a_global_option(run: Run) -> None:
         ("--threads none show", "--threads takes a number of at least 1, got 'none'"),
         ("show --threads 0", "--threads takes a number of at least 1, got '0'"),
         ("show --target", "--target needs a value"),
+        ("show --target=", "--target needs a value"),
         ("--nope show", "unknown option '--nope'"),
         ("show --nope", "No such option: --nope"),
         ("show --size zero", "Invalid value for '--size'"),

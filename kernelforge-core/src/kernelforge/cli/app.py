@@ -56,10 +56,10 @@ def split_options(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[s
             words += [word, *rest]
             break
         if name in values:
-            if not joined:
-                if not rest or rest[0].startswith("--"):
-                    raise UsageError(f"{name} needs a value")
+            if not joined and rest and not rest[0].startswith("--"):
                 value = rest.pop(0)
+            if not value:
+                raise UsageError(f"{name} needs a value")
             values[name].append(value)
         elif word != "--json":  # which is known already: an error in the rest must be reported as JSON too
             words.append(word)
@@ -116,18 +116,24 @@ def _run_reported(given: Sequence[str], out: Output) -> tuple[int, list[dict[str
     try:
         return _run(given, out), []
     except KernelForgeError as error:
-        out.note(f"error: {error}" + (f"\nhint: {error.hint}" if error.hint else ""))
-        return error.exit_code, [describe(error, error.exit_code)]
+        return _failed(error, out)
     except KeyboardInterrupt as error:
         out.note("interrupted")
         return INTERRUPTED, [describe(error, INTERRUPTED)]
     except BrokenPipeError:
         raise
+    except MemoryError as error:
+        return _failed(KernelForgeError(f"out of memory: {error}", hint="ask for smaller sizes"), out)
     except Exception as error:
         if env_flag("KERNELFORGE_DEBUG"):
             raise
         out.note(f"error: {type(error).__name__}: {error}\nhint: set KERNELFORGE_DEBUG=1 to see where it happened")
         return 1, [describe(error, 1)]
+
+
+def _failed(error: KernelForgeError, out: Output) -> tuple[int, list[dict[str, Any]]]:
+    out.note(f"error: {error}" + (f"\nhint: {error.hint}" if error.hint else ""))
+    return error.exit_code, [describe(error, error.exit_code)]
 
 
 def _run(given: Sequence[str], out: Output) -> int:

@@ -69,6 +69,8 @@ def _program(session: Session, model: str | None, name: str | None, weights: str
     if model is None:
         if name is not None:
             raise UsageError("--program needs --model")
+        if weights != "native":
+            raise UsageError("--weights needs --model")
         return decoder_block()
     programs = {p.name: p for p in load_model(session.registry, model, weights).programs}
     return next(iter(programs.values())) if name is None else lookup("program", programs, name)

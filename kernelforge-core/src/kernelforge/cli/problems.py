@@ -55,6 +55,8 @@ class Request:
         """The problems. Raises UsageError for options that name none, AssetError for a model that nobody reads."""
         if sum(given is not None for given in (self.op, self.problem, self.model)) != 1:
             raise UsageError("name one of: an op (matmul --shape 64x128,128x64), --problem KEY, --model PATH")
+        if self.weights != "native" and self.model is None:
+            raise UsageError("--weights needs --model")
         if self.model is not None:
             return model_problems(session, load_model(session.registry, self.model, self.weights))
         if self.problem is not None:
@@ -121,9 +123,8 @@ def load_model(registry: Registry, source: str, weights: str) -> ImportedModel:
             return model
     names = ", ".join(registry.importers)
     reason = f"none of the importers ({names}) reads it" if names else "no importer is installed"
-    raise AssetError(
-        f"cannot read the model '{source}': {reason}", hint="pip install kernelforge-llm reads checkpoints"
-    )
+    hint = None if names else "pip install kernelforge-llm brings one for checkpoints"
+    raise AssetError(f"cannot read the model '{source}': {reason}", hint=hint)
 
 
 def model_problems(session: Session, model: ImportedModel) -> list[Asked]:
