@@ -94,7 +94,9 @@ def _devices(out: Output, registry: Registry, problem: Any) -> dict[str, list[di
         if not infos:
             problem(f"target '{target}' has no device", "install the device's driver, or use another target")
         for info in infos:
-            out.print(f"device    {target}: {info.name}, {info.threads} threads, {' '.join(sorted(info.features))}")
+            threads = f"{info.threads} thread{'s' if info.threads != 1 else ''}"
+            features = "".join(f" {feature}" for feature in sorted(info.features))
+            out.print(f"device    {target}: {info.name}, {threads}" + (f",{features}" if features else ""))
             found[target].append(
                 {
                     "name": info.name,
