@@ -82,6 +82,9 @@ def test_why_shows_each_candidate_with_its_verdict_and_reason(capsys: pytest.Cap
     data = run(why_verb.why, "matmul", **SIZES)
     (problem,) = data["problems"]
     assert (problem["variant"], problem["config"], problem["config_source"]) == ("tiled", {"tile": 4}, "default")
+    assert {(c["plugin"], c["distribution"], c["version"]) for c in problem["candidates"]} == {
+        ("FakePlugin", "given as an object", "")
+    }
     told = [(c["variant"], c["verdict"], c["reason"], c["plugin"]) for c in problem["candidates"]]
     assert [t[:3] for t in told] == [
         ("tiled", "chosen", "highest priority; nothing measured"),
@@ -89,7 +92,7 @@ def test_why_shows_each_candidate_with_its_verdict_and_reason(capsys: pytest.Cap
         ("picky", "rejects", "wants 64 columns, there are 4"),
     ]
     shown = capsys.readouterr().out
-    assert "chosen: tiled of " in shown
+    assert "chosen: tiled of FakePlugin (given as an object): " in shown
     assert "(the variant's own choice)" in shown
     assert "wants 64 columns, there are 4" in shown
 

@@ -59,7 +59,7 @@ def why(
             _explain(selections[0])
         else:
             out.table(
-                ["steps", "programs", "problem", "variant", "config", "source", "reason"],
+                ["steps", "programs", "problem", "variant", "plugin", "config", "source", "reason"],
                 [
                     [each.steps, ",".join(each.programs), str(each.problem), *_row(selection.chosen)]
                     for each, selection in zip(asked, selections, strict=True)
@@ -75,7 +75,8 @@ def _select(session: Session, asked: Asked, variant: str | None) -> Selection:
 
 def _row(decision: Decision) -> list[str]:
     config = "" if decision.config is None else config_key(decision.config)
-    return [decision.variant.name, config, decision.config_source if config else "", decision.reason]
+    variant, source = decision.variant, decision.config_source if config else ""
+    return [variant.name, str(variant.provenance), config, source, decision.reason]
 
 
 def _explain(selection: Selection) -> None:
@@ -90,9 +91,9 @@ def _explain(selection: Selection) -> None:
     out.table(
         ["variant", "plugin", "verdict", "config", "source", "reason"],
         [
-            [name, d.variant.provenance.plugin, _verdict(d, selection), config, source, reason]
+            [name, plugin, _verdict(d, selection), config, source, reason]
             for d in selection.decisions
-            for name, config, source, reason in [_row(d)]
+            for name, plugin, config, source, reason in [_row(d)]
         ],
     )
 
@@ -118,6 +119,7 @@ def as_data(asked: Asked, selection: Selection) -> dict[str, Any]:
                 "variant": d.variant.name,
                 "plugin": d.variant.provenance.plugin,
                 "distribution": d.variant.provenance.distribution,
+                "version": d.variant.provenance.version,
                 "verdict": _verdict(d, selection),
                 "reason": d.reason,
                 "config": None if d.config is None else dict(d.config),
