@@ -396,6 +396,16 @@ def test_qkv_stands_where_the_first_one_stood() -> None:
     assert ops(check(g, "fuse-qkv")) == {"concat": 1, "matmul": 1, "split": 1, "silu": 1, "mul": 1}
 
 
+def test_qkv_of_what_another_qkv_makes() -> None:
+    g, x = start()
+    for layer in range(3):
+        a, b = (linear(g, x, f"{layer}{side}", 6) for side in "ab")
+        g.output(b, f"y{layer}")
+        x = a
+    g.output(x, "y")
+    assert ops(check(g, "fuse-qkv"))["matmul"] == 3
+
+
 def test_qkv_groups_by_what_can_be_merged() -> None:
     g, x = start()
     z = g.input("z", ("tokens", 6), D)

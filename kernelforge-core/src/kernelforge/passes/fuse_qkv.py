@@ -67,6 +67,8 @@ def _parts(group: list[Op]) -> Iterator[list[Op]]:
 
 
 def _merge(body: Body, group: list[Op]) -> None:
+    # Read again: what was read before may be of a group that has been merged since, and be gone.
+    group = [Op(op.operation, op.definition) for op in group]
     first = group[0]
     lhs, _, bias, _ = first.operands
 
