@@ -228,13 +228,13 @@ def test_pruning_replaces_the_file_and_keeps_foreign_lines(store: RecordStore) -
         return r.median_s > 1.5e-3
 
     before = store.path.read_text()
-    assert len(store.prune(slow, dry_run=True)) == 2
+    assert len(store.prune(slow, dry_run=True)[0]) == 2
     assert store.path.read_text() == before
-    assert len(store.prune(slow)) == 2
+    assert len(store.prune(slow)[0]) == 2
     assert store.path.read_text() == before.splitlines(keepends=True)[0] + before.splitlines(keepends=True)[3]
     with pytest.warns(KernelForgeWarning, match="schema 9"):
         assert [r.median_s for r in store.records] == [1e-3]
-    assert store.prune(slow, unreadable=True) == []
+    assert store.prune(slow, unreadable=True) == ([], 1)
     assert len(RecordStore(store.path).records) == 1
     assert list(store.path.parent.iterdir()) == [store.path]
 

@@ -113,11 +113,12 @@ def prune(
             and (older_than is None or record.unix_time < before)
         )
 
-    dropped = RecordStore.default().prune(unwanted, unreadable=unreadable, dry_run=dry_run)
+    dropped, lines = RecordStore.default().prune(unwanted, unreadable=unreadable, dry_run=dry_run)
     for record in dropped:
-        out.print(f"{record.target}/{record.op}/{record.variant} {config_key(record.config)} on {record.device}")
-    out.print(f"{len(dropped)} records {'would be dropped' if dry_run else 'dropped'}")
-    return {"dropped": len(dropped), "dry_run": dry_run}
+        out.print(f"{record.target} {record.variant} {config_key(record.config)} on {record.device}: {record.problem}")
+    counted = f"{len(dropped)} records" + (f" and {lines} unreadable lines" if unreadable else "")
+    out.print(f"{counted} {'would be dropped' if dry_run else 'dropped'}")
+    return {"dropped": len(dropped), "unreadable": lines, "dry_run": dry_run}
 
 
 def _selected(record: Record, op: str | None, variant: str | None, device: str | None) -> bool:

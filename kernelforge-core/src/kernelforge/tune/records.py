@@ -114,16 +114,19 @@ class RecordStore:
 
     def prune(
         self, unwanted: Callable[[Record], bool], *, unreadable: bool = False, dry_run: bool = False
-    ) -> list[Record]:
-        """Drop records, and with `unreadable` the lines that are none; the dropped records. The file is replaced at
-        once."""
+    ) -> tuple[list[Record], int]:
+        """Drop records, and with `unreadable` the lines that are none: the dropped records, and how many lines. The file
+        is replaced at once."""
         kept: list[str] = []
         dropped: list[Record] = []
+        lines = 0
         for line in filter(str.strip, _lines(self.path) if self.path.exists() else []):
             try:
                 record = parse_record(line)
             except RecordError:
-                if not unreadable:
+                if unreadable:
+                    lines += 1
+                else:
                     kept.append(line)
                 continue
             if unwanted(record):
@@ -133,7 +136,7 @@ class RecordStore:
         if not dry_run:
             home.write_atomic(self.path, "".join(f"{line}\n" for line in kept))
             self._records = None
-        return dropped
+        return dropped, lines
 
     def _load(self) -> list[Record]:
         if self._records is None:
