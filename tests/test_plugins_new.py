@@ -15,6 +15,7 @@ from wheelhouse import need_index, succeed
 
 from kernelforge.cli.app import main
 from kernelforge.errors import AssetError, UsageError
+from kernelforge.registry import default_registry
 from kernelforge.scaffold import KINDS, LONGEST, Scaffold
 
 KIND = pytest.mark.parametrize("kind", KINDS)
@@ -92,7 +93,10 @@ def test_what_is_written(kind: str, written: Path) -> None:
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     assert project["entry-points"] == {"kernelforge": {f"own-{kind}": f"{package}.plugin"}}
     assert project["dependencies"][0] == "kernelforge-core>=0.1,<0.2"
-    assert "python-version: ${{ matrix.python }}" in (root / ".github" / "workflows" / "ci.yml").read_text()
+    workflow = (root / ".github" / "workflows" / "ci.yml").read_text()
+    assert "python-version: ${{ matrix.python }}" in workflow
+    for verb in re.findall(rf"uv run kernelforge (.*) own-{kind}", workflow):
+        assert verb in default_registry().commands
     assert not any("$" in path.read_text() for path in root.rglob("*.py"))
 
 
