@@ -62,6 +62,13 @@ COMMANDS = (
     ),
     CommandSpec("benchmark-suite", "kernelforge.cli.bench_verbs:suite", "Time problems of transformers."),
     CommandSpec("emit-mlir", "kernelforge.cli.emit_verb:emit_mlir", "Print a module at a stage of the compiler."),
+    CommandSpec(
+        "run",
+        "kernelforge.cli.conformance_verbs:run",
+        "Check what a plugin registers against the references.",
+        "conformance",
+    ),
+    CommandSpec("list", "kernelforge.cli.conformance_verbs:list_cases", "List the conformance cases.", "conformance"),
     CommandSpec("doctor", "kernelforge.cli.doctor:doctor", "Show what works here and what does not."),
 )
 

@@ -157,7 +157,7 @@ def compare(got: Array, exact: Array, allowed: Array | float, dtype: str, what: 
         reach = np.isfinite(truth) & np.isfinite(limit) & (np.abs(truth) + limit >= most)
         close = reach & np.isinf(values) & (values * truth > 0)
         difference = np.where(np.isfinite(truth) & np.isfinite(values), np.abs(values - truth), 0.0)
-        decided = np.isfinite(wanted) & np.isfinite(values)
+        decided = np.isfinite(truth) & np.isfinite(values)
         odd = ~np.where(limit == 0.0, bits, same | close | decided)
     _refuse(odd, values, truth, what)
     scale = float(np.max(np.abs(truth), initial=0.0, where=np.isfinite(truth))) or 1.0

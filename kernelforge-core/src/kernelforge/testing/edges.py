@@ -1,0 +1,107 @@
+"""Edge values of the transformer dialect's ops: masks, ends of ranges, ties."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from kernelforge.problem import Problem
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+    Arrays = list[Array | None]
+    Generator = np.random.Generator
+
+
+def _present(arrays: Arrays, index: int) -> Array:
+    found = arrays[index]
+    assert found is not None
+    return found
+
+
+def hidden(problem: Problem, arrays: Arrays, rng: Generator) -> Arrays:
+    """Attention: keys and values that no query may see are NaN, as memory that was never written may be."""
+    k, v = _present(arrays, 1), _present(arrays, 2)
+    positions, slots, lengths = arrays[3:6]
+    if positions is not None and slots is not None:
+        for slot in range(len(k)):
+            mine = positions[(slots == slot) & (positions >= 0)]
+            last = int(mine.max(initial=-1)) + 1 if lengths is None else int(lengths[slot])
+            k[slot, last:] = v[slot, last:] = np.nan
+    elif lengths is not None:
+        for b, last in enumerate(lengths):
+            for a in (k, v):
+                (a[b] if a.ndim == 4 else a)[int(last) :] = np.nan
+    return arrays
+
+
+def masked(problem: Problem, arrays: Arrays, rng: Generator) -> Arrays:
+    """Attention: some queries see no key at all."""
+    positions, lengths = arrays[3], arrays[5]
+    if positions is not None:
+        positions[::2] = -1
+    if lengths is not None:
+        lengths[::2] = 0
+    return arrays
+
+
+def ends(problem: Problem, arrays: Arrays, rng: Generator) -> Arrays:
+    """Attention: the first position and the last, the shortest length and the whole."""
+    capacity = problem.operand(1).static_shape()[-3]
+    positions, lengths = arrays[3], arrays[5]
+    if positions is not None:
+        positions[...] = np.where(np.arange(positions.size) % 2, 0, capacity - 1)
+    if lengths is not None:
+        lengths[...] = np.where(np.arange(lengths.size) % 2, 1, capacity)
+    return arrays
+
+
+def masked_logits(problem: Problem, arrays: Arrays, rng: Generator) -> Arrays:
+    """Half of the logits are -inf; all of the first row, and all but one of the last."""
+    x = _present(arrays, 0)
+    x[rng.random(x.shape) < 0.5] = -np.inf
+    if x.ndim > 1 and len(x) > 1:
+        x[0] = -np.inf
+        x[-1] = -np.inf
+        x[-1, ..., -1] = 1.0
+    return arrays
+
+
+def signed_zeros(problem: Problem, arrays: Arrays, rng: Generator) -> Arrays:
+    """Zeros of both signs, which are equal."""
+    x = _present(arrays, 0)
+    x[...] = np.copysign(0.0, rng.standard_normal(x.shape))
+    return arrays
+
+
+def small_variance(problem: Problem, arrays: Arrays, rng: Generator) -> Arrays:
+    """Rows so small that eps decides."""
+    for i, t in enumerate(problem.operands):
+        a = arrays[i]
+        if a is not None and t is not None and t.shape == problem.operand(0).shape:
+            a[...] = a * 1e-3
+    return arrays
+
+
+def first_and_last_positions(problem: Problem, arrays: Arrays, rng: Generator) -> Arrays:
+    """Position 0, the last one, and padding."""
+    positions = _present(arrays, 1)
+    last = int(str(problem.attr("max_position"))) - 1
+    positions[...] = np.resize([last, 0, -1, -2], positions.shape)
+    return arrays
+
+
+def first_and_last_ids(problem: Problem, arrays: Arrays, rng: Generator) -> Arrays:
+    ids = _present(arrays, 1)
+    ids[...] = np.resize([problem.operand(0).static_shape()[0] - 1, 0], ids.shape)
+    return arrays
+
+
+def halfway(problem: Problem, arrays: Arrays, rng: Generator) -> Arrays:
+    """Numbers halfway between two of a 16-bit type: they round to the even one."""
+    x = _present(arrays, 0)
+    with np.errstate(all="ignore"):
+        halves = 1.0 + rng.integers(0, 512, x.shape) * 2.0**-9 if x.dtype.kind != "i" else x
+        x[...] = np.asarray(halves).astype(x.dtype)
+    return arrays

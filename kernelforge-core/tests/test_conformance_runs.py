@@ -1,0 +1,201 @@
+"""Runs of the suite: accounting, reports, the verbs, the pytest plugin."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from mutant_target import Call, Plugin, honest, registry, variant
+
+from kernelforge.cli import conformance_verbs as verbs
+from kernelforge.cli.output import Output, use
+from kernelforge.errors import PluginError, UsageError, WrongResultError
+from kernelforge.registry import Registry
+from kernelforge.testing.bench import Bench
+from kernelforge.testing.collect import Scope, collect, expectations, plugin_status, variants_of
+from kernelforge.testing.report import as_data, html_text, json_text, junit_text, summary
+from kernelforge.testing.runner import Report, Request, run_plugin
+
+
+def half_wrong(call: Call) -> None:
+    honest(call)
+    if call.results[0].dtype == np.float16:
+        call.results[0][...] = 3
+
+
+class FakeOutput(Output):
+    def __init__(self, given: Registry) -> None:
+        super().__init__("conformance run", target=None)
+        self._given = given
+
+    @property
+    def registry(self) -> Registry:
+        return self._given
+
+
+WRONG = variant("half", "transformer.silu", half_wrong)
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return run_plugin(registry(Plugin([WRONG])), Request("Plugin", 1, op="silu", variant="half", isolate=False))
+
+
+def test_the_totals_add_up(report: Report) -> None:
+    assert sum(report.totals.values()) == len(report.cases) == len(report.outcomes) == 6
+    assert report.totals["failed"] == len(report.failures) == 2
+    assert not report.ok
+    assert "6 cases: 4 passed, 2 failed, 0 expected failure, 0 not claimed" in summary(report)
+
+
+def test_json_has_every_case(report: Report) -> None:
+    data = json.loads(json_text(report))
+    assert data == json.loads(json.dumps(as_data(report)))
+    assert data["schema"] == "kernelforge.conformance/1"
+    assert [c["status"] for c in data["cases"]].count("failed") == 2
+    assert all(c["reproduce"].startswith("kernelforge conformance run Plugin --case mutant/") for c in data["cases"])
+
+
+def test_junit_counts_them(report: Report) -> None:
+    (suite,) = ElementTree.fromstring(junit_text(report))
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("6", "2", "0")
+    failures = suite.findall("testcase/failure")
+    assert [f.get("type") for f in failures] == ["wrong-values", "wrong-values"]
+    assert all("--case" in (f.text or "") for f in failures)
+
+
+def test_the_page_needs_nothing_else(report: Report) -> None:
+    page = html_text(report)
+    assert "not conformant" in page
+    assert "<th>mutant/half</th>" in page
+    assert '<td class="failed">0 of 2</td>' in page
+    assert '<td class="passed">2 of 2</td>' in page
+    assert "http" not in page
+    assert "<script" not in page
+
+
+def test_the_verb_reports_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [tmp_path / name for name in ("a.json", "b.xml", "c.html")]
+    out = FakeOutput(registry(Plugin([WRONG])))
+    with use(out), pytest.raises(WrongResultError, match="2 of 6 cases of 'Plugin' failed") as raised:
+        verbs.run(
+            "Plugin", 1, op="silu", variant="half", report_json=files[0], junit=files[1], html=files[2], in_process=True
+        )
+    assert raised.value.exit_code == 10
+    printed = capsys.readouterr().out
+    assert printed.count("\nFAILED mutant/transformer.silu/half/1/f16.") == 2
+    assert printed.count("  kernelforge conformance run Plugin --case mutant/") == 2
+    assert all(file.stat().st_size for file in files)
+    assert out.data["totals"]["passed"] == 4
+
+
+def test_one_case_is_run_alone() -> None:
+    case = next(c for c in collect_ids(Plugin([WRONG])) if "/half/" in c)
+    found = run_plugin(registry(Plugin([WRONG])), Request("Plugin", case=case, isolate=False))
+    assert [o.case for o in found.outcomes] == [case]
+
+
+def collect_ids(plugin: Plugin) -> list[str]:
+    with Bench(registry(plugin)) as bench:
+        return [case.id for case in collect(bench, Scope("Plugin", 1))]
+
+
+def test_what_does_not_exist_is_refused() -> None:
+    given = registry(Plugin([WRONG]))
+    with pytest.raises(UsageError, match="has no case 'no/such/case'"):
+        run_plugin(given, Request("Plugin", case="no/such/case", isolate=False))
+    with pytest.raises(UsageError, match="there is no level 9"):
+        run_plugin(given, Request("Plugin", 9, isolate=False))
+    with pytest.raises(UsageError, match="unknown plugin 'Other'"):
+        run_plugin(given, Request("Other", 1, isolate=False))
+    with use(FakeOutput(given)), pytest.raises(UsageError, match="there is no level 7"):
+        verbs.list_cases("Plugin", 7)
+
+
+def test_no_case_is_a_failure() -> None:
+    with (
+        use(FakeOutput(registry(Plugin([WRONG])))),
+        pytest.raises(WrongResultError, match="nothing of 'Plugin' was tested"),
+    ):
+        verbs.run("Plugin", 1, op="no-such-op", in_process=True)
+
+
+def test_cases_are_listed_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    with use(FakeOutput(registry(Plugin([WRONG])))):
+        listed = verbs.list_cases("Plugin", 1)
+        counted = verbs.list_cases(None, 1)
+    assert "mutant/transformer.silu/half/1/" in capsys.readouterr().out
+    assert any(c["claimed"] for c in listed["cases"])
+    assert {row["plugin"] for row in counted["plugins"]} == {"kernelforge.builtin", "Plugin"}
+
+
+def test_a_scope_makes_no_more_cases_than_it_must() -> None:
+    given = registry(Plugin([WRONG]))
+    names = {v.name for v in variants_of(given, "Plugin") if Scope("Plugin", op="silu").wants_kernel(v)}
+    assert names == {"half", "numpy"}
+    scope = Scope("Plugin", case="mutant/transformer.silu/half/1/*")
+    assert scope.upto == 1
+    assert [v.name for v in variants_of(given, "Plugin") if scope.wants_kernel(v)] == ["half"]
+    assert Scope("Plugin", case="*").upto == 6
+    assert not scope.complete
+    assert Scope("Plugin").complete
+    assert plugin_status(given, "Plugin").state == "loaded"
+    assert not expectations("no-such-plugin").failures
+
+
+def test_the_variant_that_runs_is_the_one_that_is_tested() -> None:
+    """The fallback of the target is forced as well, and other plugins' kernels are left out."""
+    ids = collect_ids(Plugin([WRONG]))
+    assert any("/numpy/" in i for i in ids)
+    assert all(i.split("/")[0] in ("mutant", "backend") for i in ids)
+
+
+# --- the installed suite, from outside ---
+
+
+def run_pytest(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "kernelforge.testing.pytest_plugin",
+        "-p",
+        "no:cacheprovider",
+        *options,
+    ]
+    env = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=env)
+
+
+def test_pytest_runs_the_cases(tmp_path: Path) -> None:
+    done = run_pytest(tmp_path, "--kernelforge-plugin", "core", "--kernelforge-level", "1", "-q", "-k", "tuner")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "20 passed" in done.stdout
+
+
+def test_pytest_refuses_what_is_not_there(tmp_path: Path) -> None:
+    done = run_pytest(tmp_path, "--kernelforge-plugin", "no-such-plugin")
+    assert done.returncode == 4
+    assert "unknown plugin 'no-such-plugin'" in done.stderr
+    done = run_pytest(tmp_path, "--kernelforge-plugin", "core", "--kernelforge-level", "8")
+    assert "--kernelforge-level takes 1 to 6, not 8" in done.stderr
+
+
+def test_the_pytest_plugin_is_light_until_it_is_used() -> None:
+    script = "import json, sys, pytest, kernelforge.testing.pytest_plugin; print(json.dumps(list(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    heavy = {"numpy", "hypothesis", "torch_mlir", "kernelforge.registry", "kernelforge.testing.case"}
+    assert not heavy & set(json.loads(done.stdout))
+
+
+def test_collecting_that_fails_is_an_error() -> None:
+    request = Request("Plugin", 1, op="silu", extra=("no_such_module:PLUGIN",), jobs=1)
+    with pytest.raises(PluginError, match="collecting the cases of 'Plugin': ModuleNotFoundError"):
+        run_plugin(registry(Plugin([WRONG])), request)
