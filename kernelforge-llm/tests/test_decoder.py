@@ -18,6 +18,7 @@ from kernelforge.errors import AssetError, KernelForgeWarning, UsageError
 from kernelforge.quant import dequantize, quantize
 from kernelforge.session import Session
 from kernelforge_llm import decoder as decoder_module
+from kernelforge_llm.cache import cache_dtype
 from kernelforge_llm.decoder import Decoder, Token, load, open_decoder
 from kernelforge_llm.source import TINYPY, any_source, open_source, random_source
 
@@ -208,7 +209,7 @@ def test_weight_formats_agree_within_their_precision(session: Session) -> None:
 def test_quantised_weights_are_those_of_the_quantiser(numpy_session: Session, folder: Path, weights: Any) -> None:
     """The same model with every matrix quantised and dequantised beforehand."""
     ids = list(range(2, 14))
-    found = load(folder, session=numpy_session, weights=weights)
+    found = load(folder, session=numpy_session, weights=weights, kv_dtype="f32")
     assert f"!transformer.{weights}>" in found.model.module
 
     def rounded(tensors: dict[str, Any]) -> None:
@@ -266,6 +267,27 @@ def test_an_unknown_weight_format_is_refused(numpy_session: Session) -> None:
     with pytest.raises(UsageError, match="unknown weight format 'int3'") as caught:
         load(LLAMA, session=numpy_session, weights="int3")  # type: ignore[arg-type]  # what is tested
     assert caught.value.hint == "one of: native, f32, bf16, f16, q8, q4"
+
+
+@pytest.mark.parametrize(("kv_dtype", "error"), [("f16", 2e-3), ("bf16", 1.5e-2)])
+def test_what_the_cache_keeps_is_a_choice(session: Session, oracle: Decoder, kv_dtype: Any, error: float) -> None:
+    """Errors are those of the narrower numbers: there, and not more."""
+    decoder = load(LLAMA, session=session, kv_dtype=kv_dtype, context=48)
+    assert {b.dtype for b in decoder.new_cache().buffers.values()} == {kv_dtype}
+    ids = list(range(7, 40))
+    wanted, found = oracle.logits(ids), decoder.logits(ids)
+    assert 1e-6 < np.abs(found - wanted).max() / np.abs(wanted).max() < error
+
+
+def test_by_default_the_cache_is_as_exact_as_the_weights() -> None:
+    assert [cache_dtype("auto", w) for w in ("native", "f32", "bf16", "f16", "q8", "q4")] == ["f32"] * 3 + ["f16"] * 3
+    assert cache_dtype("bf16", "q4") == "bf16"
+
+
+def test_an_unknown_cache_format_is_refused(numpy_session: Session) -> None:
+    with pytest.raises(UsageError, match="unknown cache format 'q3'") as caught:
+        load(LLAMA, session=numpy_session, kv_dtype="q3")  # type: ignore[arg-type]  # what is tested
+    assert caught.value.hint == "one of: auto, f32, f16, bf16"
 
 
 def test_a_missing_tensor_is_named(numpy_session: Session, folder: Path) -> None:

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from kernelforge.dtype import QUANTISED
 from kernelforge.errors import UsageError
 
 if TYPE_CHECKING:
     from kernelforge.backend import Buffer, Device
     from kernelforge_llm.config import ModelConfig
 
+CacheFormat = Literal["auto", "f32", "f16", "bf16"]
+"""What keys and values are kept in; "auto": see `cache_dtype`."""
+
+
+def cache_dtype(chosen: CacheFormat, weights: str) -> str:
+    """The dtype of a cache. By default f16 beside f16 or quantised weights, whose errors are larger than its own; else f32."""
+    if chosen != "auto":
+        return chosen
+    return "f16" if weights in ("f16", *QUANTISED) else "f32"
+
 
 class KVCache:
     """Keys and values of up to `sequences` sequences of up to `context` positions.
 
-    Buffers are [sequences, context, num_kv_heads, head_dim] f32. `lengths` says how many positions of each sequence are
+    Buffers are [sequences, context, num_kv_heads, head_dim] of `dtype`. `lengths` says how many positions of each sequence are
     filled; `truncate` only changes that, the memory is overwritten later.
     """
 
-    def __init__(self, device: Device, config: ModelConfig, *, sequences: int, context: int) -> None:
+    def __init__(
+        self, device: Device, config: ModelConfig, *, sequences: int, context: int, dtype: str = "f32"
+    ) -> None:
         shape = (sequences, context, config.num_kv_heads, config.head_dim)
         self.context = context
         self.lengths = [0] * sequences
         self.buffers: dict[str, Buffer] = {
-            f"{kind}.{layer}": device.allocate(shape, "f32")
+            f"{kind}.{layer}": device.allocate(shape, dtype)
             for layer in range(config.num_layers)
             for kind in ("key", "value")
         }

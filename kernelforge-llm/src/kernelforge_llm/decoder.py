@@ -18,7 +18,7 @@ from kernelforge.errors import AssetError, KernelForgeWarning, UsageError
 from kernelforge.explanation import Explanation
 from kernelforge.importer import Program
 from kernelforge.session import Session
-from kernelforge_llm.cache import KVCache
+from kernelforge_llm.cache import CacheFormat, KVCache
 from kernelforge_llm.config import ModelConfig
 from kernelforge_llm.model import PREFILL_TOKENS, Model
 from kernelforge_llm.sampling import Sampler, greedy
@@ -46,18 +46,20 @@ def load(
     threads: int | None = None,
     context: int | None = None,
     sequences: int = 1,
+    kv_dtype: CacheFormat = "auto",
     session: Session | None = None,
 ) -> Decoder:
     """Load a model for generation.
 
     `path` is a Hugging Face folder, `org/name` on the Hub, or None for the built-in `tinypy`. `weights` converts
     matrices while compiling ("native" keeps the checkpoint's dtype; "q8" and "q4" quantise). `context` is the cache's
-    capacity in positions, by default the model's own up to 4096; `sequences` how many it can hold side by side. Raises
-    AssetError for a missing or broken checkpoint, DeviceError when the target is not usable.
+    capacity in positions, by default the model's own up to 4096; `sequences` how many it can hold side by side;
+    `kv_dtype` what it keeps keys and values in ("auto": f16 beside f16 or quantised weights, else f32).
+    Raises AssetError for a missing or broken checkpoint, DeviceError when the target is not usable.
     """
     source = open_source(path)
     session = session or Session(target, threads=threads)
-    return open_decoder(source, session, weights=weights, context=context, sequences=sequences)
+    return open_decoder(source, session, weights=weights, context=context, sequences=sequences, kv_dtype=kv_dtype)
 
 
 def open_decoder(
@@ -67,9 +69,12 @@ def open_decoder(
     weights: WeightFormat = "native",
     context: int | None = None,
     sequences: int = 1,
+    kv_dtype: CacheFormat = "auto",
 ) -> Decoder:
     """A decoder for any source (random weights, say) on an open session. Raises as `load` does."""
-    model = Model.make(source, session.registry, weights=weights, context=context, sequences=sequences)
+    model = Model.make(
+        source, session.registry, weights=weights, context=context, sequences=sequences, kv_dtype=kv_dtype
+    )
     return Decoder(model, session)
 
 
@@ -120,7 +125,10 @@ class Decoder:
 
     def new_cache(self) -> KVCache:
         """An empty cache for this model's number of sequences."""
-        return KVCache(self.session.device, self.config, sequences=self.model.sequences, context=self.context)
+        model = self.model
+        return KVCache(
+            self.session.device, self.config, sequences=model.sequences, context=self.context, dtype=model.cache_dtype
+        )
 
     def step(
         self,

@@ -17,6 +17,7 @@ from kernelforge.dtype import QUANTISED
 from kernelforge.errors import UsageError
 from kernelforge.importer import Program
 from kernelforge_llm.architecture import Architecture, find_architecture
+from kernelforge_llm.cache import CacheFormat, cache_dtype
 from kernelforge_llm.checkpoint import save_checkpoint
 from kernelforge_llm.config import ModelConfig
 from kernelforge_llm.convert import converted, converted_config
@@ -45,7 +46,7 @@ class StepInputs:
     slots: Tensor
     """[tokens] i32: which sequence of the cache."""
     keys: tuple[Tensor, ...]
-    """Per layer: [sequences, context, num_kv_heads, head_dim] f32, updated in place."""
+    """Per layer: [sequences, context, num_kv_heads, head_dim], updated in place."""
     values: tuple[Tensor, ...]
     context: int
     """Capacity of the cache in positions."""
@@ -63,6 +64,8 @@ class Model:
     """Capacity of the cache, in positions."""
     sequences: int
     """How many sequences the cache holds side by side."""
+    kv_dtype: CacheFormat = "auto"
+    """What the cache keeps keys and values in."""
 
     @classmethod
     def make(
@@ -73,14 +76,17 @@ class Model:
         weights: WeightFormat = "native",
         context: int | None = None,
         sequences: int = 1,
+        kv_dtype: CacheFormat = "auto",
     ) -> Model:
         """Find the architecture and read the config.
 
-        Raises AssetError for what is broken or unknown, UsageError for a weight format, context or number of sequences
-        that cannot be.
+        Raises AssetError for what is broken or unknown, UsageError for a weight format, cache format, context or number
+        of sequences that cannot be.
         """
         if weights not in get_args(WeightFormat):
             raise UsageError(f"unknown weight format '{weights}'", hint=f"one of: {', '.join(get_args(WeightFormat))}")
+        if kv_dtype not in get_args(CacheFormat):
+            raise UsageError(f"unknown cache format '{kv_dtype}'", hint=f"one of: {', '.join(get_args(CacheFormat))}")
         architecture = find_architecture(source.config, registry, source=source.config_file)
         config = architecture.config(source.config, source.generation, source=source.config_file)
         if context is not None and not 1 <= context <= config.max_position:
@@ -91,7 +97,12 @@ class Model:
         if sequences < 1:
             raise UsageError(f"cannot hold {sequences} sequences", hint="at least 1")
         context = context or min(config.max_position, DEFAULT_CONTEXT)
-        return cls(source, architecture, config, weights, context, sequences)
+        return cls(source, architecture, config, weights, context, sequences, kv_dtype)
+
+    @property
+    def cache_dtype(self) -> str:
+        """The dtype of the cache's buffers."""
+        return cache_dtype(self.kv_dtype, self.weights)
 
     @property
     def programs(self) -> tuple[Program, Program]:
@@ -117,7 +128,7 @@ class Model:
         tokens, positions, slots = (g.input(name, ("tokens",), "i32") for name in ("tokens", "positions", "slots"))
         rows = g.input("rows", ("rows",), "i32")
         keys, values = (
-            tuple(g.input(f"{kind}.{i}", cache_shape, "f32", donated=True) for i in range(config.num_layers))
+            tuple(g.input(f"{kind}.{i}", cache_shape, self.cache_dtype, donated=True) for i in range(config.num_layers))
             for kind in ("key", "value")
         )
         step = StepInputs(tokens, positions, slots, keys, values, self.context)

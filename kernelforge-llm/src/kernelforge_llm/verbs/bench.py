@@ -13,7 +13,7 @@ import typer
 from kernelforge.cli import output
 from kernelforge.errors import UsageError
 from kernelforge_llm.verbs.explain import Explain, explained
-from kernelforge_llm.verbs.options import Model, Random, Weights, at_least, chosen_source
+from kernelforge_llm.verbs.options import KvDtype, Model, Random, Weights, at_least, chosen_source
 
 if TYPE_CHECKING:
     from kernelforge_llm.decoder import Decoder
@@ -23,6 +23,7 @@ def llm_bench(
     model: Model = None,
     random: Random = None,
     weights: Weights = "native",
+    kv_dtype: KvDtype = "auto",
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the measured prefill.")] = 256,
     gen_tokens: Annotated[int, typer.Option(help="Tokens of the measured decode.")] = 64,
     depth: Annotated[int, typer.Option(help="Tokens in the cache before either is measured.")] = 0,
@@ -49,10 +50,10 @@ def llm_bench(
     out = output.current()
     source = chosen_source(model, random)
     with PeakMemory() as peak, open_session() as session:
-        decoder = open_decoder(source, session, weights=weights)
+        decoder = open_decoder(source, session, weights=weights, kv_dtype=kv_dtype)
         needed = depth + max(prompt_tokens, gen_tokens)
         if needed > decoder.context:
-            decoder = open_decoder(source, session, weights=weights, context=needed)
+            decoder = open_decoder(source, session, weights=weights, context=needed, kv_dtype=kv_dtype)
         threads = session.device.info.threads
         peers = {name: DecoderPeer(name, source, weights, threads) for name in peer or ()}
         prompt = _prompt(prompt_tokens, decoder.config.vocab_size)
@@ -81,7 +82,8 @@ def llm_bench(
         "time_to_first_token_s": _summary([run.first_token for run in runs]),
     }
     counted = f"{threads} thread{'s' if threads > 1 else ''}"
-    out.print(f"{source.name}, weights {weights}, {out.target}, {counted}, {depth} tokens in the cache")
+    cached = f"{depth} tokens in the {decoder.model.cache_dtype} cache"
+    out.print(f"{source.name}, weights {weights}, {out.target}, {counted}, {cached}")
     scales = {f"prefill {prompt_tokens}, tokens/s": 1, f"decode {gen_tokens}, tokens/s": 1, "first token, ms": 1000}
     rows = [
         (title, *(_rounded(value * scale) for value in summary.values()))
@@ -118,6 +120,7 @@ def llm_bench(
         "target": out.target,
         "threads": threads,
         "weights": weights,
+        "kv_dtype": decoder.model.cache_dtype,
         "prompt_tokens": prompt_tokens,
         "gen_tokens": gen_tokens,
         "depth": depth,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kernelforge.errors import UsageError
+from kernelforge_llm.cache import CacheFormat
 from kernelforge_llm.weights import WeightFormat
 
 if TYPE_CHECKING:
@@ -16,6 +17,10 @@ Model = Annotated[str | None, typer.Option(help="Folder, or org/name on the Hub;
 Random = Annotated[str | None, typer.Option(metavar="SHAPE", help="Random weights at a named shape, not a model.")]
 Weights = Annotated[
     WeightFormat, typer.Option(help="Convert matrices, to 8 or 4 bits with q8 or q4; native leaves them.")
+]
+
+KvDtype = Annotated[
+    CacheFormat, typer.Option(help="What the cache keeps; auto: f16 beside f16, q8 and q4 weights, else f32.")
 ]
 
 
