@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,7 +12,7 @@ from kernelforge.errors import DeviceError, UsageError
 from kernelforge.registry import default_registry
 from kernelforge_metal import adapters, backend
 from kernelforge_metal.adapters import Adapter, from_wgpu, list_adapters
-from kernelforge_metal.backend import GpuBackend
+from kernelforge_metal.backend import GpuBackend, choose
 
 INFO = {
     "device": "Card 7",
@@ -46,7 +47,10 @@ def test_adapter_keeps_what_kernels_ask_for() -> None:
 def test_software_adapters_are_marked_and_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
     software = card(adapter_type="CPU", device="llvmpipe")
     assert "software" in software.info.features
-    monkeypatch.setattr(adapters, "_ask_wgpu", lambda: [software, card()])
+    monkeypatch.setattr(
+        adapters, "_ask_wgpu", lambda: [SimpleNamespace(info=a, features=(), limits=()) for a in (software, card())]
+    )
+    monkeypatch.setattr(adapters, "from_wgpu", lambda made, *_: made)
     list_adapters.cache_clear()
     try:
         assert [a.kind for a in list_adapters()] == ["discrete", "software"]
@@ -73,13 +77,18 @@ def test_open_says_what_to_install_without_an_adapter(monkeypatch: pytest.Monkey
     assert "--target cpu" in caught.value.hint
 
 
-def test_open_says_that_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = with_adapters(monkeypatch, card())
-    with pytest.raises(DeviceError, match="has no kernels for Card 7 yet") as caught:
-        gpu.open(threads=2)
-    assert caught.value.hint == "use --target cpu"
+def test_an_adapter_is_chosen_by_name_or_part_of_it() -> None:
+    first, second = card(), card(device="Other Card")
+    software = card(adapter_type="CPU", device="llvmpipe")
+    assert choose((first, second, software), None) is first
+    assert choose((first, second, software), "other") is second
+    assert choose((first, second, software), "Card 7") is first
+    assert choose((first, second, software), "llvmpipe") is software
+    assert choose((first, first), "card") is first
     with pytest.raises(UsageError, match="no device 'Card 8'"):
-        gpu.open("Card 8")
+        choose((first,), "Card 8")
+    with pytest.raises(UsageError, match="several devices of the gpu target are called 'card'"):
+        choose((first, second), "card")
 
 
 def test_plugin_registers_the_target() -> None:

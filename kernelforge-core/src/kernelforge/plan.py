@@ -90,14 +90,15 @@ class Plan:
                     spans[root] = (first, step.group)
         return spans
 
-    def pack(self, dims: Mapping[str, int]) -> ArenaLayout:
-        """Place all arena values for these sizes: values whose lifetimes overlap get disjoint memory.
+    def pack(self, dims: Mapping[str, int], *, alignment: int = ALIGNMENT) -> ArenaLayout:
+        """Place all arena values for these sizes, at multiples of `alignment` bytes: values whose lifetimes overlap get
+        disjoint memory.
 
         Greedy by size (largest first, each at the lowest offset where it fits), which is within a few percent of the
         lower bound for transformer graphs (Pisarchyk and Lee, "Efficient Memory Management for Deep Neural Net
         Inference", 2020, greedy-by-size).
         """
-        sizes = {v: -(-self.values[v].type.nbytes(dims) // ALIGNMENT) * ALIGNMENT for v in self.lifetimes}
+        sizes = {v: -(-self.values[v].type.nbytes(dims) // alignment) * alignment for v in self.lifetimes}
         offsets: dict[int, int] = {}
         placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last
         for value in sorted(sizes, key=lambda v: (-sizes[v], v)):

@@ -81,19 +81,25 @@ def list_adapters() -> tuple[Adapter, ...]:
     """The adapters, real hardware before software. Raises DeviceError when wgpu cannot look for them."""
     try:
         with _quiet_wayland():
-            found = _ask_wgpu()
+            found = [from_wgpu(a.info, a.features, a.limits) for a in _ask_wgpu()]
     except Exception as error:
         raise DeviceError(f"wgpu cannot list the GPU adapters: {type(error).__name__}: {error}") from error
     return tuple(sorted(found, key=lambda adapter: adapter.kind == SOFTWARE))
 
 
-def _ask_wgpu() -> list[Adapter]:
+def wgpu_adapter(adapter: Adapter) -> Any:
+    """The `wgpu.GPUAdapter` that `adapter` was made from."""
+    return next(found for found in _ask_wgpu() if from_wgpu(found.info, found.features, found.limits) == adapter)
+
+
+@cache
+def _ask_wgpu() -> list[Any]:
     import wgpu
     from wgpu.backends.wgpu_native import extras
 
     with suppress(RuntimeError):  # the process has used wgpu before: its choice of APIs holds
         extras.set_instance_extras(backends=[_API])
-    return [from_wgpu(a.info, a.features, a.limits) for a in wgpu.gpu.enumerate_adapters_sync()]
+    return list(wgpu.gpu.enumerate_adapters_sync())
 
 
 @contextmanager

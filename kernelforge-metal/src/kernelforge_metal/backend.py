@@ -1,14 +1,22 @@
-"""The target `gpu`: it finds the machine's adapters. This version has no GPU kernels, so none can be opened."""
+"""The target `gpu`: finds the machine's adapters and opens one."""
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
-from kernelforge.errors import DeviceError, UsageError
+from kernelforge.errors import DeviceError, KernelForgeWarning, UsageError
 from kernelforge.variant import DeviceInfo
-from kernelforge_metal.adapters import list_adapters
+from kernelforge_metal.adapters import SOFTWARE, Adapter, list_adapters
+
+if TYPE_CHECKING:
+    from kernelforge_metal.device import GpuDevice
+
+CHOICE = "KERNELFORGE_GPU"
+"""Environment variable: the name of an adapter, or a part of it."""
 
 _DRIVERS = {
     "linux": "install the GPU's Vulkan driver and loader (libvulkan1); mesa-vulkan-drivers has one that needs no GPU",
@@ -23,15 +31,30 @@ class GpuBackend:
     def devices(self) -> Sequence[DeviceInfo]:
         return tuple(adapter.info for adapter in list_adapters())
 
-    def open(self, device: str | None = None, *, threads: int | None = None) -> NoReturn:
-        """Raises UsageError for a name that no adapter has, else DeviceError: nothing can run on a GPU yet."""
-        names = [info.name for info in self.devices()]
-        if not names:
-            driver = _DRIVERS.get(sys.platform, "install the GPU's Vulkan driver")
-            raise DeviceError("there is no GPU adapter here", hint=f"{driver}, or use --target cpu")
-        if device is not None and device not in names:
-            raise UsageError(f"the gpu target has no device '{device}'", hint=f"it has: {', '.join(names)}")
-        raise DeviceError(
-            f"this version of kernelforge-metal has no kernels for {device or names[0]} yet: it only lists GPUs",
-            hint="use --target cpu",
-        )
+    def open(self, device: str | None = None, *, threads: int | None = None) -> GpuDevice:
+        """Open an adapter by name or a part of it: the given one, else that of KERNELFORGE_GPU, else the first, hardware before
+        software. Raises UsageError for a name that no adapter has, or that several have; DeviceError when there is none."""
+        from kernelforge_metal.device import GpuDevice
+        from kernelforge_metal.native import Gpu
+
+        adapter = choose(list_adapters(), device or os.environ.get(CHOICE) or None)
+        if adapter.kind == SOFTWARE:
+            text = f"{adapter.name} is a software GPU: it computes on the processor, slowly"
+            warnings.warn(KernelForgeWarning(text), stacklevel=2)
+        return GpuDevice(adapter.info, Gpu(adapter))
+
+
+def choose(adapters: Sequence[Adapter], name: str | None) -> Adapter:
+    """The adapter that `name` names, else the first. Raises as `GpuBackend.open` does."""
+    if not adapters:
+        driver = _DRIVERS.get(sys.platform, "install the GPU's Vulkan driver")
+        raise DeviceError("there is no GPU adapter here", hint=f"{driver}, or use --target cpu")
+    if name is None:
+        return adapters[0]
+    names = ", ".join(f"'{a.name}'" for a in adapters)
+    found = [a for a in adapters if a.name == name] or [a for a in adapters if name.lower() in a.name.lower()]
+    if not found:
+        raise UsageError(f"the gpu target has no device '{name}'", hint=f"it has: {names}")
+    if len({a.name for a in found}) > 1:
+        raise UsageError(f"several devices of the gpu target are called '{name}'", hint=f"name one of: {names}")
+    return found[0]

@@ -6,8 +6,22 @@ from collections.abc import Iterable
 
 from kernelforge.descriptors import BackendSpec
 from kernelforge.hookspecs import hookimpl
+from kernelforge.variant import KernelVariant
+from kernelforge_metal.kernels.catalog import VARIANTS
 
 
 @hookimpl
 def kernelforge_backends() -> Iterable[BackendSpec]:
-    return (BackendSpec("gpu", "kernelforge_metal.backend:GpuBackend", "GPUs through Metal, Vulkan or DirectX 12."),)
+    return (
+        BackendSpec(
+            "gpu",
+            "kernelforge_metal.backend:GpuBackend",
+            "GPUs through Metal, Vulkan or DirectX 12.",
+            fallback="kernelforge_metal.kernels.host:variant",
+        ),
+    )
+
+
+@hookimpl
+def kernelforge_kernels() -> Iterable[KernelVariant]:
+    return VARIANTS

@@ -1,0 +1,294 @@
+"""A compiled plan on the GPU: one stream of dispatches a run, in one compute pass, with bind groups made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from kernelforge.explanation import Explanation, explain_plan
+from kernelforge_metal.inputs import Given, check_inputs, check_out
+from kernelforge_metal.kernel import HostKernel, is_value, size_of
+from kernelforge_metal.layout import Layout
+from kernelforge_metal.native import Command, Region
+from kernelforge_metal.timing import measure, measure_on_host, step_seconds
+
+if TYPE_CHECKING:
+    from kernelforge.backend import Buffer, Catalog, Timing
+    from kernelforge.plan import Plan
+    from kernelforge_metal.device import CompiledKernel
+    from kernelforge_metal.native import Gpu
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+Segment = list[Command] | int
+"""Dispatches of consecutive steps, or the number of a step that runs on the host."""
+
+MAX_BOUND = 8
+"""Sets of donated buffers whose bind groups are kept."""
+
+
+class GpuExecutable:
+    """See `kernelforge.backend.Executable`. Not for concurrent use by several threads."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        kernels: Sequence[CompiledKernel],
+        constants: Mapping[tuple[int, int], Region],
+        arrays: Mapping[tuple[int, int], Any],
+        gpu: Gpu,
+        catalog: Catalog,
+    ) -> None:
+        """`kernels`: one a step. `constants` and `arrays`: of (step, operand index), on the GPU and, for steps that run on the
+        host, there."""
+        self._plan, self._kernels, self._constants, self._arrays = plan, kernels, constants, arrays
+        self._gpu, self._catalog = gpu, catalog
+        self._layout = Layout(plan, kernels, gpu)
+        self._dims: dict[str, int] | None = None
+        self._words = np.zeros(1, np.uint32)
+        self._bound: dict[tuple[int, ...], tuple[list[list[Command]], Sequence[Buffer]]] = {}
+        self._uniforms: tuple[Any, Any] | None = None
+
+    @property
+    def plan(self) -> Plan:
+        return self._plan
+
+    # --- what a run does ---
+
+    def run(
+        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array] | None = None
+    ) -> tuple[Array | Buffer, ...]:
+        given = self._take(inputs)
+        targets = self._targets(given, out)
+        self._send(given)
+        self._execute(given)
+        return self._results(given, targets)
+
+    def bind(
+        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array] | None = None
+    ) -> Callable[[], tuple[Array | Buffer, ...]]:
+        given = self._take(inputs)
+        targets = self._targets(given, out)
+        for name, spec in self._layout.outputs(given.dims).items():
+            targets.setdefault(name, np.empty(*spec))
+
+        def call() -> tuple[Array | Buffer, ...]:
+            self._resize(given.dims)
+            self._send(given)
+            self._execute(given)
+            return self._results(given, targets)
+
+        return call
+
+    def measure(self, inputs: Mapping[str, Array | Buffer], *, repeats: int) -> Timing:
+        given = self._take(inputs)
+        self._send(given)
+        segments = self._segments(given)
+        if all(isinstance(s, list) for s in segments):
+            commands = [c for s in segments if isinstance(s, list) for c in s]
+            return measure(self._gpu, commands, self._uniform_group, repeats)
+        return measure_on_host(lambda: self._execute(given), self._gpu.wait, repeats)
+
+    def explain(self, inputs: Mapping[str, Array | Buffer] | None = None, *, repeats: int = 9) -> Explanation:
+        if inputs is None:
+            return explain_plan(self._plan, self._catalog)
+        given = self._take(inputs)
+        self._send(given)
+        steps: list[list[Command] | Callable[[], None]] = []
+        for i, commands in enumerate(self._commands(given)):
+            host = isinstance(self._kernels[i].kernel, HostKernel)
+            steps.append(partial(self._run_on_host, i, given) if host else commands)
+        seconds = step_seconds(self._gpu, steps, self._uniform_group, repeats)
+        return explain_plan(self._plan, self._catalog, given.dims, seconds)
+
+    # --- inputs and outputs ---
+
+    def _take(self, inputs: Mapping[str, Array | Buffer]) -> Given:
+        given = check_inputs(self._plan, inputs)
+        self._resize(given.dims)
+        return given
+
+    def _targets(self, given: Given, out: Mapping[str, Array] | None) -> dict[str, Array]:
+        return check_out(out or {}, self._layout.outputs(given.dims))
+
+    def _send(self, given: Given) -> None:
+        """The host's arrays go to the GPU, small ones with one call."""
+        self._layout.send(given.arrays)
+
+    def _results(self, given: Given, targets: Mapping[str, Array]) -> tuple[Array | Buffer, ...]:
+        """Read the outputs back."""
+        fresh = self._layout.read(given.dims)
+        results: list[Array | Buffer] = []
+        for i in self._plan.outputs:
+            value = self._plan.values[i]
+            if value.place == "output":
+                array = fresh[i]
+                if (target := targets.get(value.name)) is not None:
+                    target[...] = array
+                    array = target
+                results.append(array)
+                continue
+            root = self._plan.root(i)
+            buffer = given.buffers.get(root)
+            results.append(buffer if buffer is not None else self._layout.array(root, given))
+        return tuple(results)
+
+    # --- sizes ---
+
+    def _resize(self, dims: dict[str, int]) -> None:
+        """Write the parameters for these sizes; make room if there is not enough."""
+        if dims == self._dims:
+            return
+        if self._layout.fit(dims):
+            self._bound.clear()
+        words: list[int] = []
+        self._starts: list[list[tuple[int, int]]] = []
+        self._grids: list[list[tuple[int, int, int]]] = []
+        for i, (step, compiled) in enumerate(zip(self._plan.steps, self._kernels, strict=True)):
+            self._starts.append([])
+            self._grids.append([])
+            if isinstance(compiled.kernel, HostKernel):
+                continue
+            sizes = [dims[d] for d in step.dims]
+            for dispatch in compiled.kernel.dispatches:
+                values = [*sizes, *(size_of(size, sizes) for _, size in dispatch.parameters)]
+                for b in dispatch.bindings:
+                    if is_value(step.problem, b.index):
+                        value = (*step.operands, *step.results)[b.index]
+                        assert value is not None
+                        values.append(self._plan.values[value].offset)
+                self._starts[i].append((len(words), 4 * len(values)))
+                words += values + [0] * (-len(values) % (1 if self._gpu.immediates else 64))
+                self._grids[i].append(dispatch.grid(sizes))
+        if len(self._words) == max(1, len(words)):
+            self._words[: len(words)] = words  # commands point into it
+        else:
+            self._words = np.array(words or [0], np.uint32)
+            self._bound.clear()
+        if not self._gpu.immediates and words:
+            self._write_uniforms()
+        self._dims = dict(dims)
+        for commands, _ in self._bound.values():
+            for row, grids in zip(commands, self._grids, strict=True):
+                for command, grid in zip(row, grids, strict=True):
+                    command.grid = grid
+
+    @property
+    def _uniform_group(self) -> Any:
+        """The C handle of the bind group of parameters, on devices without immediates."""
+        return None if self._uniforms is None else self._uniforms[1]._internal
+
+    def _write_uniforms(self) -> None:
+        if self._uniforms is None or self._uniforms[0].size < self._words.nbytes:
+            buffer = self._gpu.allocate(self._words.nbytes + 256, "parameters")
+            group = self._gpu.bind_group(self._gpu.uniform_layout, [Region(buffer, 0, 128)])
+            self._uniforms = (buffer, group)
+        self._gpu.upload(self._uniforms[0], 0, self._words)
+
+    # --- commands ---
+
+    def _commands(self, given: Given) -> list[list[Command]]:
+        """The dispatches of each step, for the buffers that were given."""
+        key = tuple(id(b) for b in given.buffers.values())
+        if key not in self._bound:
+            if len(self._bound) >= MAX_BOUND:
+                self._bound.pop(next(iter(self._bound)))
+            made = [self._bind_step(i, given) for i in range(len(self._kernels))]
+            self._bound[key] = (made, tuple(given.buffers.values()))
+        return self._bound[key][0]
+
+    def _bind_step(self, i: int, given: Given) -> list[Command]:
+        step, compiled = self._plan.steps[i], self._kernels[i]
+        kernel = compiled.kernel
+        if isinstance(kernel, HostKernel):
+            return []
+        values = (*step.operands, *step.results)
+        made: list[Command] = []
+        for k, dispatch in enumerate(kernel.dispatches):
+            regions = []
+            for b in dispatch.bindings:
+                if b.index >= len(values):
+                    extra = b.index - len(values)
+                    tables = compiled.tables
+                    regions.append(
+                        tables[extra] if extra < len(tables) else self._layout.scratch(i, extra - len(tables))
+                    )
+                elif (i, b.index) in self._constants:
+                    whole = self._constants[i, b.index]
+                    regions.append(Region(whole.buffer, b.start, b.nbytes or whole.nbytes - b.start))
+                else:
+                    value = values[b.index]
+                    assert value is not None
+                    regions.append(self._layout.region(self._plan.root(value), given))
+            pipeline = compiled.pipelines[k]
+            group = self._gpu.bind_group(pipeline.layout, regions)
+            start, nbytes = self._starts[i][k]
+            made.append(
+                Command(
+                    pipeline.pipeline._internal,
+                    group._internal,
+                    self._grids[i][k],
+                    self._gpu.pointer(self._words[start:]) if nbytes else None,
+                    nbytes,
+                    4 * start,
+                    (pipeline, group, self._words),
+                )
+            )
+        return made
+
+    def _segments(self, given: Given) -> list[Segment]:
+        """Runs of steps on the GPU, and steps on the host between them."""
+        segments: list[Segment] = []
+        for i, commands in enumerate(self._commands(given)):
+            if isinstance(self._kernels[i].kernel, HostKernel):
+                segments.append(i)
+            elif segments and isinstance(segments[-1], list):
+                segments[-1].extend(commands)
+            else:
+                segments.append(list(commands))
+        return segments
+
+    def _execute(self, given: Given) -> None:
+        for segment in self._segments(given):
+            if isinstance(segment, int):
+                self._run_on_host(segment, given)
+            else:
+                encoder = self._gpu.encoder()
+                self._gpu.encode(encoder, segment, self._uniform_group)
+                self._gpu.submit(encoder)
+
+    # --- steps on the host ---
+
+    def _run_on_host(self, i: int, given: Given) -> None:
+        step, kernel = self._plan.steps[i], self._kernels[i].kernel
+        assert isinstance(kernel, HostKernel)
+        memory: dict[int, Array] = {}
+
+        def view(value: int) -> Array:
+            root = self._plan.root(value)
+            if root not in memory:
+                memory[root] = self._layout.array(root, given)
+            return strided(memory[root], self._plan.values[value], given.dims)
+
+        operands = [
+            None if v is None else self._arrays[i, k] if (i, k) in self._arrays else view(v)
+            for k, v in enumerate(step.operands)
+        ]
+        kernel.call(operands, [view(v) for v in step.results])
+        for root in {self._plan.root(v) for v in step.results}:
+            region = self._layout.region(root, given)
+            if memory[root].size:
+                self._gpu.upload(region.buffer, region.offset, memory[root])
+
+
+def strided(memory: Array, value: Any, dims: Mapping[str, int]) -> Array:
+    """The array of a plan's value in the memory of its root."""
+    flat, t = memory.reshape(-1), value.type
+    if t.strides is None:
+        return flat[value.offset : value.offset + t.size(dims)].reshape(t.array_shape(dims))
+    strides = tuple(s * flat.dtype.itemsize for s in t.strides)
+    return as_strided(flat[value.offset :], t.static_shape(dims), strides)

@@ -1,0 +1,1 @@
+"""The kernels of kernelforge-metal, as WGSL generators."""

@@ -1,0 +1,142 @@
+"""Where the values of a plan are on the GPU: inputs, the arena, outputs and scratch, a buffer each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kernelforge.dtype import to_numpy
+from kernelforge.errors import UsageError
+from kernelforge_metal.kernel import HostKernel, size_of
+from kernelforge_metal.native import Region
+
+if TYPE_CHECKING:
+    from kernelforge.plan import Plan
+    from kernelforge_metal.device import CompiledKernel
+    from kernelforge_metal.inputs import Given
+    from kernelforge_metal.native import Gpu
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+SMALL = 1 << 16
+"""Bytes up to which inputs are gathered on the host to be sent with one call."""
+
+
+class Layout:
+    """Memory for the largest sizes seen so far: bindings cover it all, so that they stay when sizes shrink."""
+
+    def __init__(self, plan: Plan, kernels: Sequence[CompiledKernel], gpu: Gpu) -> None:
+        self._plan, self._kernels, self._gpu = plan, kernels, gpu
+        self._bounds: dict[str, int] | None = None
+        self._regions: dict[int, Region] = {}
+        self._scratch: dict[tuple[int, int], Region] = {}
+        self._output_ids = [i for i in plan.outputs if plan.values[i].place == "output"]
+
+    def fit(self, dims: Mapping[str, int]) -> bool:
+        """Make room for these sizes. Whether anything moved."""
+        known = self._bounds if self._bounds is not None else dict(self._plan.max_dims)
+        grown = {d: max(n, known.get(d, 0)) for d, n in dims.items()}
+        if grown == self._bounds:
+            return False
+        self._bounds, self._regions, self._scratch = grown, {}, {}
+        packed = self._plan.pack(grown, alignment=self._gpu.alignment)
+        if packed.offsets:
+            arena = self._gpu.allocate(packed.nbytes, "intermediate values")
+            for value, offset in packed.offsets.items():
+                self._regions[value] = Region(arena, offset, self._padded(value, grown))
+        self._inputs, self._input_bytes = self._row(self._plan.inputs, grown, "inputs")
+        self._outputs, self._output_bytes = self._row(self._output_ids, grown, "outputs")
+        self._staging = np.zeros(min(self._input_bytes, SMALL), np.uint8)
+        self._place_scratch(grown)
+        return True
+
+    def _padded(self, value: int, dims: Mapping[str, int]) -> int:
+        return max(16, -(-self._plan.values[value].type.nbytes(dims) // 16) * 16)
+
+    def _row(self, values: Sequence[int], dims: Mapping[str, int], what: str) -> tuple[dict[int, int], int]:
+        """Place values one after the other in a buffer of their own; their offsets and the bytes in use."""
+        offsets: dict[int, int] = {}
+        used = 0
+        for value in values:
+            offsets[value] = used
+            used += -(-self._padded(value, dims) // self._gpu.alignment) * self._gpu.alignment
+        if values:
+            buffer = self._gpu.allocate(used, what)
+            for value, offset in offsets.items():
+                self._regions[value] = Region(buffer, offset, self._padded(value, dims))
+        return offsets, used
+
+    def _place_scratch(self, dims: Mapping[str, int]) -> None:
+        """All steps use the same memory: they run one after the other."""
+        needs: dict[tuple[int, int], tuple[int, int]] = {}
+        largest = 0
+        for i, (step, compiled) in enumerate(zip(self._plan.steps, self._kernels, strict=True)):
+            if isinstance(compiled.kernel, HostKernel):
+                continue
+            used = 0
+            for k, size in enumerate(compiled.kernel.scratch):
+                nbytes = max(16, size_of(size, [dims[d] for d in step.dims]))
+                needs[i, k] = used, -(-nbytes // 16) * 16
+                used += -(-nbytes // 256) * 256
+            largest = max(largest, used)
+        if needs:
+            buffer = self._gpu.allocate(largest, "scratch memory")
+            self._scratch = {key: Region(buffer, start, nbytes) for key, (start, nbytes) in needs.items()}
+
+    def scratch(self, step: int, number: int) -> Region:
+        return self._scratch[step, number]
+
+    def region(self, root: int, given: Given) -> Region:
+        """The memory of a value that is no view."""
+        buffer = given.buffers.get(root)
+        return buffer.region if buffer is not None else self._regions[root]
+
+    # --- to and from the host ---
+
+    def outputs(self, dims: Mapping[str, int]) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+        """Shape and dtype of each output that is read back, by name."""
+        values = [self._plan.values[i] for i in self._output_ids]
+        return {v.name: (v.type.static_shape(dims), to_numpy(v.type.dtype)) for v in values}
+
+    def send(self, arrays: Mapping[int, Array]) -> None:
+        """Write the inputs. A strided array is made contiguous."""
+        small = self._input_bytes <= SMALL
+        for i, array in arrays.items():
+            if not array.size:
+                continue
+            raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            if small:
+                start = self._inputs[i]
+                self._staging[start : start + raw.size] = raw
+            else:
+                region = self._regions[i]
+                self._gpu.upload(region.buffer, region.offset, raw)
+        if small and arrays:
+            self._gpu.upload(self._regions[next(iter(arrays))].buffer, 0, self._staging)
+
+    def read(self, dims: Mapping[str, int]) -> dict[int, Array]:
+        """The outputs, as new arrays."""
+        if not self._output_ids:
+            self._gpu.wait()
+            return {}
+        region = self._regions[self._output_ids[0]]
+        last = self._output_ids[-1]
+        used = self._outputs[last] + self._plan.values[last].type.nbytes(dims)
+        data = self._gpu.download(Region(region.buffer, 0, used))
+        made = {}
+        for i in self._output_ids:
+            t = self._plan.values[i].type
+            start = self._outputs[i]
+            made[i] = data[start : start + t.nbytes(dims)].view(to_numpy(t.dtype)).reshape(t.static_shape(dims))
+        return made
+
+    def array(self, root: int, given: Given) -> Array:
+        """The memory of a value that is no view, read back."""
+        t = self._plan.values[root].type
+        if t.quantised:
+            raise UsageError(f"a {t.dtype} value is read back from the GPU")
+        region = self.region(root, given)
+        data = self._gpu.download(Region(region.buffer, region.offset, t.nbytes(given.dims)))
+        return data.view(to_numpy(t.dtype)).reshape(t.static_shape(given.dims))

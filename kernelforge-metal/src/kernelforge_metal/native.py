@@ -1,0 +1,317 @@
+"""The GPU as this package uses it: buffers, pipelines, bind groups, command streams, timestamps. The only module that calls wgpu
+for work; hot calls go to its C functions directly, which wgpu-py's checks would make twice as expensive.
+
+Everything that wgpu raises comes out as a DeviceError that says what to do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kernelforge.errors import DeviceError
+from kernelforge_metal.adapters import FEATURES, Adapter, wgpu_adapter
+
+if TYPE_CHECKING:
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+CHECKS = "KERNELFORGE_GPU_CHECKS"
+"""Environment variable: 1 keeps wgpu's bounds and loop checks in all shaders."""
+
+MAX_QUERIES = 4096
+"""Timestamps of a query set, on every device."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A range of a GPU buffer."""
+
+    buffer: Any
+    """A `wgpu.GPUBuffer`."""
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A compiled shader and the layout of its bindings."""
+
+    pipeline: Any
+    layout: Any
+
+
+@dataclass
+class Command:
+    """One dispatch, ready to be encoded: C handles, and what they refer to."""
+
+    pipeline: Any
+    group: Any
+    grid: tuple[int, int, int]
+    parameters: Any
+    """Pointer to the words of its parameters, or NULL."""
+    nbytes: int
+    """Of its parameters."""
+    offset: int
+    """Of its parameters in the uniform buffer, on devices without immediates."""
+    keep: Any
+    """The objects behind the handles."""
+
+
+class Gpu:
+    """An opened adapter. Raises DeviceError when it cannot be opened."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        from wgpu.backends.wgpu_native import ffi, lib
+
+        self._ffi, self._lib = ffi, lib
+        self.lost = False
+        self.name = adapter.name
+        wanted = [*FEATURES, "timestamp-query-inside-encoders", "timestamp-query-inside-passes", "subgroup-barrier"]
+        found = wgpu_adapter(adapter)
+        with self._errors("open the device"):
+            self.device = found.request_device_sync(required_features=[f for f in wanted if f in found.features])
+        self.queue = self.device.queue
+        self.features = frozenset(self.device.features)
+        self.immediates = "immediates" in self.features
+        self.alignment = max(64, self.limit("min-storage-buffer-offset-alignment"))
+        self.checks = os.environ.get(CHECKS, "") not in ("", "0")
+        self._pipelines: dict[tuple[str, tuple[bool, ...], int, bool], Pipeline] = {}
+        self._layouts: dict[tuple[bool, ...], Any] = {}
+        self._readback: Any = None
+        self._queries: Any = None
+
+    def limit(self, name: str) -> int:
+        """One of the device's limits by wgpu's name."""
+        return int(self.device.limits[name])
+
+    @contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        """Turn wgpu's errors into DeviceErrors."""
+        if self.lost:
+            raise DeviceError(f"the GPU {self.name} was lost", hint="open it again, or use --target cpu")
+        try:
+            yield
+        except DeviceError:
+            raise
+        except Exception as error:
+            text = str(error).strip()
+            kind = type(error).__name__
+            if "OutOfMemory" in kind or "out of memory" in text.lower() or "not enough memory" in text.lower():
+                raise DeviceError(
+                    f"the GPU {self.name} has not enough memory to {what}",
+                    hint="use smaller weights (--weights q4), a shorter context, or --target cpu",
+                ) from error
+            if "lost" in text.lower():
+                self.lost = True
+                raise DeviceError(
+                    f"the GPU {self.name} was lost: {text.splitlines()[0]}", hint="open it again, or use --target cpu"
+                ) from error
+            raise DeviceError(f"the GPU {self.name} cannot {what}: {kind}: {text}") from error
+
+    # --- memory ---
+
+    def allocate(self, nbytes: int, what: str = "a buffer") -> Any:
+        """A zeroed buffer of at least `nbytes`. Raises DeviceError when it is larger than a buffer may be, or does not fit."""
+        from wgpu import BufferUsage
+
+        size = max(256, -(-nbytes // 256) * 256)
+        if size > self.limit("max-buffer-size"):
+            raise DeviceError(
+                f"{what} needs {size / 2**20:.0f} MiB, a buffer of {self.name} holds "
+                f"{self.limit('max-buffer-size') / 2**20:.0f} MiB",
+                hint="use smaller weights (--weights q4), a shorter context, or --target cpu",
+            )
+        with self._errors(f"allocate {size / 2**20:.0f} MiB for {what}"):
+            usage = BufferUsage.STORAGE | BufferUsage.COPY_DST | BufferUsage.COPY_SRC | BufferUsage.UNIFORM
+            return self.device.create_buffer(size=size, usage=usage)
+
+    def upload(self, buffer: Any, offset: int, data: Array) -> None:
+        """Write the bytes of a C-contiguous array; they are padded with zeros to a multiple of 4."""
+        raw = data.reshape(-1).view(np.uint8)
+        step = 64 << 20
+        with self._errors("take data"):
+            for start in range(0, raw.size, step):
+                part = raw[start : start + step]
+                if part.size % 4:
+                    part = np.concatenate([part, np.zeros(-part.size % 4, np.uint8)])
+                self.queue.write_buffer(buffer, offset + start, part)
+
+    def download(self, region: Region) -> Array:
+        """The bytes of a region; waits for what was submitted."""
+        if region.nbytes == 0:
+            return np.empty(0, np.uint8)
+        nbytes = -(-region.nbytes // 4) * 4
+        encoder = self.encoder()
+        encoder.copy_buffer_to_buffer(region.buffer, region.offset, self._readback_buffer(nbytes), 0, nbytes)
+        self.submit(encoder)
+        return self.read_back(region.nbytes)
+
+    def _readback_buffer(self, nbytes: int) -> Any:
+        from wgpu import BufferUsage
+
+        if self._readback is None or self._readback.size < nbytes:
+            with self._errors(f"allocate {nbytes} bytes to read from"):
+                size = -(-nbytes // 4096) * 4096
+                self._readback = self.device.create_buffer(size=size, usage=BufferUsage.MAP_READ | BufferUsage.COPY_DST)
+        return self._readback
+
+    def copy_for_reading(self, encoder: Any, region: Region) -> None:
+        """Encode a copy of a region to where `read_back` takes it from."""
+        nbytes = -(-region.nbytes // 4) * 4
+        encoder.copy_buffer_to_buffer(region.buffer, region.offset, self._readback_buffer(nbytes), 0, nbytes)
+
+    def read_back(self, nbytes: int) -> Array:
+        """Wait, then the first bytes of what was last copied for reading."""
+        with self._errors("finish its work"):
+            size = -(-nbytes // 8) * 8
+            self._readback.map_sync("READ", 0, size)
+            data = np.frombuffer(self._readback.read_mapped(0, size), np.uint8)[:nbytes].copy()
+            self._readback.unmap()
+        return data
+
+    # --- code ---
+
+    def pipeline(
+        self, code: str, read_only: Sequence[bool], parameter_bytes: int, *, checked: bool, what: str
+    ) -> Pipeline:
+        """The pipeline of a shader with these bindings, compiled once. Raises DeviceError with wgpu's message."""
+        key = (code, tuple(read_only), parameter_bytes, checked or self.checks)
+        if key not in self._pipelines:
+            with self._errors(f"compile {what}"):
+                layout = self._bind_layout(tuple(read_only))
+                groups = [layout]
+                if parameter_bytes and not self.immediates:
+                    groups.append(self.uniform_layout)
+                module = self.device.create_shader_module(code=code) if key[3] else self._unchecked_module(code)
+                made = self.device.create_compute_pipeline(
+                    layout=self.device.create_pipeline_layout(
+                        bind_group_layouts=groups, immediate_size=parameter_bytes if self.immediates else 0
+                    ),
+                    compute={"module": module, "entry_point": "main"},
+                )
+            self._pipelines[key] = Pipeline(made, layout)
+        return self._pipelines[key]
+
+    def _bind_layout(self, read_only: tuple[bool, ...]) -> Any:
+        if read_only not in self._layouts:
+            kinds = ["read-only-storage" if read else "storage" for read in read_only]
+            entries = [{"binding": i, "visibility": 4, "buffer": {"type": kind}} for i, kind in enumerate(kinds)]
+            self._layouts[read_only] = self.device.create_bind_group_layout(entries=entries)
+        return self._layouts[read_only]
+
+    @property
+    def uniform_layout(self) -> Any:
+        """Of the group that holds parameters on devices without immediates."""
+        key = ()
+        if key not in self._layouts:
+            entry = {"binding": 0, "visibility": 4, "buffer": {"type": "uniform", "has_dynamic_offset": True}}
+            self._layouts[key] = self.device.create_bind_group_layout(entries=[entry])
+        return self._layouts[key]
+
+    def _unchecked_module(self, code: str) -> Any:
+        """A module without wgpu's bounds and loop checks, by a function that wgpu-py does not wrap."""
+        from wgpu.backends.wgpu_native import _api
+
+        data = code.encode()
+        text = self._ffi.new("char[]", data)
+        source = self._ffi.new("WGPUShaderSourceWGSL *")
+        source.chain.next = self._ffi.NULL
+        source.chain.sType = self._lib.WGPUSType_ShaderSourceWGSL
+        source.code.data = text
+        source.code.length = len(data)
+        descriptor = self._ffi.new("WGPUShaderModuleDescriptor *")
+        descriptor.nextInChain = self._ffi.cast("WGPUChainedStruct *", source)
+        descriptor.label.data = self._ffi.NULL
+        descriptor.label.length = 0
+        made = _api.libf.wgpuDeviceCreateShaderModuleTrusted(self.device._internal, descriptor, 0)
+        return _api.GPUShaderModule("", made, self.device)
+
+    def bind_group(self, layout: Any, regions: Sequence[Region]) -> Any:
+        """Raises DeviceError when a region is larger than a binding may be."""
+        entries = [
+            {"binding": i, "resource": {"buffer": r.buffer, "offset": r.offset, "size": r.nbytes}}
+            for i, r in enumerate(regions)
+        ]
+        with self._errors("bind buffers"):
+            return self.device.create_bind_group(layout=layout, entries=entries)
+
+    # --- work ---
+
+    def encoder(self) -> Any:
+        with self._errors("record commands"):
+            return self.device.create_command_encoder()
+
+    def encode(
+        self, encoder: Any, commands: Sequence[Command], uniforms: Any = None, stamps: tuple[int, int] | None = None
+    ) -> None:
+        """One compute pass with these dispatches; `stamps` are the queries that get the times of its start and end."""
+        writes = None
+        if stamps is not None:
+            writes = {
+                "query_set": self.query_set,
+                "beginning_of_pass_write_index": stamps[0],
+                "end_of_pass_write_index": stamps[1],
+            }
+        with self._errors("record commands"):
+            made = encoder.begin_compute_pass(timestamp_writes=writes)
+            lib, ffi, handle = self._lib, self._ffi, made._internal
+            set_pipeline, set_group = lib.wgpuComputePassEncoderSetPipeline, lib.wgpuComputePassEncoderSetBindGroup
+            set_words, dispatch = lib.wgpuComputePassEncoderSetImmediates, lib.wgpuComputePassEncoderDispatchWorkgroups
+            null, current = ffi.NULL, None
+            for c in commands:
+                if c.pipeline is not current:
+                    current = c.pipeline
+                    set_pipeline(handle, current)
+                set_group(handle, 0, c.group, 0, null)
+                if c.nbytes:
+                    if uniforms is None:
+                        set_words(handle, 0, c.parameters, c.nbytes)
+                    else:
+                        set_group(handle, 1, uniforms, 1, ffi.new("uint32_t[]", [c.offset]))
+                dispatch(handle, *c.grid)
+            made.end()
+
+    def submit(self, encoder: Any) -> None:
+        with self._errors("run commands"):
+            self.queue.submit([encoder.finish()])
+
+    def wait(self) -> None:
+        """Until everything that was submitted is done."""
+        with self._errors("finish its work"):
+            self.device._poll_wait()
+
+    # --- timestamps ---
+
+    @property
+    def has_timestamps(self) -> bool:
+        return "timestamp-query" in self.features
+
+    @property
+    def query_set(self) -> Any:
+        if self._queries is None:
+            from wgpu import BufferUsage
+
+            with self._errors("make timestamps"):
+                self._queries = self.device.create_query_set(type="timestamp", count=MAX_QUERIES)
+                usage = BufferUsage.QUERY_RESOLVE | BufferUsage.COPY_SRC
+                self._resolved = self.device.create_buffer(size=8 * MAX_QUERIES, usage=usage)
+        return self._queries
+
+    def resolve(self, encoder: Any, count: int) -> None:
+        """Encode the reading of the first `count` timestamps; `timestamps` returns them once submitted."""
+        encoder.resolve_query_set(self.query_set, 0, count, self._resolved, 0)
+
+    def timestamps(self, count: int) -> Array:
+        """Seconds, float64, of the first `count` queries."""
+        ticks = self.download(Region(self._resolved, 0, 8 * count)).view(np.uint64)
+        period = float(self._lib.wgpuQueueGetTimestampPeriod(self.queue._internal))
+        return np.asarray((ticks - ticks.min()).astype(np.float64) * period * 1e-9)
+
+    def pointer(self, words: Array) -> Any:
+        """A C pointer to an array's first byte; the array must be kept."""
+        return self._ffi.cast("void *", words.ctypes.data)

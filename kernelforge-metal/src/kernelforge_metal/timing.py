@@ -1,0 +1,146 @@
+"""How long the GPU takes: timestamps where they can be trusted, else the slope of the host's clock over n and 2n runs.
+
+A timestamp counts only if it is what it claims to be: positive, in order, and not longer than the wall clock saw. Drivers that
+return zeros or garbage are common enough; a wrong number is worse than a slower way to a right one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kernelforge.backend import Timing
+from kernelforge.errors import DeviceError
+from kernelforge_metal.native import MAX_QUERIES
+
+if TYPE_CHECKING:
+    from kernelforge_metal.native import Command, Gpu
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+BATCH_S = 0.05
+"""Seconds of work aimed at between two readings of the clock."""
+
+
+def plausible(pairs: Array, wall: float) -> bool:
+    """Whether start and end times [n, 2], in seconds, are those of passes that ran one after the other within `wall` seconds."""
+    flat = pairs.reshape(-1)
+    return bool(
+        np.isfinite(flat).all()
+        and (pairs[:, 1] > pairs[:, 0]).all()
+        and (np.diff(flat) >= 0).all()
+        and flat[-1] - flat[0] <= wall
+    )
+
+
+def measure(gpu: Gpu, commands: Sequence[Command], uniforms: Any, repeats: int) -> Timing:
+    """Times of `repeats` runs of these dispatches, after one that does not count."""
+    if gpu.has_timestamps:
+        samples: list[float] = []
+        while len(samples) < repeats:
+            count = min(repeats - len(samples), MAX_QUERIES // 2 - 1)
+            pairs, wall = stamped(gpu, [commands] * (count + 1), uniforms)
+            if not plausible(pairs, wall):
+                break
+            samples += [float(end - start) for start, end in pairs[1:]]
+        else:
+            return Timing(tuple(samples), "timestamp-query")
+
+    def batch(n: int) -> None:
+        encoder = gpu.encoder()
+        for _ in range(n):
+            gpu.encode(encoder, commands, uniforms)
+        gpu.submit(encoder)
+        gpu.wait()
+
+    return slope(batch, repeats)
+
+
+def stamped(gpu: Gpu, passes: Sequence[Sequence[Command]], uniforms: Any) -> tuple[Array, float]:
+    """Run compute passes one after the other: their start and end times in seconds [n, 2], and the wall clock's seconds."""
+    encoder = gpu.encoder()
+    for i, commands in enumerate(passes):
+        gpu.encode(encoder, commands, uniforms, (2 * i, 2 * i + 1))
+    gpu.resolve(encoder, 2 * len(passes))
+    start = time.perf_counter()
+    gpu.submit(encoder)
+    gpu.wait()
+    wall = time.perf_counter() - start
+    return gpu.timestamps(2 * len(passes)).reshape(-1, 2), wall
+
+
+def slope(batch: Callable[[int], None], repeats: int) -> Timing:
+    """Seconds a run from the difference between batches of 2n and n: what a batch costs in itself cancels out.
+
+    Raises DeviceError when no difference can be told from noise.
+    """
+    batch(1)
+    n, best = 1, 0.0
+    while (best := seconds(partial(batch, n))) < BATCH_S and n < 1024:
+        n *= 2
+    samples: list[float] = []
+    for _ in range(8 * repeats):
+        once, twice = seconds(partial(batch, n)), seconds(partial(batch, 2 * n))
+        if twice > once:
+            samples.append((twice - once) / n)
+        if len(samples) == repeats:
+            return Timing(tuple(samples), "host-slope")
+    raise DeviceError(
+        f"the GPU's time cannot be measured: {n} and {2 * n} runs take {best:.2g} s alike",
+        hint="give it more work a run",
+    )
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def measure_on_host(run: Callable[[], None], wait: Callable[[], None], repeats: int) -> Timing:
+    """By the host's clock: runs of which a part is done by the host."""
+
+    def whole() -> None:
+        run()
+        wait()
+
+    return Timing(tuple([seconds(whole) for _ in range(repeats + 1)][1:]), "host-clock")
+
+
+def step_seconds(
+    gpu: Gpu, steps: Sequence[Sequence[Command] | Callable[[], None]], uniforms: Any, repeats: int
+) -> list[float]:
+    """The median time of each step within whole runs, after one that does not count; a callable runs on the host."""
+    times: list[list[float]] = [[] for _ in steps]
+    for _ in range(repeats + 1):
+        for i, found in enumerate(_step_times(gpu, steps, uniforms)):
+            times[i].append(found)
+    return [median(found[1:]) for found in times]
+
+
+def _step_times(gpu: Gpu, steps: Sequence[Sequence[Command] | Callable[[], None]], uniforms: Any) -> list[float]:
+    times: list[float] = []
+    pending: list[Sequence[Command]] = []
+
+    def flush() -> None:
+        while pending:
+            passes, pending[:] = pending[: MAX_QUERIES // 2], pending[MAX_QUERIES // 2 :]
+            pairs, wall = stamped(gpu, passes, uniforms) if gpu.has_timestamps else (np.zeros((1, 2)), 0.0)
+            if plausible(pairs, wall):
+                times.extend(float(end - start) for start, end in pairs)
+            else:
+                times.extend(measure(gpu, p, uniforms, 1).samples[0] for p in passes)
+
+    for step in steps:
+        if callable(step):
+            flush()
+            times.append(seconds(step))
+        else:
+            pending.append(step)
+    flush()
+    return times
