@@ -26,6 +26,7 @@ AUTHORS = (
     "kernelforge.passes.rewriting",
     "kernelforge.tune.tuner",
     "kernelforge.backend",
+    "kernelforge.roofline",
     "kernelforge.importer",
     "kernelforge.cli.output",
     "kernelforge.errors",

@@ -378,6 +378,17 @@ def test_a_regression_names_the_case_and_keeps_the_report(tmp_path: Path) -> Non
     assert run_suite_verb(matmul_registry(5e-4), baseline=base)["comparison"][0]["verdict"] == "faster"
 
 
+def test_a_case_that_ran_and_has_no_kernel_now_is_a_regression(tmp_path: Path) -> None:
+    base, now = tmp_path / "base.json", tmp_path / "now.json"
+    run_suite_verb(matmul_registry(), file=base)
+    picky = fake_target.registry(variant("v", supports=lambda problem, device: Reject("too small")))
+    with pytest.raises(RegressionError, match=r"no kernel takes .* in the baseline: decoder_mha_qkv$") as raised:
+        run_suite_verb(picky, baseline=base, file=now)
+    assert raised.value.exit_code == 14
+    assert json.loads(now.read_text())["comparison"] == [{"name": "decoder_mha_qkv", "verdict": "unsupported"}]
+    assert run_suite_verb(picky, baseline=now)["comparison"] == []  # it did not run there either
+
+
 def test_a_slow_moment_is_measured_again(tmp_path: Path) -> None:
     base = tmp_path / "base.json"
     run_suite_verb(matmul_registry(1e-3), file=base)

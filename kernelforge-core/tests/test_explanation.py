@@ -13,6 +13,7 @@ from kernelforge.explanation import Explanation, explain_plan
 from kernelforge.graph import Graph
 from kernelforge.plugins import core_registry
 from kernelforge.problem import parse_problem
+from kernelforge.roofline import Peaks, Roofline
 from kernelforge.selection import NO_RECORDS
 from kernelforge.session import Session
 
@@ -71,6 +72,27 @@ def test_without_times_and_sizes(capsys: pytest.CaptureFixture[str]) -> None:
     assert headers == ["op", "operands", "variant", "plugin", "config", "source", "steps"]
     Output().table(headers, rows)
     assert "transformer.matmul" in capsys.readouterr().out
+
+
+def test_every_kernel_stands_beside_the_limits() -> None:
+    explanation = explained([1e-3, 3e-3, 5e-3, 1e-3], {"tokens": 8})
+    assert (explanation.bottleneck, explanation.verdict()) == (None, "")
+    assert {k["limit"] for k in explanation.as_data()["kernels"]} == {None}
+    limits = Roofline(Peaks(bytes_s=1e6, flops=3e6))
+    softmax, matmul, attention = (beside := explanation.beside(limits)).as_data()["kernels"]
+    assert matmul["of_peak"] == pytest.approx(2 * 2 * 8 * 16 * 16 / 4e-3 / 3e6, rel=1e-3)  # 0.68
+    assert matmul["of_bandwidth"] == pytest.approx(2 * 4 * (8 * 16 + 16 * 16 + 8 * 16) / 4e-3 / 1e6, rel=1e-3)  # 1.02
+    assert (matmul["limit"], softmax["limit"]) == ("memory", "memory")
+    assert explanation.beside(Roofline(Peaks(1e9, 3e6))).as_data()["kernels"][1]["limit"] == "compute"
+    assert (attention["limit"], attention["of_peak"]) == (None, None)  # its work is not known
+    assert beside.as_data()["roofline"]["device"]["flops"] == 3e6
+    headers, rows = beside.table()
+    assert headers[-3:] == ["of memory", "of f32 peak", "limit"]
+    assert (rows[1][-3:], rows[2][-3:]) == (["102%", "68%", "memory"], ["", "", ""])
+    # The softmax moves 1 KiB in 5 ms: 20 % of the bandwidth, so that 4 of 10 ms could be saved.
+    assert beside.as_data()["bottleneck"] == softmax["problem"]
+    told = "bottleneck: transformer.softmax (reference), 50% of the time at 20% of the memory's bandwidth; "
+    assert beside.verdict() == told + "at the limit the step would take 40% less"
 
 
 def test_the_table_has_a_column_for_each_figure() -> None:

@@ -72,6 +72,9 @@ class BackendSpec:
     fallback: Ref | None = None
     """`(OpDef) -> KernelVariant`: the variant that runs an op by its numpy reference. Called for every op of every
     dialect, so that the target can run also what no kernel was written for; None: it runs only what has a kernel."""
+    roofline: Ref | None = None
+    """`(Device) -> kernelforge.roofline.Roofline`: measures the limits of an open device, in about a second; None: the
+    target does not offer that, and its speeds are shown without them."""
     provenance: Provenance = BUILTIN
 
     def __post_init__(self) -> None:

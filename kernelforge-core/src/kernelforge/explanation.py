@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kernelforge.op import Cost
 from kernelforge.problem import Problem
 from kernelforge.provenance import Provenance
+from kernelforge.roofline import STANDING_HEADERS, Roofline, Standing, standing_cells, standing_data
 from kernelforge.selection import ConfigSource
 from kernelforge.variant import Config, config_key
 
@@ -43,6 +44,12 @@ class Explanation:
     target: str
     steps: tuple[Use, ...]
     """One a step, in the plan's order."""
+    roofline: Roofline | None = None
+    """What the device can do at most; see `beside`."""
+
+    def beside(self, roofline: Roofline | None) -> Explanation:
+        """The same, with every kernel's standing beside these limits."""
+        return replace(self, roofline=roofline)
 
     @property
     def seconds(self) -> float | None:
@@ -59,12 +66,22 @@ class Explanation:
             found[key] = _together(found[key], use) if key in found else use
         return tuple(sorted(found.values(), key=lambda use: -(use.seconds or 0.0)))
 
+    @property
+    def bottleneck(self) -> Use | None:
+        """The kernels in which most time would be saved if they ran at the limits; None without times or limits."""
+        found = [(use.seconds - at.least, use) for use in self.kernels if use.seconds and (at := self._standing(use))]
+        return max(found, key=lambda pair: pair[0])[1] if found else None
+
     def as_data(self) -> dict[str, Any]:
-        """`seconds`, and `kernels` with provenance, share of the time, GFLOP/s and GB/s, as plain values."""
+        """`seconds`, `roofline`, and `kernels` with provenance, share of the time, GFLOP/s, GB/s, the shares of the
+        limits and which of them comes first, as plain values."""
+        bottleneck = self.bottleneck
         return {
             "target": self.target,
             "seconds": self.seconds,
             "steps": len(self.steps),
+            "roofline": None if self.roofline is None else self.roofline.as_data(),
+            "bottleneck": None if bottleneck is None else str(bottleneck.problem),
             "kernels": [
                 {
                     "op": use.op,
@@ -80,16 +97,19 @@ class Explanation:
                     "share": self._share(use),
                     "gflops": _rate(use, use.cost.flops) if use.cost else None,
                     "gbytes_s": _rate(use, use.cost.bytes) if use.cost else None,
+                    **standing_data(self._standing(use)),
                 }
                 for use in self.kernels
             ],
         }
 
     def table(self) -> tuple[list[str], list[list[Any]]]:
-        """Headers and rows, one a kernel, for `Output.table`; with times only when there are any."""
+        """Headers and rows, one a kernel, for `Output.table`; with times only when there are any, and shares of the
+        limits only when those are known."""
         headers = ["op", "operands", "variant", "plugin", "config", "source", "steps"]
         rows: list[list[Any]] = []
         timed = self.seconds is not None
+        placed = timed and self.roofline is not None
         for use in self.kernels:
             operands = ", ".join(str(t) for t in use.problem.operands if t is not None)
             config = config_key(use.config) if use.config else ""
@@ -106,8 +126,29 @@ class Explanation:
                 share = self._share(use)
                 row += [f"{(use.seconds or 0) * 1e6:.1f}", "" if share is None else f"{share:.1%}"]
                 row += [f"{_rate(use, amount) or 0:.1f}" if use.cost else "" for amount in _amounts(use.cost)]
+            if placed:
+                row += standing_cells(self._standing(use))
             rows.append(row)
-        return headers + ["us", "share", "GFLOP/s", "GB/s"] * timed, rows
+        return headers + ["us", "share", "GFLOP/s", "GB/s"] * timed + STANDING_HEADERS * placed, rows
+
+    def verdict(self) -> str:
+        """The bottleneck in a sentence; empty without times or limits."""
+        use, total = self.bottleneck, self.seconds
+        at = None if use is None else self._standing(use)
+        if use is None or at is None or use.seconds is None or not total:
+            return ""
+        reached = at.memory if at.limit == "memory" else at.compute
+        what = "of the memory's bandwidth" if at.limit == "memory" else "of the f32 peak"
+        saved = max(use.seconds - at.least, 0.0) / total
+        return (
+            f"bottleneck: {use.op} ({use.variant}), {self._share(use):.0%} of the time at {reached:.0%} {what}; "
+            f"at the limit the step would take {saved:.0%} less"
+        )
+
+    def _standing(self, use: Use) -> Standing | None:
+        if self.roofline is None or use.cost is None or not use.seconds:
+            return None
+        return self.roofline.standing(use.cost, use.seconds)
 
     def _share(self, use: Use) -> float | None:
         return use.seconds / self.seconds if use.seconds is not None and self.seconds else None

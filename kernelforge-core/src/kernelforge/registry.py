@@ -118,6 +118,12 @@ class Registry:
         there = {variant.name: variant for variant in self.variants(op, target)}
         return lookup("variant", there, name, where=f" of {op} on target '{target}'")
 
+    def backend_spec(self, target: str) -> BackendSpec:
+        """The descriptor of `target`. Raises as `backend` does for one that is not there."""
+        if target not in self.backends:
+            raise self._no_target(target)
+        return self.backends[target]
+
     def backend(self, target: str) -> Backend:
         """The backend of `target`, made once.
 
@@ -129,9 +135,7 @@ class Registry:
         return self._made_backends[target]
 
     def _make_backend(self, target: str) -> Backend:
-        if target not in self.backends:
-            raise self._no_target(target)
-        spec = self.backends[target]
+        spec = self.backend_spec(target)
         try:
             loaded = resolve(spec.load)
             backend: Backend = loaded() if isinstance(loaded, type) else loaded

@@ -15,6 +15,7 @@ from kernelforge.plan import Plan, Step, Value
 from kernelforge.plan_cache import cached_plan, code_stamp, keep_plan, plan_key
 from kernelforge.planning import make_plan
 from kernelforge.problem import Problem, TensorType
+from kernelforge.roofline import Roofline, device_roofline
 from kernelforge.selection import Lookup, Selection, select
 from kernelforge.tune.records import RecordStore
 
@@ -76,6 +77,10 @@ class Session:
     def close(self) -> None:
         """Release the device. Executables of this session must not be run afterwards."""
         self.device.close()
+
+    def roofline(self, *, again: bool = False) -> Roofline | None:
+        """What the device can do at most; see `kernelforge.roofline.device_roofline`."""
+        return device_roofline(self.device, self.registry, again=again)
 
     def select(self, problem: Problem) -> Selection:
         """The kernel for `problem` on this session's device, with the reasons. Raises UsageError when there is none."""

@@ -18,6 +18,7 @@ def kernelforge_backends() -> Iterable[BackendSpec]:
             "kernelforge_cpu.backend:CpuBackend",
             "The processor, with compiled kernels.",
             fallback="kernelforge_cpu.kernels.reference:variant",
+            roofline="kernelforge_cpu.roofline:measure",
         ),
     )
 

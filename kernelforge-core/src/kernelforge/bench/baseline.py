@@ -88,3 +88,10 @@ def compare_reports(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[C
         spread = _MAD_TO_DEVIATION * max(old["latency"]["mad"], case["latency"]["mad"])
         changes.append(Change(case["name"], old["latency"]["median"], case["latency"]["median"], spread))
     return changes
+
+
+def lost_cases(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names of cases that succeeded before and that no kernel takes now."""
+    ran = {case["name"]: case.get("problem") for case in before["cases"] if case.get("status") == "ok"}
+    unsupported = [case for case in now["cases"] if case["status"] == "unsupported"]
+    return [case["name"] for case in unsupported if ran.get(case["name"]) == case["problem"]]

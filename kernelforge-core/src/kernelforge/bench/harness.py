@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from kernelforge.bench.latency import Latency
 from kernelforge.problem import Problem
+from kernelforge.roofline import standing_data
 from kernelforge.selection import Selection
 from kernelforge.tune.measure import Subject
 
 if TYPE_CHECKING:
     from kernelforge.op import Cost
+    from kernelforge.roofline import Roofline
     from kernelforge.session import Session
     from kernelforge.tune.verify import Error
 
@@ -26,15 +28,17 @@ class Prepared:
     error: Error
     tolerance: float
     subject: Subject
+    roofline: Roofline | None = None
 
     @property
     def latency(self) -> Latency:
         return Latency.of(self.subject.samples)
 
     def report(self) -> dict[str, Any]:
-        """The measurement as plain data: times in ms, speeds in 1e9 operations and bytes per second of the median
-        run."""
+        """The measurement as plain data: times in ms, speeds in 1e9 operations and bytes per second of the median run
+        and as shares of what the device can do."""
         latency = self.latency
+        standing = None if self.roofline is None else self.roofline.standing(self.cost, latency.median)
         return {
             "problem": str(self.problem),
             "variant": self.selection.variant.name,
@@ -44,6 +48,7 @@ class Prepared:
             "latency": latency.milliseconds(),
             "gflops": gigas(self.cost.flops, latency.median),
             "gbytes_s": gigas(self.cost.bytes, latency.median),
+            **standing_data(standing),
             "rel_error": float(f"{self.error.largest:.3g}"),
             "rel_error_l2": float(f"{self.error.norm:.3g}"),
             "tolerance": float(f"{self.tolerance:.3g}"),
@@ -70,7 +75,8 @@ def prepare(session: Session, problem: Problem, *, variant: str | None = None) -
     error = workload.verify(executable)
     inputs = workload.timing_inputs()
     subject = Subject(lambda repeats: executable.measure(inputs, repeats=repeats))
-    return Prepared(problem, selection, workload.op.problem_cost(problem), error, workload.tolerance, subject)
+    cost = workload.op.problem_cost(problem)
+    return Prepared(problem, selection, cost, error, workload.tolerance, subject, session.roofline())
 
 
 def gigas(amount: int, seconds: float) -> float:

@@ -132,8 +132,10 @@ def run_suite(
     repeat: int = 5,
     progress: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
-    """Run all cases: schema, target, device, environment, unix_time, and `cases` in order."""
+    """Measure the device's limits, then run all cases: schema, target, device, roofline, environment, unix_time, and
+    `cases` in order."""
     info = session.device.info
+    roofline = session.roofline(again=True)
     reports = []
     for case in cases:
         reports.append(run_case(session, case, repeat=repeat))
@@ -142,6 +144,7 @@ def run_suite(
         "schema": SCHEMA,
         "target": info.target,
         "device": {"name": info.name, "fingerprint": info.fingerprint, "threads": info.threads},
+        "roofline": None if roofline is None else roofline.as_data(),
         "environment": dict(environment),
         "unix_time": round(time.time(), 3),
         "cases": reports,

@@ -9,13 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from kernelforge.bench.baseline import THRESHOLD, Change, compare_reports, load_report
+from kernelforge.bench.baseline import THRESHOLD, Change, compare_reports, load_report, lost_cases
 from kernelforge.bench.dispatch import measure_dispatch
 from kernelforge.bench.matmul import benchmark_matmul, matmul_problem
 from kernelforge.bench.suite import CASES, chosen_cases, run_case, run_suite
 from kernelforge.cli import output
 from kernelforge.cli.options import Constant, Dtype, Variant, open_session, write_file
 from kernelforge.errors import KernelForgeError, RegressionError, WrongResultError
+from kernelforge.roofline import STANDING_HEADERS, Roofline
 from kernelforge.session import Session
 from kernelforge.variant import config_key
 
@@ -85,15 +86,19 @@ def suite(
         environment = output.environment()
         report = run_suite(session, cases, environment, repeat=repeat, progress=lambda name: bar.advance(say=name))
         changes = [] if before is None else _confirmed(session, before, report, threshold, repeat)
+    lost = [] if before is None else lost_cases(before, report)
     out.data = report
+    if report["roofline"] is not None:
+        out.print(f"{Roofline.from_data(report['roofline'])}\n")
     _print_cases(report["cases"])
     if before is not None:
         report["comparison"] = [_as_data(change, threshold) for change in changes]
+        report["comparison"] += [{"name": name, "verdict": "unsupported"} for name in lost]
         _print_changes(changes, threshold)
     if file is not None:
         write_file(file, json.dumps(report, indent=1) + "\n")
         out.print(f"\nreport: {file}")
-    _raise_for(report["cases"], [c for c in changes if c.verdict(threshold) == "slower"])
+    _raise_for(report["cases"], [c for c in changes if c.verdict(threshold) == "slower"], lost)
     return report
 
 
@@ -116,12 +121,18 @@ def _print_cases(cases: list[dict[str, Any]]) -> None:
     for case in cases:
         if case["status"] == "ok":
             latency = case["latency"]
-            times = [latency["median"], latency["p95"], case["gflops"], case["gbytes_s"], case["rel_error"]]
-            rows.append([case["name"], case["variant"], *times, ""])
+            times = [latency["median"], latency["p95"], case["gflops"], case["gbytes_s"]]
+            shares = [_percent(case["of_bandwidth"]), _percent(case["of_peak"]), case["limit"] or ""]
+            rows.append([case["name"], case["variant"], *times, *shares, case["rel_error"], ""])
         else:
-            rows.append([case["name"], case["status"], None, None, None, None, None, case["message"]])
+            rows.append([case["name"], case["status"], *[None] * 8, case["message"]])
     out = output.current()
-    out.table(["case", "variant", "median ms", "p95 ms", "GFLOP/s", "GB/s", "rel. error", ""], rows)
+    headers = ["case", "variant", "median ms", "p95 ms", "GFLOP/s", "GB/s", *STANDING_HEADERS, "rel. error", ""]
+    out.table(headers, rows)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
 
 
 def _print_changes(changes: list[Change], threshold: float) -> None:
@@ -143,7 +154,7 @@ def _as_data(change: Change, threshold: float) -> dict[str, Any]:
     }
 
 
-def _raise_for(cases: list[dict[str, Any]], slower: list[Change]) -> None:
+def _raise_for(cases: list[dict[str, Any]], slower: list[Change], lost: list[str]) -> None:
     """Raises WrongResultError, KernelForgeError or RegressionError, naming the cases."""
     wrong = [c for c in cases if c["status"] == "wrong-result"]
     if wrong:
@@ -152,6 +163,11 @@ def _raise_for(cases: list[dict[str, Any]], slower: list[Change]) -> None:
     broken = [c for c in cases if c["status"] == "error"]
     if broken:
         raise KernelForgeError(f"failed: {', '.join(c['name'] for c in broken)}: {broken[0]['message']}")
+    regressions = []
     if slower:
         named = ", ".join(f"{c.name} ({c.before_ms:.4g} -> {c.now_ms:.4g} ms, {c.ratio:.2f} x)" for c in slower)
-        raise RegressionError(f"slower than the baseline: {named}")
+        regressions.append(f"slower than the baseline: {named}")
+    if lost:
+        regressions.append(f"no kernel takes what ran in the baseline: {', '.join(lost)}")
+    if regressions:
+        raise RegressionError("; ".join(regressions))

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
+from contextlib import closing
 from importlib import metadata
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from kernelforge import __version__
 from kernelforge.cli import output
@@ -14,14 +18,24 @@ from kernelforge.cli.output import Output
 from kernelforge.errors import DeviceError, KernelForgeError
 from kernelforge.home import cache_dir, home, records_path
 from kernelforge.registry import Registry
+from kernelforge.roofline import Roofline, device_roofline
+from kernelforge.variant import DeviceInfo
 
 TOOLCHAIN = ("torch-mlir", "numpy", "llvmlite", "numba", "wgpu", "tokenizers", "safetensors")
 """Distributions whose versions explain most differences between machines."""
 
 
-def doctor() -> dict[str, Any]:
-    """Show what works here and what does not. Fails only when no target has a device."""
+def doctor(
+    measure: Annotated[bool, typer.Option("--measure", help="Measure the limits of the devices again.")] = False,
+) -> dict[str, Any]:
+    """Show what works here and what does not. Fails only when no target, or not the one asked for, has a device.
+
+    The limits of each device (memory bandwidth, peaks of arithmetic) are measured the first time and kept.
+    """
     out = output.current()
+    targets = [out.requested_target] if out.requested_target else list(out.registry.backends)
+    for target in targets:
+        out.registry.backend_spec(target)
     problems: list[dict[str, str]] = []
 
     def problem(what: str, hint: str) -> None:
@@ -30,7 +44,7 @@ def doctor() -> dict[str, Any]:
     out.data = {
         "versions": _versions(out),
         "machine": _machine(out),
-        "devices": _devices(out, out.registry, problem),
+        "devices": _devices(out, targets, problem, again=measure),
         "plugins": _plugins(out, out.registry, problem),
         "state": _state(out, problem),
         "problems": problems,
@@ -39,7 +53,8 @@ def doctor() -> dict[str, Any]:
     for entry in problems:
         out.print(f"problem: {entry['problem']}\n   hint: {entry['hint']}")
     if not any(out.data["devices"].values()):
-        raise DeviceError("no target has a device here", hint="pip install kernelforge-cpu")
+        where = f"target '{targets[0]}' has no device here" if out.requested_target else "no target has a device here"
+        raise DeviceError(where, hint="pip install kernelforge-cpu")
     out.print(f"problems found: {len(problems) or 'none'}")
     return out.data
 
@@ -78,10 +93,11 @@ def _machine(out: Output) -> dict[str, Any]:
     }
 
 
-def _devices(out: Output, registry: Registry, problem: Any) -> dict[str, list[dict[str, Any]]]:
-    """The devices of each target. A backend that fails is a problem, and ends nothing."""
+def _devices(out: Output, targets: Sequence[str], problem: Any, *, again: bool) -> dict[str, list[dict[str, Any]]]:
+    """The devices of each target with their limits. A backend that fails is a problem, and ends nothing."""
+    registry = out.registry
     found: dict[str, list[dict[str, Any]]] = {}
-    for target in registry.backends:
+    for target in targets:
         found[target] = []
         try:
             infos = registry.backend(target).devices()
@@ -97,6 +113,9 @@ def _devices(out: Output, registry: Registry, problem: Any) -> dict[str, list[di
             threads = f"{info.threads} thread{'s' if info.threads != 1 else ''}"
             features = "".join(f" {feature}" for feature in sorted(info.features))
             out.print(f"device    {target}: {info.name}, {threads}" + (f",{features}" if features else ""))
+            roofline = _roofline(out, target, info, problem, again=again)
+            if roofline is not None:
+                out.print(f"          at most: {roofline}")
             found[target].append(
                 {
                     "name": info.name,
@@ -104,9 +123,22 @@ def _devices(out: Output, registry: Registry, problem: Any) -> dict[str, list[di
                     "threads": info.threads,
                     "features": info.features,
                     "limits": dict(info.limits),
+                    "roofline": None if roofline is None else roofline.as_data(),
                 }
             )
     return found
+
+
+def _roofline(out: Output, target: str, info: DeviceInfo, problem: Any, *, again: bool) -> Roofline | None:
+    if out.registry.backend_spec(target).roofline is None:
+        return None
+    try:
+        with closing(out.registry.backend(target).open(info.name, threads=out.threads)) as device:
+            return device_roofline(device, out.registry, again=again)
+    except Exception as error:
+        what = f"the limits of {target} ({info.name}) cannot be measured: {type(error).__name__}: {error}"
+        problem(what, _look(out.registry, target))
+        return None
 
 
 def _look(registry: Registry, target: str) -> str:

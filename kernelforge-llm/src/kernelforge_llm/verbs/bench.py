@@ -71,8 +71,9 @@ def llm_bench(
         notes: list[str] = []
         traced = {}
         if explain:
+            half = depth + gen_tokens // 2
             traced = explained(
-                decoder, notes.append, prompt=prompt_tokens, depth=depth, decode_depth=depth + gen_tokens // 2
+                decoder, notes.append, prompt=prompt_tokens, depth=depth, decode_depth=half, measure=True
             )
     del runs[0]  # the warm-up: compiles, touches the memory
     beside = {name: measured[1:] for name, measured in beside.items()}

@@ -21,21 +21,33 @@ REPEATS = 30
 
 
 def explained(
-    decoder: Decoder, say: Callable[[str], None], *, prompt: int, depth: int, decode_depth: int
+    decoder: Decoder,
+    say: Callable[[str], None],
+    *,
+    prompt: int,
+    depth: int,
+    decode_depth: int,
+    measure: bool = False,
 ) -> dict[str, Any]:
     """Explain a prefill of `prompt` tokens after `depth`, and a decode step after `decode_depth`, by name. `say` gets what
-    there is to read."""
+    there is to read. `measure` measures the device's limits in this run, too, instead of taking what is known."""
     from kernelforge_llm.model import PREFILL_TOKENS
 
     found: dict[str, Any] = {}
+    roofline = decoder.session.roofline(again=measure)
+    if roofline is not None:
+        say(f"\nthe device's limits: {roofline}")
     for name, tokens, before in (("prefill", min(prompt, PREFILL_TOKENS), depth), ("decode", 1, decode_depth)):
         explanation = decoder.explain(tokens, before, repeats=1)
         repeats = min(int(SECONDS / (explanation.seconds or SECONDS)), REPEATS)
         if repeats > 1:
             explanation = decoder.explain(tokens, before, repeats=repeats)
+        explanation = explanation.beside(roofline)
         data = {"tokens": tokens, "depth": before, **explanation.as_data()}
         counted = f"{tokens} token{'s' if tokens > 1 else ''} after {before}"
         say(f"\n{name}, {counted}: {data['seconds'] * 1e3:.3g} ms in {data['steps']} steps")
         say(aligned(*explanation.table()))
+        if verdict := explanation.verdict():
+            say(verdict)
         found[name] = data
     return found
