@@ -28,6 +28,7 @@ AUTHORS = (
     "kernelforge.backend",
     "kernelforge.roofline",
     "kernelforge.importer",
+    "kernelforge.testing",
     "kernelforge.cli.output",
     "kernelforge.errors",
     "kernelforge_cpu.authoring",

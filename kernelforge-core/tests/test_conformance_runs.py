@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,11 +14,18 @@ import numpy as np
 import pytest
 from mutant_target import Call, Plugin, honest, registry, variant
 
+from kernelforge import builtin
 from kernelforge.cli import conformance_verbs as verbs
 from kernelforge.cli.output import Output, use
 from kernelforge.errors import PluginError, UsageError, WrongResultError
+from kernelforge.hookspecs import hookimpl, hookspec
+from kernelforge.lazy import Ref
+from kernelforge.plugins import load_registry
+from kernelforge.provenance import BUILTIN, Provenance
 from kernelforge.registry import Registry
+from kernelforge.testing import assert_conformant
 from kernelforge.testing.bench import Bench
+from kernelforge.testing.case import Case, Outcome, run_case
 from kernelforge.testing.collect import Scope, collect, expectations, plugin_status, variants_of
 from kernelforge.testing.report import as_data, html_text, json_text, junit_text, summary
 from kernelforge.testing.runner import Report, Request, run_plugin
@@ -126,6 +134,23 @@ def test_no_case_is_a_failure() -> None:
         verbs.run("Plugin", 1, op="no-such-op", in_process=True)
 
 
+def test_a_plugin_asserts_in_its_own_tests_that_it_is_conformant(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_conformant("core", level=1, variant="grid")
+    with pytest.raises(AssertionError, match="0 cases"):
+        assert_conformant("core", level=1, variant="no-such-variant")
+    monkeypatch.setattr("kernelforge.registry.default_registry", lambda: registry(Plugin([WRONG])))
+    monkeypatch.setattr("kernelforge.testing.runner._run_apart", lambda cases, *_: {c.id: run_here(c) for c in cases})
+    with pytest.raises(AssertionError, match="2 failed") as raised:
+        assert_conformant("Plugin", level=1, variant="half")
+    assert "\n\nFAILED mutant/transformer.silu/half/1/f16" in str(raised.value)
+    assert "\n  kernelforge conformance run Plugin --case mutant/transformer.silu/half/1/f16" in str(raised.value)
+
+
+def run_here(case: Case) -> Outcome:
+    with Bench(registry(Plugin([WRONG]))) as bench:
+        return run_case(case, bench)
+
+
 def test_cases_are_listed_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
     with use(FakeOutput(registry(Plugin([WRONG])))):
         listed = verbs.list_cases("Plugin", 1)
@@ -154,6 +179,54 @@ def test_the_variant_that_runs_is_the_one_that_is_tested() -> None:
     ids = collect_ids(Plugin([WRONG]))
     assert any("/numpy/" in i for i in ids)
     assert all(i.split("/")[0] in ("mutant", "backend") for i in ids)
+
+
+def test_kernels_without_a_device_are_not_claimed() -> None:
+    away = replace(WRONG, target="nowhere")
+    given = registry(Plugin([away]))
+    report = run_plugin(given, Request("Plugin", 1, op="silu", variant="half", isolate=False))
+    assert [(o.status, o.message) for o in report.outcomes] == [("not-claimed", "unknown target 'nowhere'")]
+    assert not report.ok
+    with pytest.raises(UsageError, match="unknown target 'nowhere'"):
+        run_plugin(given, Request("Plugin", 1, target="nowhere", isolate=False))
+
+
+def test_a_kernel_of_no_op_fails() -> None:
+    report = run_plugin(
+        registry(Plugin([replace(WRONG, op="transformer.sillu")])), Request("Plugin", 1, variant="half", isolate=False)
+    )
+    assert [(o.case, o.kind) for o in report.failures] == [("mutant/transformer.sillu/half/1/op", "error")]
+    assert "unknown op 'transformer.sillu'" in report.failures[0].message
+
+
+@dataclass(frozen=True)
+class RecipeSpec:
+    name: str
+    load: Ref
+    provenance: Provenance = BUILTIN
+
+
+class RecipeHooks:
+    @hookspec
+    def kernelforge_recipes(self) -> list[RecipeSpec]:
+        return []
+
+
+class Recipes:
+    kernelforge_hookspecs = RecipeHooks
+
+    @hookimpl
+    def kernelforge_recipes(self) -> list[RecipeSpec]:
+        return [RecipeSpec("there", "json:loads"), RecipeSpec("gone", "json:no_such_name")]
+
+
+def test_what_is_registered_under_a_plugins_own_hook_must_be_there() -> None:
+    given = load_registry(entry_points=[], extra_plugins=[builtin, Recipes()])
+    report = run_plugin(given, Request("Recipes", isolate=False))
+    assert [(o.case, o.status) for o in report.outcomes] == [
+        ("recipes/there/1/loads", "passed"),
+        ("recipes/gone/1/loads", "failed"),
+    ]
 
 
 # --- the installed suite, from outside ---

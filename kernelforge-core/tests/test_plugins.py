@@ -385,9 +385,24 @@ def test_home_that_cannot_be_written(site: Site, tmp_path: Path) -> None:
     assert "good" in ran.stdout
 
 
-def test_interrupted_import_is_not_swallowed(site: Site, load: Callable[..., Registry]) -> None:
+def test_an_import_that_is_interrupted_at_once_is_tried_again(site: Site, load: Callable[..., Registry]) -> None:
     site.add("slow", "raise KeyboardInterrupt")
-    with pytest.raises(KeyboardInterrupt):
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            load()
+
+
+def test_an_import_that_is_interrupted_after_a_while_is_named_and_quarantined(
+    site: Site, load: Callable[..., Registry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kernelforge.discovery.QUICK_S", 0.0)
+    site.add("slow", "raise KeyboardInterrupt")
+    with (
+        pytest.warns(
+            KernelForgeWarning, match=r"interrupted while importing plugin slow \(acme-slow 1.0\): it is left out"
+        ),
+        pytest.raises(KeyboardInterrupt),
+    ):
         load()
     broken(load, "slow", "quarantined", "its import did not end last time")
 

@@ -15,6 +15,7 @@ from kernelforge import home
 from kernelforge.errors import AssetError, KernelForgeWarning
 from kernelforge.problem import Problem, parse_problem
 from kernelforge.provenance import Provenance
+from kernelforge.tune import record as record_module
 from kernelforge.tune.record import Record, RecordError, kernel_hash, parse_record
 from kernelforge.tune.records import NEAREST_LIMIT, RecordStore, distance
 from kernelforge.variant import DeviceInfo, KernelVariant
@@ -119,6 +120,43 @@ def test_the_kernel_hash_follows_source_version_and_distribution(
     assert len(hashes) == 5
     assert kernel_hash(one) == kernel_hash(replace(one, priority=5))
     assert "kernel_one" not in sys.modules
+
+
+def test_the_kernel_hash_covers_what_kernels_of_a_package_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hashed(emitter: str, large: bytes = b"") -> str:
+        """Of a kernel in a package with this emitter, as a fresh process sees it."""
+        for file, text in (("__init__.py", ""), ("emitter.py", emitter), ("kernels/matmul.py", "def build(): ...")):
+            (tmp_path / "shared_one" / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "shared_one" / file).write_text(text)
+        (tmp_path / "shared_one" / "table.bin").write_bytes(large)
+        (tmp_path / "shared_one" / "__pycache__").mkdir(exist_ok=True)
+        (tmp_path / "shared_one" / "__pycache__" / "emitter.pyc").write_text(f"of {emitter}")
+        record_module._source_digest.cache_clear()
+        record_module._files_digest.cache_clear()
+        return kernel_hash(replace(VARIANT, build="shared_one.kernels.matmul:build"))
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    first = hashed("WIDTH = 8")
+    assert first == hashed("WIDTH = 8")
+    assert first != hashed("WIDTH = 4")
+    assert hashed("", bytes(2 << 20)) != hashed("", bytes(3 << 20))
+    assert not any(name.startswith("shared_one") for name in sys.modules)
+
+
+def test_a_namespace_is_not_hashed_but_the_package_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("mine", "other"):
+        (tmp_path / "spread_one" / package).mkdir(parents=True)
+        (tmp_path / "spread_one" / package / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    mine = replace(VARIANT, build="spread_one.mine.kernels:build")
+    before = kernel_hash(mine)
+    for package, differs in (("other", False), ("mine", True)):
+        (tmp_path / "spread_one" / package / "emitter.py").write_text("changed")
+        record_module._source_digest.cache_clear()
+        record_module._files_digest.cache_clear()
+        assert (kernel_hash(mine) != before) == differs
 
 
 # the file

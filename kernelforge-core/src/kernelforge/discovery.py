@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ GIVEN = "given as an object"
 """Instead of a distribution, of a plugin that was not installed."""
 
 UNKNOWN = "unknown distribution"
+
+QUICK_S = 2.0
+"""An import that is interrupted sooner than this is not taken for one that does not end."""
 
 _CORE_REQUIREMENT = re.compile(r"kernelforge[-_.]+core(?![\w.-])", re.IGNORECASE)
 
@@ -85,14 +89,26 @@ class Candidate:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Leave a trace if its code does not end meanwhile, unless it is known to. Interruptions count as no end."""
+        """Leave a trace if its code does not end meanwhile, unless it is known to.
+
+        An interruption counts as no end where somebody may have waited for it, and the plugin is named.
+        """
         if self._tested:
             yield
             return
         self.quarantine.begin()
+        start = time.monotonic()
         try:
             yield
         except KeyboardInterrupt:
+            if time.monotonic() - start < QUICK_S:
+                self.quarantine.end()
+            else:
+                message = (
+                    f"interrupted while importing plugin {self.provenance}: it is left out from the next start on; "
+                    f"`kernelforge plugins retry {self.name}` imports it again"
+                )
+                warnings.warn(KernelForgeWarning(message), stacklevel=2)
             raise
         except BaseException:
             self.quarantine.end()

@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Any
 
-from kernelforge.errors import PluginError, UsageError
+from kernelforge.errors import DeviceError, PluginError, UsageError
 from kernelforge.hookspecs import GROUP
 from kernelforge.registry import PluginStatus, Registry, lookup
 from kernelforge.testing.bench import Bench
@@ -72,9 +72,10 @@ class Scope:
 
 
 def collect(bench: Bench, scope: Scope) -> list[Case]:
-    """The cases that are meant, in an order that does not change.
+    """The cases that are meant, in an order that does not change. Kernels of a target without a device are not claimed.
 
-    Raises UsageError for an unknown plugin or two cases of one name, PluginError for a plugin that is not loaded.
+    Raises UsageError for an unknown plugin or two cases of one name, PluginError for a plugin that is not loaded,
+    DeviceError when the target that is asked for has no device.
     """
     from kernelforge.testing.backend_cases import backend_cases
     from kernelforge.testing.descriptor_cases import descriptor_cases
@@ -89,7 +90,14 @@ def collect(bench: Bench, scope: Scope) -> list[Case]:
     for kind in (descriptor_cases, dialect_cases, pass_cases, tuner_cases, backend_cases):
         cases += kind(registry, scope.plugin)
     for variant in filter(scope.wants_kernel, variants_of(registry, scope.plugin)):
-        info = bench.session(variant.target).device.info
+        try:
+            info = bench.session(variant.target).device.info
+        except (DeviceError, UsageError) as error:  # it has no device here, or is not installed
+            if scope.target is not None:
+                raise
+            reason = str(error)
+            cases.append(Case(f"{variant.key}/1/device", 1, variant.op, variant.name, _nothing, not_claimed=reason))
+            continue
         cases += kernel_cases(variant, registry.ops[variant.op], info, scope.upto)
     kept = [case for case in cases if case.level <= scope.upto and scope.wants(case)]
     names = [case.id for case in kept]
@@ -107,6 +115,10 @@ def variants_of(registry: Registry, plugin: str) -> list[KernelVariant]:
         for op in registry.ops:
             found += _own(registry.variants(op, target), plugin)
     return found
+
+
+def _nothing(bench: Bench) -> None:
+    """Of a case that is not claimed."""
 
 
 def expectations(plugin: str) -> Expectations:

@@ -1,17 +1,20 @@
-"""Cases of commands and importers: what a descriptor names can be loaded and is what it must be."""
+"""Cases of commands, importers and what other plugins' hooks are given: what a descriptor names can be loaded."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kernelforge.lazy import resolve
-from kernelforge.registry import command_key
+from kernelforge.plugins import DESCRIPTORS
+from kernelforge.registry import command_key, lookup
 from kernelforge.testing.bench import Bench
 from kernelforge.testing.case import Case, Failure
 
 if TYPE_CHECKING:
     from kernelforge.registry import Registry
+    from kernelforge.variant import KernelVariant
 
 NOWHERE = "no-such-model.of-any-kind"
 
@@ -26,7 +29,30 @@ def descriptor_cases(registry: Registry, plugin: str) -> list[Case]:
         if importer.provenance.plugin == plugin:
             check = partial(check_importer, name=name)
             cases.append(Case(f"importer/{name}/1/claims", 1, "importer", name, check))
+    for variant in registry.hooks.get("kernelforge_kernels", ()):
+        if variant.provenance.plugin == plugin and variant.op not in registry.ops:
+            check = partial(check_op, variant=variant)
+            cases.append(Case(f"{variant.key}/1/op", 1, variant.op, variant.name, check))
+    for hook in registry.hooks.keys() - DESCRIPTORS.keys():
+        kind = hook.partition("_")[2]
+        for descriptor in registry.extra(hook):
+            if descriptor.provenance.plugin == plugin:
+                check = partial(check_loads, descriptor=descriptor)
+                cases.append(Case(f"{kind}/{descriptor.name}/1/loads", 1, kind, descriptor.name, check))
     return cases
+
+
+def check_op(bench: Bench, variant: KernelVariant) -> None:
+    """A kernel of an op that no dialect has never runs. Raises UsageError."""
+    lookup("op", bench.registry.ops, variant.op)
+
+
+def check_loads(bench: Bench, descriptor: Any) -> None:
+    """What it names can be imported. Raises whatever that raises."""
+    for field in fields(descriptor):
+        value = getattr(descriptor, field.name)
+        if str(field.type).startswith("Ref") and value is not None:
+            resolve(value)
 
 
 def check_command(bench: Bench, key: str) -> None:

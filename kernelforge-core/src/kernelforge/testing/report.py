@@ -33,11 +33,15 @@ def print_report(report: Report, out: Output) -> None:
         if outcome.status == "expected-failure":
             out.print(f"expected: {outcome.case}: {outcome.kind}: {outcome.message}")
     for outcome in report.failures:
-        out.print(f"\nFAILED {outcome.case}\n  {outcome.kind}: {outcome.message}")
-        out.print(f"  {reproduce(report.plugin, outcome.case)}")
+        out.print(f"\n{failure_text(report, outcome)}")
     for pattern in report.unused:
         out.warn(f"no case is named '{pattern}', which is announced to fail")
     out.print(f"\n{summary(report)}")
+
+
+def failure_text(report: Report, outcome: Outcome) -> str:
+    """What failed, how, and the command that repeats it."""
+    return f"FAILED {outcome.case}\n  {outcome.kind}: {outcome.message}\n  {reproduce(report.plugin, outcome.case)}"
 
 
 def summary(report: Report) -> str:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kernelforge.registry import Registry
 
 START_S = 180.0
-"""Until a worker that does not get ready is given up."""
+"""Until a worker that does not get ready is given up, if a case has no more."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Worker:
     def run(self, case: str, timeout_s: float) -> Outcome:
         """Raises PluginError when the process cannot even collect the cases."""
         if self._process is None:
-            self._start()
+            self._start(max(START_S, timeout_s))
         self._send({"case": case})
         note = ""
         while True:
@@ -73,7 +73,7 @@ class Worker:
             else:
                 return Outcome(**reply["outcome"])
 
-    def _start(self) -> None:
+    def _start(self, timeout_s: float) -> None:
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  # outlives this
         self._process = subprocess.Popen(
             [sys.executable, "-c", "from kernelforge.testing.worker import serve; serve()"],
@@ -88,11 +88,11 @@ class Worker:
         threading.Thread(target=_read, args=(self._process, self._replies), daemon=True).start()
         self._send(asdict(self._setup))
         try:
-            reply = self._replies.get(timeout=START_S)
+            reply = self._replies.get(timeout=timeout_s)
         except queue.Empty:
             self.close()
             raise PluginError(
-                f"the cases of '{self._setup.scope.plugin}' are not collected within {START_S:g} s"
+                f"the cases of '{self._setup.scope.plugin}' are not collected within {timeout_s:g} s"
             ) from None
         if reply is None:
             raise PluginError(f"collecting the cases of '{self._setup.scope.plugin}': {self._end()}")

@@ -122,10 +122,15 @@ def parse_record(line: str) -> Record:
     return Record(**values)
 
 
-def kernel_hash(variant: KernelVariant) -> str:
-    """Identifies the code behind a variant: the source of the module that builds it, its version, its distribution's.
+LARGE = 1 << 20
+"""Bytes of a file that is no source: its size stands for its contents."""
 
-    The module is found, not imported.
+
+def kernel_hash(variant: KernelVariant) -> str:
+    """Identifies the code behind a variant: all sources of the package that builds it, since kernels share what emits them,
+    its version and its distribution's.
+
+    The package is found, not imported.
     """
     build = variant.build
     module = build.partition(":")[0] if isinstance(build, str) else build.__module__
@@ -135,12 +140,37 @@ def kernel_hash(variant: KernelVariant) -> str:
 
 @cache
 def _source_digest(module: str) -> str:
-    """Digest of a module's file; empty when it has none that can be read."""
+    """Digest of the outermost package that a module lies in, or of its only file; empty when nothing can be read."""
+    name, _, inner = module.partition(".")
+    while (file := _file_of(name)) is None and inner:  # a namespace, shared with other distributions
+        part, _, inner = inner.partition(".")
+        name = f"{name}.{part}"
+    return "" if file is None else _files_digest(file)
+
+
+@cache
+def _files_digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    files = sorted(file.parent.rglob("*")) if file.name == "__init__.py" else [file]
+    try:
+        for each in files:
+            if each.is_file() and "__pycache__" not in each.parts:
+                size = each.stat().st_size
+                digest.update(f"{each.relative_to(file.parent).as_posix()} {size}\n".encode())
+                if size < LARGE:
+                    digest.update(each.read_bytes())
+    except OSError:
+        return ""
+    return digest.hexdigest()
+
+
+def _file_of(module: str) -> Path | None:
+    """The file of a module, which is not imported; None when it has none."""
     origin = getattr(sys.modules.get(module), "__file__", None)
     try:
         if origin is None:
             spec = find_spec(module)
             origin = spec.origin if spec is not None else None
-        return hashlib.sha256(Path(origin).read_bytes()).hexdigest() if origin else ""
-    except (ImportError, ValueError, OSError):
-        return ""
+    except (ImportError, ValueError):
+        return None
+    return Path(origin) if origin and Path(origin).is_file() else None
