@@ -28,8 +28,8 @@ def test_it_is_registered() -> None:
 def test_claims_models_and_nothing_else(importer: Importer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for source in (str(LLAMA), str(LLAMA / "model.safetensors"), "tinypy", "llama-1b", "org/name-1.5B"):
         assert importer.claims(source), source
-    (tmp_path / "model.gguf").touch()
-    for source in (str(tmp_path), str(tmp_path / "model.gguf"), str(tmp_path / "gone"), "llama", "a/b/c", ""):
+    (tmp_path / "model.onnx").touch()
+    for source in (str(tmp_path), str(tmp_path / "model.onnx"), str(tmp_path / "gone"), "llama", "a/b/c", ""):
         assert not importer.claims(source), source
     monkeypatch.chdir(tmp_path)
     (tmp_path / "llama-1b").mkdir()

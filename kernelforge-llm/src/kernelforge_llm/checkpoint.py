@@ -23,13 +23,17 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from kernelforge_llm.tokenizer import Tokenizer
+
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_FOLDER_HINT = "a model is a folder with config.json, model.safetensors and tokenizer.json, or org/name on the Hub"
+_FOLDER_HINT = (
+    "a model is a folder with config.json, model.safetensors and tokenizer.json, a GGUF file, or org/name on the Hub"
+)
 
 
 class TensorSource(Protocol):
@@ -120,14 +124,14 @@ def save_checkpoint(
     tensors: TensorSource,
     *,
     generation: Mapping[str, Any] | None = None,
-    tokenizer_from: Path | None = None,
+    tokenizer_from: Path | Tokenizer | None = None,
     shard_bytes: int = 2_000_000_000,
 ) -> None:
     """Writes a standard folder: config.json, generation_config.json (if not empty), weights, tokenizer files.
 
-    The tokenizer files are copied from the folder `tokenizer_from`. Above `shard_bytes` the weights are split, with an
-    index; one shard at a time is in memory. A new folder appears whole or not at all; in one that is there already,
-    each file is replaced at once and others are left alone.
+    The tokenizer's files are copied from the folder `tokenizer_from`, or written from a tokenizer. Above `shard_bytes`
+    the weights are split, with an index; one shard at a time is in memory. A new folder appears whole or not at all; in
+    one that is there already, each file is replaced at once and others are left alone.
 
     Raises `UsageError` if `folder` is a file, `KernelForgeError` if it cannot be written.
     """
@@ -141,9 +145,12 @@ def save_checkpoint(
         _write_json(draft / CONFIG_FILE, config)
         if generation:
             _write_json(draft / GENERATION_FILE, generation)
-        for name in TOKENIZER_FILES:
-            if tokenizer_from is not None and (tokenizer_from / name).is_file():
-                shutil.copyfile(tokenizer_from / name, draft / name)
+        if isinstance(tokenizer_from, Path):
+            for name in TOKENIZER_FILES:
+                if (tokenizer_from / name).is_file():
+                    shutil.copyfile(tokenizer_from / name, draft / name)
+        elif tokenizer_from is not None:
+            tokenizer_from.save(draft)
         _write_weights(draft, tensors, shard_bytes)
         if not folder.exists():
             draft.replace(folder)

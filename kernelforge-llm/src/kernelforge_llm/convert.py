@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kernelforge.dtype import to_numpy
+from kernelforge.dtype import QUANTISED, from_numpy, to_numpy
+from kernelforge.quant import dequantize
 from kernelforge_llm.checkpoint import TensorSource
 
 if TYPE_CHECKING:
@@ -32,7 +33,10 @@ class _Converted:
         return to_numpy(self.target) if len(self.shape(name)) > 1 else self.source.dtype(name)
 
     def tensor(self, name: str) -> np.ndarray[Any, np.dtype[Any]]:
-        return self.source.tensor(name).astype(self.dtype(name), copy=False)
+        array = self.source.tensor(name)
+        if from_numpy(array.dtype) in QUANTISED:
+            array = dequantize(array)
+        return array.astype(self.dtype(name), copy=False)
 
 
 def converted(source: TensorSource, weights: WeightFormat) -> TensorSource:

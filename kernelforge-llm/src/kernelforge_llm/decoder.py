@@ -51,9 +51,9 @@ def load(
 ) -> Decoder:
     """Load a model for generation.
 
-    `path` is a Hugging Face folder, `org/name` on the Hub, or None for the built-in `tinypy`. `weights` converts
-    matrices while compiling ("native" keeps the checkpoint's dtype; "q8" and "q4" quantise). `context` is the cache's
-    capacity in positions, by default the model's own up to 4096; `sequences` how many it can hold side by side;
+    `path` is a Hugging Face folder, a GGUF file, `org/name` on the Hub, or None for the built-in `tinypy`. `weights`
+    converts matrices while compiling ("native" keeps the checkpoint's dtype; "q8" and "q4" quantise). `context` is the
+    cache's capacity in positions, by default the model's own up to 4096; `sequences` how many it can hold side by side;
     `kv_dtype` what it keeps keys and values in ("auto": f16 beside f16 or quantised weights, else f32).
     Raises AssetError for a missing or broken checkpoint, DeviceError when the target is not usable.
     """

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 from kernelforge.importer import ImportedModel
 from kernelforge_llm.checkpoint import REPO_ID
 from kernelforge_llm.config import CONFIG_FILE
+from kernelforge_llm.gguf import is_gguf
 from kernelforge_llm.shapes import NAMED_SHAPES
 
 if TYPE_CHECKING:
@@ -15,10 +16,13 @@ if TYPE_CHECKING:
 
 
 class LlmImporter:
-    """Reads Hugging Face folders, `org/name` on the Hub, and named shapes (with random weights; `tinypy` is real)."""
+    """Reads Hugging Face folders, `org/name` on the Hub, GGUF files, and named shapes (with random weights; `tinypy` is
+    real)."""
 
     def claims(self, source: str) -> bool:
         path = Path(source).expanduser()
+        if is_gguf(path):
+            return True
         if path.exists():
             folder = path if path.is_dir() else path.parent
             return (folder / CONFIG_FILE).is_file()

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from kernelforge.dtype import QUANTISED
+from kernelforge.dtype import QUANTISED, from_numpy, to_numpy
 from kernelforge.errors import UsageError
 from kernelforge.importer import Program
 from kernelforge_llm.architecture import Architecture, find_architecture
@@ -102,7 +102,13 @@ class Model:
     @property
     def cache_dtype(self) -> str:
         """The dtype of the cache's buffers."""
-        return cache_dtype(self.kv_dtype, self.weights)
+        return cache_dtype(self.kv_dtype, "f16" if self.weights == "native" and self._stored_small else self.weights)
+
+    @property
+    def _stored_small(self) -> bool:
+        """Whether the source has all its matrices in f16 or quantised."""
+        tensors, small = self.source.tensors, [to_numpy(name) for name in ("f16", *QUANTISED)]
+        return all(tensors.dtype(name) in small for name in tensors.names() if len(tensors.shape(name)) > 1)
 
     @property
     def programs(self) -> tuple[Program, Program]:
@@ -123,7 +129,7 @@ class Model:
 
         config = self.config
         g = Graph("main")
-        table = WeightTable(g, self.source.tensors, self.weights, str(self.source.folder or self.source.name))
+        table = WeightTable(g, self.source.tensors, self.weights, str(self.source.path or self.source.name))
         cache_shape = (self.sequences, self.context, config.num_kv_heads, config.head_dim)
         tokens, positions, slots = (g.input(name, ("tokens",), "i32") for name in ("tokens", "positions", "slots"))
         rows = g.input("rows", ("rows",), "i32")
@@ -149,16 +155,18 @@ class Model:
 
         Raises UsageError for a quantised format, and as `save_checkpoint`.
         """
-        if self.weights in QUANTISED:
+        tensors = self.source.tensors
+        kept = {from_numpy(tensors.dtype(name)) for name in tensors.names()} if self.weights == "native" else set()
+        if quantised := ({self.weights} | kept).intersection(QUANTISED):
             raise UsageError(
-                f"a safetensors folder cannot hold {self.weights} weights", hint="choose native, f32, bf16 or f16"
+                f"a safetensors folder cannot hold {min(quantised)} weights", hint="choose --weights f32, bf16 or f16"
             )
         save_checkpoint(
             Path(folder),
             converted_config(self.source.config, self.weights),
             converted(self.source.tensors, self.weights),
             generation=self.source.generation,
-            tokenizer_from=self.source.folder,
+            tokenizer_from=self.source.folder or self.source.tokenizer,
         )
 
 

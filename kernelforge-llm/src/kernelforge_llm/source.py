@@ -10,6 +10,7 @@ from typing import Any
 
 from kernelforge_llm.checkpoint import Checkpoint, TensorSource, resolve_model
 from kernelforge_llm.config import CONFIG_FILE, read_config
+from kernelforge_llm.gguf import is_gguf, open_gguf
 from kernelforge_llm.shapes import NAMED_SHAPES, random_checkpoint
 from kernelforge_llm.tokenizer import Tokenizer
 
@@ -27,21 +28,29 @@ class Source:
     """Content of generation_config.json; may be empty."""
     tensors: TensorSource
     tokenizer: Tokenizer | None = None
-    folder: Path | None = None
+    path: Path | None = None
+    """The folder or the file."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder, of a model that is one."""
+        return None if self.path is None or self.path.is_file() else self.path
 
     @property
     def config_file(self) -> str:
         """What to call the config in messages."""
-        return str(self.folder / CONFIG_FILE) if self.folder else f"the config of {self.name}"
+        return str(self.folder / CONFIG_FILE) if self.folder else str(self.path or f"the config of {self.name}")
 
 
 def open_source(path: str | os.PathLike[str] | None = None) -> Source:
-    """The model at `path`: a Hugging Face folder, `org/name` on the Hub, "tinypy" or None for the built-in one.
+    """The model at `path`: a Hugging Face folder, `org/name` on the Hub, a GGUF file; "tinypy" or None for the built-in one.
 
     Raises AssetError for a missing or broken one.
     """
     if path is None or (str(path) == "tinypy" and not Path(path).exists()):
         folder, name = TINYPY, "tinypy"
+    elif is_gguf(file := Path(path).expanduser()):
+        return open_gguf(file)
     else:
         folder = resolve_model(path)
         name = folder.resolve().name if Path(path).expanduser().exists() else str(path)

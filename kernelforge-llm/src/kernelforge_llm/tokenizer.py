@@ -38,7 +38,16 @@ class Tokenizer:
         if not path.is_file():
             return None
         content = read_json_object(path, _MOST_BYTES)
-        _check_prefix(path, content)
+        config_path = folder / "tokenizer_config.json"
+        config = read_json_object(config_path) if config_path.is_file() else {}
+        return cls.from_content(content, config, read_chat_template(folder, config), str(path))
+
+    @classmethod
+    def from_content(
+        cls, content: Mapping[str, Any], config: Mapping[str, Any], chat_template: str | None, where: str
+    ) -> Tokenizer:
+        """The tokenizer that the content of a tokenizer.json describes. Raises `AssetError`, naming `where`."""
+        _check_prefix(where, content)
         from tokenizers import Tokenizer as Backend
 
         try:
@@ -49,11 +58,18 @@ class Tokenizer:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic in the library's native code is no Exception
-            raise AssetError(f"{path} is not a tokenizer: {error}") from None
+            raise AssetError(f"{where} is not a tokenizer: {error}") from None
         special = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
-        config_path = folder / "tokenizer_config.json"
-        config = read_json_object(config_path) if config_path.is_file() else {}
-        return cls(backend, special, config, read_chat_template(folder, config))
+        if chat_template is not None and not isinstance(chat_template, str):
+            raise AssetError(f"{where} has a chat template that is not text")
+        return cls(backend, special, config, chat_template)
+
+    def save(self, folder: Path) -> None:
+        """Write it into a folder, as `load` reads it."""
+        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        config = {**self.config, **({} if self.chat_template is None else {"chat_template": self.chat_template})}
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
     @property
     def vocab_size(self) -> int:
@@ -101,7 +117,7 @@ class Tokenizer:
         return tokens
 
 
-def _check_prefix(path: Path, content: Mapping[str, Any]) -> None:
+def _check_prefix(where: str, content: Mapping[str, Any]) -> None:
     """Refuses merges that do not carry the model's subword prefix: the library aborts the process on them."""
     model = content.get("model")
     prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
@@ -112,4 +128,4 @@ def _check_prefix(path: Path, content: Mapping[str, Any]) -> None:
             merge.split(" ")[-1] if isinstance(merge, str) else merge[-1] if isinstance(merge, list) and merge else ""
         )
         if not isinstance(right, str) or not right.startswith(prefix):
-            raise AssetError(f"{path} is not a tokenizer: merge {merge!r} lacks the prefix {prefix!r}")
+            raise AssetError(f"{where} is not a tokenizer: merge {merge!r} lacks the prefix {prefix!r}")

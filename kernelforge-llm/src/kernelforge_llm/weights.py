@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Literal
 
-from kernelforge.dtype import GROUP, QUANTISED
-from kernelforge.errors import AssetError, KernelForgeWarning
+from kernelforge.dtype import FLOATS, GROUP, QUANTISED, from_numpy, to_numpy
+from kernelforge.errors import AssetError, KernelForgeWarning, UsageError
 from kernelforge_llm.checkpoint import missing_tensor
 
 if TYPE_CHECKING:
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 WeightFormat = Literal["native", "f32", "bf16", "f16", "q8", "q4"]
 """What matrices are converted to when a model is compiled; "native" leaves them as they are in the checkpoint."""
-
-_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
 
 _DERIVED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Endings of tensors that older checkpoints carry and that follow from the config."""
@@ -46,32 +44,42 @@ class WeightTable:
     def _tensor(self, name: str, shape: tuple[int, ...], wanted: WeightFormat) -> Tensor:
         if name not in self._made:
             tensor = self._g.constant(name, shape, self._checked_dtype(name, shape))
-            if wanted in QUANTISED:
-                if shape[-1] % GROUP == 0:
-                    self._made[name] = self._g.quantize(tensor, wanted)
-                    return self._made[name]
+            if wanted in QUANTISED and tensor.dtype != wanted and shape[-1] % GROUP:
                 self._left.append(name)
                 wanted = "native"
-            if wanted == "native" and tensor.dtype == "f64":
-                wanted = "f32"
-            self._made[name] = tensor if wanted in ("native", tensor.dtype) else self._g.cast(tensor, wanted)
+            self._made[name] = self._converted(tensor, wanted)
         return self._made[name]
+
+    def _converted(self, tensor: Tensor, wanted: WeightFormat) -> Tensor:
+        if wanted == "native":
+            return self._g.cast(tensor, "f32") if tensor.dtype == "f64" else tensor
+        if wanted == tensor.dtype:
+            return tensor
+        if tensor.dtype in QUANTISED:
+            tensor = self._g.dequantize(tensor, "f32" if wanted in QUANTISED else wanted)
+        if wanted in QUANTISED:
+            return self._g.quantize(tensor, wanted)
+        return tensor if tensor.dtype == wanted else self._g.cast(tensor, wanted)
 
     def _checked_dtype(self, name: str, shape: tuple[int, ...]) -> str:
         if name not in self._names:
             raise missing_tensor(name, tuple(sorted(self._names)), self._where)
-        found, dtype = tuple(self._source.shape(name)), self._source.dtype(name).name
+        found, dtype = tuple(self._source.shape(name)), self._source.dtype(name)
         if found != shape:
             raise AssetError(
                 f"{self._where}: tensor {name!r} has shape {list(found)}, its config.json asks for {list(shape)}",
                 hint="is this the config.json that belongs to the weights?",
             )
-        if dtype not in _DTYPES:
+        try:
+            known = from_numpy(dtype)
+        except UsageError:
+            known = ""
+        if known not in (*FLOATS, *QUANTISED):
             raise AssetError(
-                f"{self._where}: tensor {name!r} holds {dtype} numbers, which is not supported",
-                hint=f"supported: {', '.join(_DTYPES)}",
+                f"{self._where}: tensor {name!r} holds {dtype.name} numbers, which is not supported",
+                hint=f"supported: {', '.join(to_numpy(name).name for name in FLOATS)}",
             )
-        return _DTYPES[dtype]
+        return known
 
     def warn_not_quantised(self) -> None:
         """Warn of matrices that stay as they are in the checkpoint although they were to be quantised."""

@@ -13,7 +13,9 @@ from kernelforge_llm.weights import WeightFormat
 if TYPE_CHECKING:
     from kernelforge_llm.source import Source
 
-Model = Annotated[str | None, typer.Option(help="Folder, or org/name on the Hub; default: the built-in tinypy.")]
+Model = Annotated[
+    str | None, typer.Option(help="Folder, GGUF file, or org/name on the Hub; default: the built-in tinypy.")
+]
 Random = Annotated[str | None, typer.Option(metavar="SHAPE", help="Random weights at a named shape, not a model.")]
 Weights = Annotated[
     WeightFormat, typer.Option(help="Convert matrices, to 8 or 4 bits with q8 or q4; native leaves them.")
