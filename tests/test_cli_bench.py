@@ -51,11 +51,24 @@ def test_benchmark_matmul_beside_numpy() -> None:
 
 
 @pytest.mark.usefixtures("home")
+def test_benchmark_matmul_of_several_sizes_and_types() -> None:
+    sizes = ("--m", "1", "--m", "5", "--shape", "40x56", "--shape", "24x8", "--dtype", "f32", "--dtype", "f16")
+    data = kernelforge("benchmark-matmul", *sizes, "--peer", "numpy", "--repeat", "1", "--threads", "1")["data"]
+    assert [(r["m"], r["n"], r["k"], r["dtype"]) for r in data["cases"]] == [
+        (m, n, k, dtype) for n, k in ((40, 56), (24, 8)) for m in (1, 5) for dtype in ("f32", "f16")
+    ]
+    assert all(r["rel_error"] <= r["tolerance"] for r in data["cases"])
+    assert data["summary"]["f32"]["best_peer_min"] > 0
+    assert data["summary"]["f16"]["first_dtype_geomean"] > 0
+
+
+@pytest.mark.usefixtures("home")
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (("benchmark-matmul", "--variant", "nope"), 2, "unknown variant 'nope'"),
         (("benchmark-matmul", "--peer", "torch"), 2, "needs KERNELFORGE_PEER_PYTHON"),
+        (("benchmark-matmul", "--shape", "8x8x8"), 2, "--shape 8x8x8: not a shape of weights"),
         (("benchmark-matmul", "--m", "1", "--n", "100000000000", "--k", "1000000"), 1, "out of memory: "),
         (("--target", "tpu", "tune", "matmul", *SIZES), 2, "unknown target 'tpu'"),
         (("tune", "--model", "no/such/folder/model.onnx"), 13, "cannot read the model"),

@@ -15,7 +15,7 @@ from fake_target import Array, Kernel, Outputs, variant
 from kernelforge.bench import process
 from kernelforge.bench.baseline import Change, compare_reports, load_report
 from kernelforge.bench.latency import Latency
-from kernelforge.bench.matmul import benchmark_matmul, matmul_problem
+from kernelforge.bench.matmul import benchmark_matmul, matmul_problem, open_peers, summary
 from kernelforge.bench.peers import NumpyPeer, TorchPeer, open_peer
 from kernelforge.bench.suite import CASES, chosen_cases, run_case, run_suite
 from kernelforge.cli import bench_verbs, output
@@ -68,7 +68,9 @@ def test_matmul_reports_speed_variant_error_and_peers() -> None:
     space = ConfigSpace((("tile", (4, 8)),))
     with session(variant("mine", lambda c: Kernel(seconds=1e-4), space=space)) as opened:
         problem = matmul_problem(opened.registry, 64, 32, 16)
-        report = benchmark_matmul(opened, problem, peers=["numpy"], repeat=2)
+        with open_peers(["numpy"], 2) as peers:
+            (report,) = benchmark_matmul(opened, [problem], peers=peers, repeat=2)
+    assert (report["m"], report["n"], report["k"], report["dtype"]) == (64, 32, 16, "f32")
     assert (report["variant"], report["config"], report["config_source"]) == ("mine", {"tile": 4}, "default")
     assert report["latency_ms"] == 0.1
     assert report["gflops"] == pytest.approx(2 * 64 * 32 * 16 / 1e-4 / 1e9, rel=1e-3)
@@ -88,15 +90,43 @@ def test_a_wrong_result_is_never_timed() -> None:
     with session(variant("bad", lambda c: Kernel(wrong, on_measure=never))) as opened:
         problem = matmul_problem(opened.registry, 8, 8, 8)
         with pytest.raises(WrongResultError, match=r"result 'out' of transformer\.matmul has"):
-            benchmark_matmul(opened, problem)
+            benchmark_matmul(opened, [problem])
+
+
+def test_types_of_weights_take_turns_with_peers_of_the_first() -> None:
+    with session(variant("mine", lambda c: Kernel(seconds=1e-4))) as opened:
+        problems = [matmul_problem(opened.registry, 8, 4, 6, dtype) for dtype in ("f32", "bf16")]
+        with open_peers(["numpy"], 2) as peers:
+            reports = benchmark_matmul(opened, problems, peers=peers, repeat=2)
+    assert [r["dtype"] for r in reports] == ["f32", "bf16"]
+    assert [r["peers"]["numpy"]["computes"] for r in reports] == ["f32", "f32"]
+
+
+def test_a_summary_compares_with_the_better_peer_and_the_first_type() -> None:
+    def report(m: int, dtype: str, ms: float, *ratios: float) -> dict[str, Any]:
+        peers = {str(i): {"ratio": ratio} for i, ratio in enumerate(ratios)}
+        return {"m": m, "n": 1, "k": 1, "dtype": dtype, "latency_ms": ms, "peers": peers}
+
+    reports = [
+        report(1, "f32", 3.0, 2, 9),
+        report(1, "f16", 1.0, 6, 7),
+        report(2, "f32", 4.0, 8, 2),
+        report(2, "f16", 1.0, 9, 6),
+    ]
+    assert summary(reports) == {
+        "f32": {"best_peer_geomean": 2.0, "best_peer_min": 2.0},
+        "f16": {"best_peer_geomean": 6.0, "best_peer_min": 6.0, "first_dtype_geomean": 3.464, "first_dtype_min": 3.0},
+    }
+    assert summary([report(1, "f32", 3.0)]) == {"f32": {}}
 
 
 def test_a_variant_can_be_asked_for() -> None:
     with session(variant("a", priority=1), variant("b")) as opened:
         problem = matmul_problem(opened.registry, 8, 8, 8)
-        assert benchmark_matmul(opened, problem, variant="b", repeat=1)["variant"] == "b"
+        (report,) = benchmark_matmul(opened, [problem], variant="b", repeat=1)
+        assert report["variant"] == "b"
         with pytest.raises(UsageError, match="unknown variant 'c'"):
-            benchmark_matmul(opened, problem, variant="c")
+            benchmark_matmul(opened, [problem], variant="c")
 
 
 @pytest.mark.parametrize(
@@ -112,30 +142,34 @@ def test_matrices_that_are_none(sizes: tuple[int, int, int], dtype: str, message
 
 
 def test_numpy_widens_what_it_cannot_multiply() -> None:
-    assert NumpyPeer(2, 2, 2, "bf16", 1).computes == "f32"
-    assert NumpyPeer(2, 2, 2, "f64", 1).computes == "f64"
-    assert len(NumpyPeer(2, 2, 2, "f32", 1).run(3).samples) == 3
+    peer = NumpyPeer(1)
+    assert peer.load(2, 2, 2, "bf16") == "f32"
+    assert peer.load(2, 2, 2, "f64") == "f64"
+    assert len(peer.run(3).samples) == 3
 
 
 def test_without_threadpoolctl_numpys_threads_are_not_controlled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "threadpoolctl", None)
     with pytest.warns(KernelForgeWarning, match="threadpoolctl is not installed"):
-        peer = NumpyPeer(2, 2, 2, "f32", 1)
+        peer = NumpyPeer(1)
+    peer.load(2, 2, 2, "f32")
     assert len(peer.run(1).samples) == 1
 
 
 TORCH = """
-import os
+import os, time
+from types import SimpleNamespace
 __version__ = "9.9"
 float64, float32, bfloat16, float16 = "f64", "f32", "bf16", "f16"
-threads = None
 
-class no_grad:
+class inference_mode:
     def __enter__(self): pass
     def __exit__(self, *reason): pass
 
 class Tensor:
     def to(self, dtype): return self
+    def t(self): return self
+    def contiguous(self): return self
 
 def set_num_threads(n):
     assert os.environ["OMP_NUM_THREADS"] == str(n) == "2"
@@ -145,7 +179,15 @@ def empty(*shape, dtype): return Tensor()
 
 def matmul(a, b, out):
     if os.environ.get("DIE"): os._exit(3)
-    sum(range(2000))
+    time.sleep(0.01)
+
+def linear(a, w): raise RuntimeError("not for this type")
+def packed(a, w, *rest): sum(range(1000))
+
+nn = SimpleNamespace(functional=SimpleNamespace(linear=linear))
+backends = SimpleNamespace(mkldnn=SimpleNamespace(is_available=lambda: True))
+mkldnn = SimpleNamespace(_reorder_linear_weight=lambda w, m: w, _linear_pointwise=packed)
+ops = SimpleNamespace(mkldnn=mkldnn)
 """
 
 
@@ -160,11 +202,13 @@ def torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.usefixtures("torch")
 def test_torch_answers_from_a_process_of_its_own() -> None:
-    peer = TorchPeer(8, 8, 8, "bf16", 2)
+    peer = TorchPeer(2)
     try:
-        assert (peer.version, peer.computes) == ("9.9", "bf16")
+        assert peer.version == "9.9"
+        assert peer.load(8, 8, 8, "bf16") == "bf16"
         assert len(peer.run(5).samples) == 5
-        assert len(peer.run(2).samples) == 2
+        assert max(peer.run(2).samples) < 0.01, "not the quickest form"
+        assert peer.load(4, 8, 8, "f32") == "f32"
     finally:
         peer.close()
 
@@ -173,7 +217,8 @@ def test_torch_answers_from_a_process_of_its_own() -> None:
 def test_torch_is_measured_in_turn_with_ours() -> None:
     with session(variant("mine")) as opened:
         problem = matmul_problem(opened.registry, 8, 8, 8)
-        report = benchmark_matmul(opened, problem, peers=["torch", "numpy"], repeat=2)
+        with open_peers(["torch", "numpy"], 2) as peers:
+            (report,) = benchmark_matmul(opened, [problem], peers=peers, repeat=2)
     assert list(report["peers"]) == ["torch", "numpy"]
     assert report["peers"]["torch"]["version"] == "9.9"
 
@@ -181,40 +226,40 @@ def test_torch_is_measured_in_turn_with_ours() -> None:
 def test_torch_needs_an_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(process.PEER_PYTHON, raising=False)
     with pytest.raises(UsageError, match="the peer 'torch' needs KERNELFORGE_PEER_PYTHON") as raised:
-        open_peer("torch", 2, 2, 2, "f32", 2)
+        open_peer("torch", 2)
     assert "interpreter of an environment with torch" in str(raised.value.hint)
     monkeypatch.setenv(process.PEER_PYTHON, "/no/such/python")
     with pytest.raises(AssetError, match=r"KERNELFORGE_PEER_PYTHON=/no/such/python cannot be started"):
-        open_peer("torch", 2, 2, 2, "f32", 2)
+        open_peer("torch", 2)
 
 
 def test_an_interpreter_without_torch(torch: Path) -> None:
     (torch / "torch.py").write_text("raise ImportError('libtorch is missing')")
     with pytest.raises(AssetError, match=r"the peer 'torch' failed: ImportError: libtorch is missing") as raised:
-        open_peer("torch", 2, 2, 2, "f32", 2)
+        open_peer("torch", 2)
     assert sys.executable in str(raised.value.hint)
 
 
 def test_a_peer_that_dies_or_talks_nonsense(torch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIE", "1")
-    peer = TorchPeer(2, 2, 2, "f32", 2)
+    peer = TorchPeer(2)
     with pytest.raises(AssetError, match="the peer 'torch' failed: ended with 3"):
-        peer.run(1)
+        peer.load(2, 2, 2, "f32")
     (torch / "torch.py").write_text("print('hello from torch')\n" + TORCH)
     with pytest.raises(AssetError, match=r"the peer 'torch' failed: answered 'hello from torch\\n'"):
-        open_peer("torch", 2, 2, 2, "f32", 2)
+        open_peer("torch", 2)
 
 
 def test_a_peer_that_does_not_answer(torch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (torch / "torch.py").write_text("import sys; sys.stdin.read()")
     monkeypatch.setattr(process, "_START_S", 0.5)
     with pytest.raises(AssetError, match="the peer 'torch' failed: no answer within"):
-        open_peer("torch", 2, 2, 2, "f32", 2)
+        open_peer("torch", 2)
 
 
 def test_unknown_peers_are_refused() -> None:
     with pytest.raises(UsageError, match="unknown peer 'jax'") as raised:
-        open_peer("jax", 2, 2, 2, "f32", 2)
+        open_peer("jax", 2)
     assert raised.value.hint == "one of: numpy, torch"
 
 

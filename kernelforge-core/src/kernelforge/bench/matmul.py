@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
 from kernelforge.bench.harness import gigas, prepare
@@ -15,6 +16,7 @@ from kernelforge.problem import Problem, TensorType
 from kernelforge.tune.measure import Subject, measure_in_turn
 
 if TYPE_CHECKING:
+    from kernelforge.bench.peers import Peer
     from kernelforge.registry import Registry
     from kernelforge.session import Session
 
@@ -39,34 +41,67 @@ def matmul_problem(registry: Registry, m: int, n: int, k: int, dtype: str = "f32
 
 
 def benchmark_matmul(
-    session: Session, problem: Problem, *, variant: str | None = None, peers: Sequence[str] = (), repeat: int = 7
-) -> dict[str, Any]:
+    session: Session,
+    problems: Sequence[Problem],
+    *,
+    variant: str | None = None,
+    peers: Mapping[str, Peer] | None = None,
+    repeat: int = 7,
+) -> list[dict[str, Any]]:
     """Verify, then time ours and each peer in turn for `repeat` rounds of about 0.1 s.
 
-    The report of `Prepared`, and `peers` by name: latency_ms, gflops, ratio (our speed over the peer's), version,
-    computes. Raises WrongResultError before anything is timed; UsageError and AssetError for peers that cannot be
-    had.
+    The problems differ in the type of the weights alone; peers multiply those of the first. Returns for each the report of
+    `Prepared`, m, n, k, dtype, threads, and `peers` by name: latency_ms, gflops, ratio (our speed over the peer's), version,
+    computes (a dtype). Raises WrongResultError before anything is timed; UsageError and AssetError for peers that fail.
     """
-    m, k = problem.operand(0).static_shape()
-    n, dtype = problem.operand(1).static_shape()[1], problem.operand(1).dtype
-    threads = session.device.info.threads
-    with ExitStack() as stack:
-        opened = {name: stack.enter_context(closing(open_peer(name, m, n, k, dtype, threads))) for name in peers}
-        ours = prepare(session, problem, variant=variant)
-        theirs = {name: Subject(peer.run) for name, peer in opened.items()}
-        pause = _PAUSE_S if theirs else 0.0
-        measure_in_turn([ours.subject, *theirs.values()], seconds=_TURN_S * repeat, rounds=repeat, pause=pause)
-        report = ours.report()
-        report["threads"] = threads
+    m, k = problems[0].operand(0).static_shape()
+    n = problems[0].operand(1).static_shape()[1]
+    opened = peers or {}
+    computes = {name: peer.load(m, n, k, problems[0].operand(1).dtype) for name, peer in opened.items()}
+    ours = [prepare(session, problem, variant=variant) for problem in problems]
+    theirs = {name: Subject(peer.run) for name, peer in opened.items()}
+    subjects = [*(own.subject for own in ours), *theirs.values()]
+    measure_in_turn(subjects, seconds=_TURN_S * repeat, rounds=repeat, pause=_PAUSE_S if theirs else 0.0)
+    reports = []
+    for problem, own in zip(problems, ours, strict=True):
+        report = own.report() | {"m": m, "n": n, "k": k, "dtype": problem.operand(1).dtype}
+        report["threads"] = session.device.info.threads
         report["peers"] = {
             name: {
                 "latency_ms": Latency.of(subject.samples).milliseconds()["median"],
                 "latency": Latency.of(subject.samples).milliseconds(),
-                "gflops": gigas(ours.cost.flops, subject.median),
-                "ratio": float(f"{subject.median / ours.subject.median:.4g}"),
+                "gflops": gigas(own.cost.flops, subject.median),
+                "ratio": float(f"{subject.median / own.subject.median:.4g}"),
                 "version": opened[name].version,
-                "computes": opened[name].computes,
+                "computes": computes[name],
             }
             for name, subject in theirs.items()
         }
-    return report
+        reports.append(report)
+    return reports
+
+
+@contextmanager
+def open_peers(names: Sequence[str], threads: int) -> Iterator[dict[str, Peer]]:
+    """Peers by name, closed at the end. Raises UsageError for an unknown one, AssetError when one cannot be had."""
+    with ExitStack() as stack:
+        yield {name: stack.enter_context(closing(open_peer(name, threads))) for name in names}
+
+
+def summary(reports: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """For each type of weights: `best_peer`, our speed over the quicker peer's (geometric mean and least); `first_dtype`, over
+    our own speed with the first type. Types and comparisons that are not there are left out."""
+    found: dict[str, dict[str, float]] = {}
+    first = {(r["m"], r["n"], r["k"]): r["latency_ms"] for r in reversed(reports)}
+    for dtype in dict.fromkeys(r["dtype"] for r in reports):
+        own = [r for r in reports if r["dtype"] == dtype]
+        against = {"best_peer": [min(p["ratio"] for p in r["peers"].values()) for r in own if r["peers"]]}
+        if dtype != reports[0]["dtype"]:
+            against["first_dtype"] = [first[r["m"], r["n"], r["k"]] / r["latency_ms"] for r in own]
+        found[dtype] = {
+            f"{name}_{kind}": float(f"{value:.4g}")
+            for name, ratios in against.items()
+            if ratios
+            for kind, value in (("geomean", geometric_mean(ratios)), ("min", min(ratios)))
+        }
+    return found

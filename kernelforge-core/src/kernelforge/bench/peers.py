@@ -13,13 +13,19 @@ from kernelforge.bench.process import PeerProcess
 from kernelforge.errors import KernelForgeWarning
 from kernelforge.registry import lookup
 
+_TRIALS = 5
+"""Runs in which a peer finds out the quickest of the forms that its operands can have."""
+
 
 class Peer(Protocol):
-    """A matrix product of someone else's."""
+    """A matrix product of someone else's. A peer may be loaded with one problem after the other."""
 
     version: str
-    computes: str
-    """The dtype of its operands: a peer without mixed products takes both in one."""
+
+    def load(self, m: int, n: int, k: int, dtype: str) -> str:
+        """Make operands for [m,k] @ dtype[k,n]. Returns the dtype it computes in: a peer without mixed products takes both
+        operands in one."""
+        ...
 
     def run(self, repeats: int) -> Timing: ...
 
@@ -27,20 +33,31 @@ class Peer(Protocol):
 
 
 class NumpyPeer:
-    """`numpy.matmul` in this process, limited to `threads`; weights of smaller types are widened to f32 beforehand."""
+    """`numpy.matmul` in this process, limited to `threads`; weights of smaller types are widened to f32 beforehand, and stored
+    by rows or by columns, whichever is quicker."""
 
-    def __init__(self, m: int, n: int, k: int, dtype: str, threads: int) -> None:
+    def __init__(self, threads: int) -> None:
+        import numpy as np
+
+        self.version = np.__version__
+        self._limit = _thread_limit(threads)
+
+    def load(self, m: int, n: int, k: int, dtype: str) -> str:
         import numpy as np
 
         from kernelforge.dtype import to_numpy
 
         rng = np.random.default_rng(0)
-        self.version = np.__version__
-        self.computes = "f64" if dtype == "f64" else "f32"
-        work = to_numpy(self.computes)
-        self._operands = rng.standard_normal((m, k)).astype(work), rng.standard_normal((k, n)).astype(work)
+        computes = "f64" if dtype == "f64" else "f32"
+        work = to_numpy(computes)
+        self._lhs, rhs = rng.standard_normal((m, k)).astype(work), rng.standard_normal((k, n)).astype(work)
         self._out = np.empty((m, n), work)
-        self._limit = _thread_limit(threads)
+        times = {}
+        for order, stored in (("C", rhs), ("F", np.asfortranarray(rhs))):
+            self._rhs = stored
+            times[order] = min(self.run(_TRIALS).samples), stored
+        self._rhs = min(times.values(), key=lambda found: found[0])[1]
+        return computes
 
     def run(self, repeats: int) -> Timing:
         import numpy as np
@@ -49,7 +66,7 @@ class NumpyPeer:
         with self._limit():
             for _ in range(repeats):
                 start = time.perf_counter()
-                np.matmul(*self._operands, out=self._out)
+                np.matmul(self._lhs, self._rhs, out=self._out)
                 samples.append(time.perf_counter() - start)
         return Timing(tuple(samples), "host-clock")
 
@@ -85,30 +102,56 @@ except Exception as error:
     sys.exit()
 setup = json.loads(sys.argv[1])
 torch.set_num_threads(setup["threads"])
-dtype = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[setup["dtype"]]
-with torch.no_grad():
-    a = torch.randn(setup["m"], setup["k"]).to(dtype)
-    b = torch.randn(setup["k"], setup["n"]).to(dtype)
-    out = torch.empty(setup["m"], setup["n"], dtype=dtype)
-    reply(version=torch.__version__)
+DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+def forms(m, n, k, dtype):
+    a, b = torch.randn(m, k).to(DTYPES[dtype]), torch.randn(k, n).to(DTYPES[dtype])
+    out = torch.empty(m, n, dtype=DTYPES[dtype])
+    yield lambda: torch.matmul(a, b, out=out)
+    w = b.t().contiguous()
+    yield lambda: torch.nn.functional.linear(a, w)
+    if torch.backends.mkldnn.is_available() and dtype != "f64":
+        packed = torch.ops.mkldnn._reorder_linear_weight(w, m)
+        yield lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], "")
+
+def timed(product, repeats):
+    samples = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product()
+        samples.append(time.perf_counter() - start)
+    return samples
+
+reply(version=torch.__version__)
+with torch.inference_mode():
     for line in sys.stdin:
-        samples = []
-        for _ in range(json.loads(line)["repeats"]):
-            start = time.perf_counter()
-            torch.matmul(a, b, out=out)
-            samples.append(time.perf_counter() - start)
-        reply(samples=samples)
+        asked = json.loads(line)
+        if "repeats" in asked:
+            reply(samples=timed(product, asked["repeats"]))
+            continue
+        best = None
+        for form in forms(**asked):
+            try:
+                seconds = min(timed(form, setup["trials"]))
+            except RuntimeError:
+                continue
+            if best is None or seconds < best:
+                best, product = seconds, form
+        reply()
 """
 
 
 class TorchPeer:
-    """`torch.matmul` in a process of its own; both operands are of `dtype`."""
+    """`torch` in a process of its own, both operands in one dtype: `matmul`, `linear`, or oneDNN with packed weights,
+    whichever is quickest."""
 
-    def __init__(self, m: int, n: int, k: int, dtype: str, threads: int) -> None:
-        self.computes = dtype
-        setup = {"m": m, "n": n, "k": k, "dtype": dtype, "threads": threads}
-        self._process = PeerProcess("torch", _TORCH, setup, threads)
+    def __init__(self, threads: int) -> None:
+        self._process = PeerProcess("torch", _TORCH, {"threads": threads, "trials": _TRIALS}, threads)
         self.version = str(self._process.greeting["version"])
+
+    def load(self, m: int, n: int, k: int, dtype: str) -> str:
+        self._process.ask({"m": m, "n": n, "k": k, "dtype": dtype})
+        return dtype
 
     def run(self, repeats: int) -> Timing:
         return Timing(tuple(self._process.ask({"repeats": repeats})["samples"]), "host-clock")
@@ -117,9 +160,9 @@ class TorchPeer:
         self._process.close()
 
 
-PEERS: dict[str, Callable[[int, int, int, str, int], Peer]] = {"numpy": NumpyPeer, "torch": TorchPeer}
+PEERS: dict[str, Callable[[int], Peer]] = {"numpy": NumpyPeer, "torch": TorchPeer}
 
 
-def open_peer(name: str, m: int, n: int, k: int, dtype: str, threads: int) -> Peer:
-    """A peer, warm; to be closed. Raises UsageError for an unknown name, AssetError when it cannot be had."""
-    return lookup("peer", PEERS, name)(m, n, k, dtype, threads)
+def open_peer(name: str, threads: int) -> Peer:
+    """A peer, to be loaded and closed. Raises UsageError for an unknown name, AssetError when it cannot be had."""
+    return lookup("peer", PEERS, name)(threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,31 +12,69 @@ import typer
 
 from kernelforge.bench.baseline import THRESHOLD, Change, compare_reports, load_report, lost_cases
 from kernelforge.bench.dispatch import measure_dispatch
-from kernelforge.bench.matmul import benchmark_matmul, matmul_problem
+from kernelforge.bench.matmul import benchmark_matmul, matmul_problem, open_peers, summary
 from kernelforge.bench.suite import CASES, chosen_cases, run_case, run_suite
 from kernelforge.cli import output
-from kernelforge.cli.options import Constant, Dtype, Variant, open_session, write_file
-from kernelforge.errors import KernelForgeError, RegressionError, WrongResultError
+from kernelforge.cli.options import Constant, Variant, open_session, write_file
+from kernelforge.errors import KernelForgeError, RegressionError, UsageError, WrongResultError
 from kernelforge.roofline import STANDING_HEADERS, Roofline
 from kernelforge.session import Session
 from kernelforge.variant import config_key
 
 
 def matmul(
-    m: Annotated[int, typer.Option(help="Rows of the left operand.")] = 512,
+    m: Annotated[
+        list[int] | None, typer.Option(help="Rows of the left operand (may be repeated; default: 512).")
+    ] = None,
     n: Annotated[int, typer.Option(help="Columns of the right operand.")] = 512,
     k: Annotated[int, typer.Option(help="Columns of the left operand: the length of the sums.")] = 1024,
-    dtype: Dtype = "f32",
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="NxK", help="Columns and length of sums in one (may be repeated).")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="Type of the right operand (the weights): f32 (default), bf16 or f16. May be repeated."),
+    ] = None,
     constant: Constant = True,
     variant: Variant = None,
     peer: Annotated[list[str] | None, typer.Option(help="Measure beside numpy or torch (may be repeated).")] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Rounds in which all take turns.")] = 7,
 ) -> dict[str, Any]:
-    """Verify a matrix product, then time it: latency, GFLOP/s, and the same of peers measured in turn."""
+    """Verify a matrix product, then time it: latency, GFLOP/s, and the same of peers measured in turn.
+
+    Several sizes or types make a table. Types take turns, too; peers multiply weights of the first.
+    """
     out = output.current()
+    sizes = [(rows, *columns) for columns in map(_columns, shape or [f"{n}x{k}"]) for rows in m or [512]]
+    dtypes = dtype or ["f32"]
     with closing(open_session()) as session:
-        problem = matmul_problem(session.registry, m, n, k, dtype, constant=constant)
-        report = benchmark_matmul(session, problem, variant=variant, peers=peer or (), repeat=repeat)
+        cases = [
+            [matmul_problem(session.registry, *size, weights, constant=constant) for weights in dtypes]
+            for size in sizes
+        ]
+        reports: list[dict[str, Any]] = []
+        with open_peers(peer or (), session.device.info.threads) as peers, out.progress("benchmark", len(cases)) as bar:
+            for size, problems in zip(sizes, cases, strict=True):
+                reports += benchmark_matmul(session, problems, variant=variant, peers=peers, repeat=repeat)
+                bar.advance(say="x".join(map(str, size)))
+    if len(reports) == 1:
+        _print_product(reports[0])
+        return reports[0]
+    found = summary(reports)
+    _print_products(reports, found)
+    return {"cases": reports, "summary": found}
+
+
+def _columns(text: str) -> tuple[int, int]:
+    """ "576x1536" as N and K."""
+    match = re.fullmatch(r"(\d+)[x,](\d+)", text.strip())
+    if match is None:
+        raise UsageError(f"--shape {text}: not a shape of weights", hint="written as NxK: --shape 1536x576")
+    return int(match[1]), int(match[2])
+
+
+def _print_product(report: dict[str, Any]) -> None:
+    out = output.current()
     out.print(report["problem"])
     out.print(f"correct: relative error {report['rel_error']:.1e} (tolerated {report['tolerance']:.1e})")
     out.print(f"variant: {report['variant']} {config_key(report['config'])} ({report['config_source']})\n")
@@ -45,7 +84,31 @@ def matmul(
             [f"{name} {p['version']}", p["latency_ms"], p["latency"]["mad"], p["gflops"], p["ratio"], report["threads"]]
         )
     out.table(["", "median ms", "mad ms", "GFLOP/s", "ours / it", "threads"], rows)
-    return report
+
+
+def _print_products(reports: list[dict[str, Any]], summaries: dict[str, dict[str, float]]) -> None:
+    """All of them were verified: a wrong one ends the run."""
+    out = output.current()
+    names = list(reports[0]["peers"])
+    several = len(summaries) > 1
+    first: dict[str, Any] = {}
+    rows = []
+    for r in reports:
+        if r["dtype"] == reports[0]["dtype"]:
+            first = r
+        row = [f"{r['m']}x{r['k']} @ {r['k']}x{r['n']}", r["dtype"], r["latency_ms"], r["gflops"], r["gbytes_s"]]
+        row += [r["peers"][name]["latency_ms"] for name in names]
+        row += [min(p["ratio"] for p in r["peers"].values())] if names else []
+        rows.append([*row, first["latency_ms"] / r["latency_ms"]] if several else row)
+    head = ["product", "weights", "median ms", "GFLOP/s", "GB/s", *(f"{name} ms" for name in names)]
+    head += ["ours / best"] if names else []
+    out.table([*head, f"ours / {reports[0]['dtype']}"] if several else head, rows)
+    out.print(f"\nall correct; {reports[0]['threads']} threads")
+    for dtype, found in summaries.items():
+        for name, what in (("best_peer", "the better peer"), ("first_dtype", f"{reports[0]['dtype']} weights")):
+            if f"{name}_min" in found:
+                mean, least = found[f"{name}_geomean"], found[f"{name}_min"]
+                out.print(f"{dtype}: speed over {what}: geometric mean {mean:.3f}, least {least:.3f}")
 
 
 def dispatch() -> dict[str, Any]:
