@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 ROWS = (4, 6, 8, 12)
 BEST_ROWS = 6
-"""Of a tile with two panels, when there are many rows."""
+"""Of a tile two vectors wide in 16 registers, or four in 32, when there are many rows."""
+LEAST_ROWS = 2
+"""Of a tile four vectors wide in 16 registers."""
 MIN_SUMS = 8
 """Independent sums that keep two units busy whose multiply-adds take four cycles."""
 BLOCKS = (512, 1024, 2048)
@@ -60,7 +62,7 @@ def matmul_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
 
     return ConfigSpace(
         (
-            ("rows", own if low else tuple(sorted({*ROWS, *own}))),
+            ("rows", tuple(sorted({min(LEAST_ROWS, *own), *own} if low else {LEAST_ROWS, *ROWS, *own}))),
             ("panels", (2,) if len(g.rhs) == 2 else (1, 2)),
             ("vectors", tuple(vectors)),
             ("kc", (*(b for b in BLOCKS if blocked and b < inner), max(1, inner))),
@@ -78,15 +80,17 @@ def matmul_default(problem: Problem, device: DeviceInfo) -> Config:
     """The tile with the fewest loads per multiply-add that the registers hold; blocks for which the panels of a tile
     fill at most half of L2, while lhs is read through them row by row.
 
-    The panel width depends on the device and the number of columns alone: problems that differ in rows share a packed
+    The panel width depends on the device, the type and number of columns alone: problems that differ in rows share a packed
     weight.
     """
     g = geometry(problem)
     space = matmul_space(problem, device)
     parameters = {name: [int(v) for v in values] for name, values in space.parameters}
-    vectors = min(2 if registers(device) == 32 else 1, parameters["vectors"][-1])
+    many = registers(device) == 32
+    # Two vectors of bf16 are widened with one instruction each, one alone takes two: see `Panels.interleaved`.
+    vectors = min(2 if many or problem.operand(1).dtype == "bf16" else 1, parameters["vectors"][-1])
     width = vectors * lanes(device)
-    panels = 2 if len(g.rhs) == 2 or int(g.columns) > width else 1
+    panels = 2 if len(g.rhs) == 2 or (int(g.columns) > width and (many or vectors == 1)) else 1
 
     def config(rows: int, panels: int, kc: int, group: int = 1) -> Config:
         chosen = (rows, panels, vectors, kc, group)
@@ -101,8 +105,10 @@ def matmul_default(problem: Problem, device: DeviceInfo) -> Config:
     tile_bytes = panels * width * problem.operand(1).itemsize
     kc = max([b for b in parameters["kc"] if b * tile_bytes <= half], default=parameters["kc"][0])
     group = max(n for n in parameters["group"] if n == 1 or n * kc * tile_bytes <= half)
-    legal = [c for r in parameters["rows"] if (c := config(r, panels, kc, group)) in space]
-    return max((c for c in legal if int(c["rows"]) <= BEST_ROWS), key=lambda c: int(c["rows"]), default=legal[0])
+    legal = [r for r in parameters["rows"] if config(r, panels, kc, group) in space]
+    high = [r for r in legal if r <= BEST_ROWS] or legal[:1]
+    # The fewest passes over the panels, then the most even ones: 8 rows are 4 and 4.
+    return config(min(high, key=lambda r: (-(-(rows or 0) // r), r if rows else -r)), panels, kc, group)
 
 
 def static_rows(g: Geometry) -> int | None:

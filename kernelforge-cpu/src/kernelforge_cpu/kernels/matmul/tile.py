@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 AHEAD = 1024
 """Bytes by which a panel that comes from memory is prefetched; hardware does not look beyond a page."""
+IN_FLIGHT = 2048
+"""Bytes that are asked for ahead of use, over all streams together: what memory delivers to a core within its latency.
+Much more pushes lines out before they are used."""
 LINE = 64
 
 
@@ -113,6 +116,7 @@ def _sums(
     row_step, inner_step = steps
     chains = tile.chains(rows)
     stretch = n // chains
+    ahead = IN_FLIGHT // (chains * len(panels))
     lefts = [lhs.at(stretch * c * inner_step) for c in range(chains)]
     rights = [[p.at(stretch * c * tile.width) for p in panels] for c in range(chains)]
 
@@ -122,7 +126,7 @@ def _sums(
         right = [p.at(i * tile.width).at(u * tile.width) for p in rights[chain]]
         if streamed:
             for p in right:
-                emit_prefetch(p, tile.width, u)
+                emit_prefetch(p, tile.width, u, ahead)
         columns = [c for p in right for c in load_row(k, p, Panels(tile.vectors, tile.lanes, p.element))]
         done: list[Value] = []
         for r in range(rows):  # each factor just before its use: LLVM keeps the order, and has no registers to spare
@@ -151,8 +155,8 @@ def _sums(
     return sums
 
 
-def emit_prefetch(panel: Pointer, width: int, step: int) -> None:
-    """Asks for the lines of row `step` that begin in it, `AHEAD` bytes on."""
+def emit_prefetch(panel: Pointer, width: int, step: int, ahead: int) -> None:
+    """Asks for the lines of row `step` that begin in it, `ahead` bytes on."""
     size = ITEMSIZE[panel.element]
     for offset in range(-step * width * size % LINE, width * size, LINE):
-        panel.prefetch((AHEAD + offset) // size)
+        panel.prefetch((ahead + offset) // size)
