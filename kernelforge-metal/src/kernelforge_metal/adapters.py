@@ -89,7 +89,8 @@ def list_adapters() -> tuple[Adapter, ...]:
 
 def wgpu_adapter(adapter: Adapter) -> Any:
     """The `wgpu.GPUAdapter` that `adapter` was made from."""
-    return next(found for found in _ask_wgpu() if from_wgpu(found.info, found.features, found.limits) == adapter)
+    found = [(from_wgpu(a.info, a.features, a.limits), a) for a in _ask_wgpu()]
+    return next(a for made, a in found if made.info.fingerprint == adapter.info.fingerprint)
 
 
 @cache

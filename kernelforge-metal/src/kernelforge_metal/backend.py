@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kernelforge.errors import DeviceError, KernelForgeWarning, UsageError
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 CHOICE = "KERNELFORGE_GPU"
 """Environment variable: the name of an adapter, or a part of it."""
+
+WITHOUT = "KERNELFORGE_GPU_WITHOUT"
+"""Environment variable: features not to use, separated by commas, to find out which one a driver gets wrong."""
 
 _DRIVERS = {
     "linux": "install the GPU's Vulkan driver and loader (libvulkan1); mesa-vulkan-drivers has one that needs no GPU",
@@ -38,10 +42,12 @@ class GpuBackend:
         from kernelforge_metal.native import Gpu
 
         adapter = choose(list_adapters(), device or os.environ.get(CHOICE) or None)
+        without = {name.strip() for name in os.environ.get(WITHOUT, "").split(",")}
+        gpu = Gpu(replace(adapter, features=adapter.features - without))
         if adapter.kind == SOFTWARE:
             text = f"{adapter.name} is a software GPU: it computes on the processor, slowly"
             warnings.warn(KernelForgeWarning(text), stacklevel=2)
-        return GpuDevice(adapter.info, Gpu(adapter))
+        return GpuDevice(replace(adapter, features=gpu.features).info, gpu)
 
 
 def choose(adapters: Sequence[Adapter], name: str | None) -> Adapter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from kernelforge.variant import DeviceInfo, config_key
 from kernelforge_metal.buffer import GpuBuffer
 from kernelforge_metal.executable import GpuExecutable
 from kernelforge_metal.kernel import GpuKernel, HostKernel, is_read_only, parameter_names, shader
+from kernelforge_metal.moving import misplaced, moved
 from kernelforge_metal.store import ConstantStore, send
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ class GpuDevice:
 
     def __init__(self, info: DeviceInfo, gpu: Gpu) -> None:
         self._info, self._gpu = info, gpu
-        self._kernels: dict[tuple[str, str, str], CompiledKernel] = {}
+        self._kernels: dict[tuple[str, str, str, tuple[tuple[int, int], ...]], CompiledKernel] = {}
         self._stores: dict[int, ConstantStore] = {}
 
     @property
@@ -48,7 +50,7 @@ class GpuDevice:
         """Build, compile and pack. Raises PluginError when a variant builds something that is no GPU kernel, or WGSL that does
         not compile; DeviceError when the constants do not fit."""
         store = self._store(constants)
-        kernels = [self._compiled(step, catalog) for step in plan.steps]
+        kernels = [self._compiled(step, plan, catalog) for step in plan.steps]
         regions: dict[tuple[int, int], Region] = {}
         arrays: dict[tuple[int, int], object] = {}
         for i, (step, compiled) in enumerate(zip(plan.steps, kernels, strict=True)):
@@ -70,13 +72,16 @@ class GpuDevice:
             weakref.finalize(source, self._stores.pop, key, None)
         return self._stores[key]
 
-    def _compiled(self, step: Step, catalog: Catalog) -> CompiledKernel:
-        key = step.variant, str(step.problem), config_key(step.config)
+    def _compiled(self, step: Step, plan: Plan, catalog: Catalog) -> CompiledKernel:
+        values = enumerate((*step.operands, *step.results))
+        starts = {k: plan.values[v].offset for k, v in values if v is not None and plan.values[v].offset}
+        key = step.variant, str(step.problem), config_key(step.config), tuple(starts.items())
         if key not in self._kernels:
-            self._kernels[key] = self._compile(step, catalog)
+            self._kernels[key] = self._compile(step, starts, catalog)
         return self._kernels[key]
 
-    def _compile(self, step: Step, catalog: Catalog) -> CompiledKernel:
+    def _compile(self, step: Step, starts: Mapping[int, int], catalog: Catalog) -> CompiledKernel:
+        """`starts`: where operands and results that are views start, in elements."""
         variant = catalog.variant(self._info.target, step.problem.op, step.variant)
         kernel = variant.build_kernel(step.problem, step.config, self._info)
         if isinstance(kernel, HostKernel):
@@ -86,6 +91,8 @@ class GpuDevice:
                 f"variant '{variant.key}' of {variant.provenance} built {type(kernel).__name__}",
                 hint="a GPU variant's build returns kernelforge_metal.kernel.GpuKernel or HostKernel",
             )
+        if wrong := misplaced(kernel, step.problem, starts):
+            kernel = moved(kernel, step.problem, wrong)
         pipelines = []
         for dispatch in kernel.dispatches:
             code = shader(step.problem, kernel, dispatch, immediates=self._gpu.immediates)

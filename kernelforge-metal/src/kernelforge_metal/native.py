@@ -7,8 +7,8 @@ Everything that wgpu raises comes out as a DeviceError that says what to do.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +63,7 @@ class Command:
 
 
 class Gpu:
-    """An opened adapter. Raises DeviceError when it cannot be opened."""
+    """An opened adapter, with those of the features that `adapter` names. Raises DeviceError when it cannot be opened."""
 
     def __init__(self, adapter: Adapter) -> None:
         from wgpu.backends.wgpu_native import ffi, lib
@@ -71,12 +71,10 @@ class Gpu:
         self._ffi, self._lib = ffi, lib
         self.lost = False
         self.name = adapter.name
-        wanted = [*FEATURES, "timestamp-query-inside-encoders", "timestamp-query-inside-passes", "subgroup-barrier"]
-        found = wgpu_adapter(adapter)
         with self._errors("open the device"):
-            self.device = found.request_device_sync(required_features=[f for f in wanted if f in found.features])
+            self.device = _request(wgpu_adapter(adapter), adapter.features)
         self.queue = self.device.queue
-        self.features = frozenset(self.device.features)
+        self.features = frozenset(f for f in FEATURES if f in self.device.features)
         self.immediates = "immediates" in self.features
         self.alignment = max(64, self.limit("min-storage-buffer-offset-alignment"))
         self.checks = os.environ.get(CHECKS, "") not in ("", "0")
@@ -315,3 +313,16 @@ class Gpu:
     def pointer(self, words: Array) -> Any:
         """A C pointer to an array's first byte; the array must be kept."""
         return self._ffi.cast("void *", words.ctypes.data)
+
+
+def _request(adapter: Any, wanted: Collection[str]) -> Any:
+    """A `wgpu.GPUDevice` with all of these features, or with those that can be had one by one."""
+    try:
+        return adapter.request_device_sync(required_features=sorted(wanted))
+    except Exception:
+        granted = []
+        for feature in sorted(wanted):
+            with suppress(Exception):
+                adapter.request_device_sync(required_features=[feature])
+                granted.append(feature)
+        return adapter.request_device_sync(required_features=granted)

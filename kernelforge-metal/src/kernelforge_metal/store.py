@@ -32,10 +32,16 @@ class ConstantStore:
 
         `source` is always the one that this store belongs to; the store must not keep it alive.
         """
-        key = (constant.key, pack.key if pack is not None else "")
+        key, plain = (constant.key, pack.key if pack is not None else ""), (constant.key, "")
         if key not in self._regions:
             value = evaluate(constant, source, ops)
-            self._regions[key] = send(self._gpu, value if pack is None else pack.pack(value), constant.key[:80])
+            packed = value if pack is None else pack.pack(value)
+            if packed.nbytes == value.nbytes and packed.ctypes.data == value.ctypes.data:  # the layout is the plain one
+                if plain not in self._regions:
+                    self._regions[plain] = send(self._gpu, value, constant.key[:80])
+                self._regions[key] = self._regions[plain]
+            else:
+                self._regions[key] = send(self._gpu, packed, constant.key[:80])
         return self._regions[key]
 
     def array(self, constant: Constant, source: TensorSource, ops: Mapping[str, OpDef]) -> Array:

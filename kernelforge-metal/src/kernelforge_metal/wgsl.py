@@ -182,3 +182,17 @@ def activation(name: str) -> str:
     theirs overflows)."""
     body = _ACTIVATIONS[name]
     return (ERF if "erf" in body else "") + f"fn activate(x: f32) -> f32 {{ return {body}; }}\n"
+
+
+def quad_element(dtype: str) -> str:
+    """The element of an array that holds four numbers of a float dtype; needs no feature."""
+    return "vec4<f32>" if dtype == "f32" else "vec2<u32>"
+
+
+def load_quad(name: str, dtype: str, index: str) -> str:
+    """A vec4<f32> expression: the four numbers in element `index` of an array declared with `quad_element`."""
+    at = f"{name}[{index}]"
+    if dtype == "f32":
+        return at
+    unpacked = "unpack2x16float({})" if dtype == "f16" else "bf16_pair({})"
+    return f"vec4<f32>({unpacked.format(at + '.x')}, {unpacked.format(at + '.y')})"

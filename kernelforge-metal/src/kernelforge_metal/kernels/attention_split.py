@@ -1,0 +1,193 @@
+"""Attention of few queries over many keys: workgroups share the keys, a second dispatch merges what they found.
+
+A workgroup takes one chunk of keys for all query heads of a group, a key a thread; then its threads turn to the elements of the
+values. Each leaves a maximum, a sum and an unscaled result (Flash-Decoding, Dao et al. 2023).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kernelforge.variant import Accept, ConfigSpace, Reject
+from kernelforge_metal import wgsl
+from kernelforge_metal.kernel import Binding, Dispatch, GpuKernel
+from kernelforge_metal.kernels.attention import Attention
+from kernelforge_metal.kernels.attention_tile import takes_quads
+from kernelforge_metal.kernels.norms import FUNCTIONS
+
+if TYPE_CHECKING:
+    from kernelforge.problem import Problem
+    from kernelforge.variant import Config, DeviceInfo, Verdict
+
+MAX_TOKENS = 8
+MAX_REPEAT = 16
+"""Query heads of a group: each has a register of every thread."""
+
+
+def takes_split(problem: Problem, device: DeviceInfo) -> Verdict:
+    verdict = takes_quads(problem, device)
+    if isinstance(verdict, Reject):
+        return verdict
+    a = Attention(problem, device)
+    tokens = a.tokens[-1]
+    if len(a.tokens) > 1 or isinstance(tokens, str) or not 0 < tokens <= MAX_TOKENS:
+        return Reject(f"takes 1 to {MAX_TOKENS} tokens, not {list(a.tokens)}")
+    if isinstance(a.capacity, str) or a.capacity == 0:
+        return Reject("takes a number of keys that is known when it is built")
+    if a.groups == 0 or a.heads // a.groups > MAX_REPEAT:
+        return Reject(f"takes up to {MAX_REPEAT} query heads a group, not {a.heads} heads in {a.groups} groups")
+    return Accept()
+
+
+def split_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
+    a = Attention(problem, device)
+    repeat, size = a.heads // max(1, a.groups), a.size
+    storage = device.limit("max-compute-workgroup-storage-size", 16384)
+    threads = device.limit("max-compute-invocations-per-workgroup", 256)
+
+    def fits(config: Config) -> bool:
+        chunk = int(config["chunk"])
+        quads = -(-repeat // 4)
+        used = 4 * repeat * size + 4 * repeat * chunk + 32 * chunk * quads + 16 * chunk * repeat
+        return used <= storage and chunk <= threads and chunk >= size // 4
+
+    return ConfigSpace(
+        (("chunk", (128, 64, 256, 32)),), (("the chunk does not fit workgroup memory or threads", fits),)
+    )
+
+
+def build_split(problem: Problem, config: Config, device: DeviceInfo) -> GpuKernel:
+    a = Attention(problem, device)
+    chunk, size, tokens = int(config["chunk"]), a.size, a.tokens[0]
+    capacity, window = a.capacity, int(a.number("window"))
+    assert isinstance(capacity, int)
+    assert isinstance(tokens, int)
+    repeat, quads = a.heads // a.groups, size // 4
+    chunks = -(-(min(capacity, window) if window else capacity) // chunk)
+    lanes = chunk // quads
+    """Threads that share an element of the values."""
+    q, k, v, out = (a.tensors[n] for n in ("q", "k", "v", "out"))
+    fours = range(-(-repeat // 4))
+    subgroups = wgsl.SUBGROUP in device.features
+    functions = "".join(
+        wgsl.reduction(name, operator, chunk, subgroups=subgroups, element="vec4<f32>")
+        for name, operator in (("largest", "max"), ("add_up", "add"))
+    )
+
+    def head(r: int) -> str:
+        return f"{r // 4}.{'xyzw'[r % 4]}"
+
+    dots = " ".join(f"s{head(r)} += dot(query[{r * quads}u + d], k4);" for r in range(repeat))
+    scores = " ".join(f"s{head(r)} = {a.score(f's{head(r)}')};" for r in range(repeat))
+    spread = " ".join(f"weights[{r * chunk}u + ids.thread] = w{head(r)};" for r in range(repeat))
+    products = " ".join(f"o{r} += weights[{r * chunk}u + j] * v4;" for r in range(repeat))
+    keep = " ".join(f"partial[({r}u * {lanes}u + lane) * {quads}u + d] = o{r};" for r in range(repeat))
+    summed = "".join(f" + partial[(r * {lanes}u + {n}u) * {quads}u + d]" for n in range(lanes))[3:]
+    tops = " ".join(
+        f"if (ids.thread == 0u) {{ found_tops[place + {r * chunks}u] = vec2<f32>(top{head(r)}, total{head(r)}); }}"
+        for r in range(repeat)
+    )
+    load_q = wgsl.load_quad("q", q.type.dtype, f"({q.at} + {a.query_place('q', 'token', 'head')}) / 4u + d")
+    load_k = wgsl.load_quad(
+        "k", k.type.dtype, f"({k.at} + {a.key_place('k', 'group')} + key * {a.key_stride('k')}u) / 4u + d"
+    )
+    load_v = wgsl.load_quad(
+        "v", v.type.dtype, f"({v.at} + {a.key_place('v', 'group')} + (begin + j) * {a.key_stride('v')}u) / 4u + d"
+    )
+    ids = wgsl.SUBGROUP_IDS if subgroups else wgsl.IDS
+    first = f"""{ids}{wgsl.BF16}{FUNCTIONS}{functions}{a.functions}
+var<workgroup> query: array<vec4<f32>, {repeat * quads}>;
+var<workgroup> weights: array<f32, {repeat * chunk}>;
+var<workgroup> partial: array<vec4<f32>, {lanes * quads * repeat}>;
+@compute @workgroup_size({chunk})
+fn main(ids: Ids) {{
+  let token = ids.group.z;
+  let group = ids.group.y;
+  let seen = see(token);
+  let begin = seen.start + ids.group.x * {chunk}u;
+  if (begin >= seen.end) {{ return; }}
+  for (var i = ids.thread; i < {repeat * quads}u; i += {chunk}u) {{
+    let head = group * {repeat}u + i / {quads}u;
+    let d = i % {quads}u;
+    query[i] = {load_q};
+  }}
+  workgroupBarrier();
+  let key = begin + ids.thread;
+  let inside = key < seen.end;
+  {" ".join(f"var s{n} = vec4<f32>(-3.0e38);" for n in fours)}
+  if (inside) {{
+    {" ".join(f"s{n} = vec4<f32>();" for n in fours)}
+    for (var d = 0u; d < {quads}u; d++) {{
+      let k4 = {load_k};
+      {dots}
+    }}
+    {scores}
+  }}
+  {" ".join(f"let top{n} = max(largest(s{n}, ids), vec4<f32>(-3.0e38));" for n in fours)}
+  {" ".join(f"let w{n} = select(vec4<f32>(), exp(s{n} - top{n}), inside);" for n in fours)}
+  {" ".join(f"let total{n} = add_up(w{n}, ids);" for n in fours)}
+  {spread}
+  workgroupBarrier();
+  let many = min({chunk}u, seen.end - begin);
+  let lane = ids.thread / {quads}u;
+  {{
+    let d = ids.thread % {quads}u;
+    {" ".join(f"var o{r} = vec4<f32>();" for r in range(repeat))}
+    if (lane < {lanes}u) {{
+      for (var j = lane; j < many; j += {lanes}u) {{
+        let v4 = {load_v};
+        {products}
+      }}
+      {keep}
+    }}
+  }}
+  workgroupBarrier();
+  let place = (token * {a.heads}u + group * {repeat}u) * {chunks}u + ids.group.x;
+  for (var i = ids.thread; i < {repeat * quads}u; i += {chunk}u) {{
+    let r = i / {quads}u;
+    let d = i % {quads}u;
+    found[(place + r * {chunks}u) * {quads}u + d] = {summed};
+  }}
+  {tops}
+}}
+"""
+    stores = " ".join(
+        out.store(f"to + d * 4u + {c}u", f"select(0.0, acc.{'xyzw'[c]} / total, total > 0.0 || is_nan(total))")
+        for c in range(4)
+    )
+    threads = 1 << max(5, (quads - 1).bit_length())
+    second = f"""{wgsl.IDS}{wgsl.BF16}{FUNCTIONS}{a.functions}
+@compute @workgroup_size({threads})
+fn main(ids: Ids) {{
+  let token = ids.group.y;
+  let head = ids.group.x;
+  let seen = see(token);
+  let d = ids.thread;
+  if (d >= {quads}u) {{ return; }}
+  let place = (token * {a.heads}u + head) * {chunks}u;
+  let many = (seen.end - seen.start + {chunk - 1}u) / {chunk}u;
+  var top = -3.0e38;
+  for (var c = 0u; c < many; c++) {{ top = max(top, found_tops[place + c].x); }}
+  var total = 0.0;
+  var acc = vec4<f32>();
+  for (var c = 0u; c < many; c++) {{
+    let part = found_tops[place + c];
+    let weight = exp(part.x - top);
+    total += weight * part.y;
+    acc += weight * found[(place + c) * {quads}u + d];
+  }}
+  let to = {a.query_place("out", "token", "head")};
+  {stores}
+}}
+"""
+    scalars = [t.binding for name, t in a.tensors.items() if name in ("positions", "slots", "lengths")]
+    vectors = [Binding(t.name, t.index, wgsl.quad_element(t.type.dtype)) for t in (q, k, v)]
+    scratch = len(problem.operands) + 1
+    results = (Binding("found", scratch, "vec4<f32>"), Binding("found_tops", scratch + 1, "vec2<f32>"))
+    return GpuKernel(
+        (
+            Dispatch(first, (*vectors, *scalars, *results), (chunks, a.groups, tokens)),
+            Dispatch(second, (*results, *scalars, out.binding), (a.heads, tokens, 1)),
+        ),
+        scratch=(4 * tokens * a.heads * chunks * size, 8 * tokens * a.heads * chunks),
+    )
