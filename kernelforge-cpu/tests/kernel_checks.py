@@ -119,10 +119,13 @@ class Kernels:
             shared = operands[in_place[i]] if i in in_place else None
             results.append(shared or Memory(t))
         addresses = [0 if m is None else m.address for m in (*operands, *results)]
+        values = [(sizes or {})[d] for d in p.dims]
+        scratch = np.full(kernel.scratch(values, parts) + 64, 0xFF, np.uint8)
+        start = scratch.ctypes.data + -scratch.ctypes.data % 64
         pointers = (ctypes.c_void_p * (len(addresses) + len(kernel.tables) + 1))(
-            *addresses, *(table.ctypes.data for table in kernel.tables), 0
+            *addresses, *(table.ctypes.data for table in kernel.tables), start
         )
-        dims = (ctypes.c_int64 * (len(p.dims) + 1))(*((sizes or {})[d] for d in p.dims), 0)
+        dims = (ctypes.c_int64 * (len(p.dims) + 1))(*values, 0)
         for phase in kernel.phases:
             assert isinstance(phase.function, str)
             function = KERNEL(self.library.address(phase.function))

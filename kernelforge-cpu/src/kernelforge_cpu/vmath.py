@@ -51,6 +51,16 @@ def exp(k: Builder, x: Value) -> Value:
     return p * power(half) * power(exponent - half)
 
 
+def exp_decay(k: Builder, x: Value) -> Value:
+    """e^x for x <= 0 within 1 ulp (2 ulp without FMA); 0 below -87, where it is less than 2^-125. Cheaper than `exp`."""
+    shifted = k.fma(x, LOG2_E, ROUND + 127.0)
+    n = shifted - (ROUND + 127.0)
+    r = k.fma(n, -LN2_LOW, k.fma(n, -LN2_HIGH, x))
+    p = k.fma(r * r, polynomial(k, r, EXP), r) + 1.0
+    power = k.bitcast(k.bitcast(shifted, x.type.of("i32")) << 23, x.type)
+    return k.select(x.lt(-87.0), 0.0, p * power)
+
+
 def sigmoid(k: Builder, x: Value) -> Value:
     """1 / (1 + e^-x) within 3 ulp; results below the normal range are 0."""
     return 1.0 / (exp(k, -x) + 1.0)

@@ -1,9 +1,9 @@
-"""attention over a KV cache or dense: online softmax over blocks of keys, several query rows at a time.
+"""attention over a KV cache or dense: online softmax over blocks of keys; no score matrix is ever written (Milakov and
+Gimelshein 2018; Dao et al. 2022, "FlashAttention").
 
-Work is cut into items: a block of consecutive tokens and a range of heads. In a cache, an item's tokens are cut into runs of one
-slot and consecutive positions. All rows of a run (tokens times heads) go through the keys together, block by block, so that keys
-and values come from memory once and in order; no score matrix exists (Milakov and Gimelshein 2018; Dao et al. 2022,
-"FlashAttention"). What a bundle, the heads of one kv head, reads more than once is first copied together, as f32.
+Many tokens: work is cut into items, a block of consecutive tokens and a range of kv heads. In a cache, an item's tokens are
+cut into runs of one slot and consecutive positions, whose rows go through the keys together. Few tokens: each part takes a
+range of keys for all heads, and a second phase merges what the parts found (Dao et al. 2023, "Flash-Decoding").
 """
 
 from __future__ import annotations
@@ -20,12 +20,17 @@ from kernelforge_cpu.kernels.strided import takes_rows
 if TYPE_CHECKING:
     from kernelforge.problem import Dim, Problem
     from kernelforge.variant import Config, DeviceInfo, Verdict
-    from kernelforge_cpu.emit import KernelBuilder, Value
+    from kernelforge_cpu.emit import Value
     from kernelforge_cpu.kernel import Count
+    from kernelforge_cpu.kernels.attention_access import Access
     from kernelforge_cpu.kernels.attention_run import Run
+    from kernelforge_cpu.kernels.attention_single import Single, Sums
 
 GRAIN = 1 << 18
 """Pairs of elements (query, key) below which another thread costs more than it saves."""
+
+ITEMS_PER_THREAD = 16
+"""Parts are taken in turns: blocks of tokens differ in length."""
 
 MAX_HEAD_DIM = 512
 
@@ -44,51 +49,67 @@ def attention_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
 
 
 def build_attention(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
+    from kernelforge_cpu.kernels import attention_split
+
+    if attention_split.few_tokens(problem):
+        return attention_split.build(problem, config, device)
+    return _build_blocks(problem, int(config["key_block"]), config, device)
+
+
+def _build_blocks(problem: Problem, key_block: int, config: Config, device: DeviceInfo) -> NativeKernel:
+    from kernelforge_cpu.kernels.attention_access import Access
     from kernelforge_cpu.kernels.attention_run import Run
+    from kernelforge_cpu.kernels.attention_single import Single, Sums
 
     k = new_kernel(problem, config, device)
-    run = Run(k, problem, int(config["key_block"]))
+    access = Access(k, problem)
+    run = Run(access, key_block)
     q = problem.operand(0)
     cached = problem.operands[3] is not None
     batch: Dim = q.shape[0] if q.rank == 4 else 1
-    sequences, tokens = k.i64(1) if cached else run.size(batch), run.size(q.shape[-3])
+    sequences, tokens = k.i64(1) if cached else access.size(batch), access.size(q.shape[-3])
     per_sequence = (tokens + (run.block - 1)) // run.block
     blocks = sequences * per_sequence
-    # One block of tokens: each part has a range of heads. More: about two items a part, taken in turns, because later
-    # blocks of a prompt see more keys.
-    cuts = k.select(blocks.gt(1), k.binary("divu", k.parts * 2 + blocks - 1, k.max(blocks, 1)), k.parts)
-    cuts = k.max(k.min(cuts, run.bundles), 1)
-    with k.for_(k.part, blocks * cuts, k.parts) as item:
-        block, cut = k.binary("divu", item.i, cuts), k.binary("remu", item.i, cuts)
-        bundles = [k.binary("divu", (cut + i) * run.bundles, cuts) for i in (0, 1)]
+    single = Single(access, key_block) if cached else None
+    if single is not None:
+        rows = max(1, single.rows)
+        sums = Sums(k.alloca("f32", rows * single.padded), k.alloca("f32", rows), k.alloca("f32", rows))
+    with k.for_(k.part, blocks * access.bundles, k.parts) as item:
+        # From the end: later blocks of a prompt see more keys, and the longest come first.
+        last = blocks * access.bundles - 1 - item.i
+        block, bundle = (k.binary(op, last, k.i64(access.bundles)) for op in ("divu", "remu"))
+        bundles = (bundle, bundle + 1)
         sequence, block = k.binary("divu", block, per_sequence), k.binary("remu", block, per_sequence)
         first = block * run.block
         end = k.min(first + run.block, tokens)
-        if cached:
-            emit_runs(k, problem, run, bundles, first, end)
+        if single is not None:
+            _emit_runs(access, run, single, sums, bundles, first, end)
         else:
-            run.run(bundles, sequence, first, end - first, first + run.capacity - tokens)
+            run.run(bundles, sequence, first, end - first, first + access.capacity - tokens)
     return NativeKernel((Phase(k.name, parts_of(problem, run)),), k.text())
 
 
 def parts_of(problem: Problem, run: Run) -> Count:
-    """One part for each thread; four when there are many blocks of tokens, which differ in length."""
+    """One part for each thread, more when there are many blocks of tokens, which differ in length."""
     q = problem.operand(0)
     work = size_of(*q.shape, problem.operand(1).shape[-3])
     batch, tokens = size_of(*q.shape[:-3]), size_of(q.shape[-3])
-    block, bundles = run.block, run.bundles
+    block, bundles = run.block, run.access.bundles
 
     def parts(dims: Sequence[int], threads: int) -> int:
         sizes = dict(zip(problem.dims, dims, strict=True))
-        blocks = batch.evaluate(sizes) * -(-tokens.evaluate(sizes) // block)
-        wanted = threads if blocks < 4 * threads or threads == 1 else 4 * threads
-        return max(1, min(wanted, blocks * bundles, work.evaluate(sizes) // GRAIN))
+        items = batch.evaluate(sizes) * -(-tokens.evaluate(sizes) // block) * bundles
+        wanted = 1 if threads == 1 else ITEMS_PER_THREAD * threads
+        return max(1, min(wanted, items, work.evaluate(sizes) // GRAIN))
 
     return parts
 
 
-def emit_runs(k: KernelBuilder, problem: Problem, run: Run, bundles: Sequence[Value], first: Value, end: Value) -> None:
+def _emit_runs(
+    access: Access, run: Run, single: Single, sums: Sums, bundles: Sequence[Value], first: Value, end: Value
+) -> None:
     """Cut tokens first..end into runs of one slot and consecutive positions; padding gets zeros."""
+    k, problem = access.k, access.problem
     steps = [emit_size(k, problem, strides_of(problem.operand(i))[0]) for i in (3, 4)]
     positions, slots = k.buffer(3, "i32"), k.buffer(4, "i32")
     none = k.i64(0)
@@ -99,10 +120,15 @@ def emit_runs(k: KernelBuilder, problem: Problem, run: Run, bundles: Sequence[Va
         owner = k.convert(slots.load(token * steps[1]), "i64")
         present = loop.i.lt(end)
         follows = present & count.gt(0) & owner.eq(slot) & here.eq(position + count)
-        with k.if_(k.select(follows, 0, count).gt(0)):
+        done = k.select(follows, 0, count)
+        with k.if_(done.eq(1)):
+            seen = access.visible(position, access.limit(slot))
+            single.attend(sums, bundles, slot, start, *seen)
+            single.store(sums, bundles, slot, start)
+        with k.if_(done.gt(1)):
             run.run(bundles, slot, start, count, position)
         with k.if_(present & here.lt(0)):
-            run.zero(bundles, loop.i)
+            access.store_zeros(bundles, loop.i)
         alone = k.convert(present & here.ge(0), "i64", unsigned=True)
         loop.yield_(
             k.select(follows, start, loop.i),

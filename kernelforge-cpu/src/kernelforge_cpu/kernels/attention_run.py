@@ -1,262 +1,138 @@
-"""One run of attention: the query rows of consecutive tokens against the keys of one slot or sequence."""
+"""Attention of a run: consecutive tokens of one slot or sequence, whose query rows go through the keys together.
+
+Each block of keys is transposed and each block of values copied to scratch, as f32, once for all rows of a bundle (the heads
+of one kv head times the tokens). Then tiles of rows go over it: keys and values come from memory once for many rows, and
+products are those of a matrix multiplication.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kernelforge_cpu.kernels.attention_tile import Tile
-from kernelforge_cpu.kernels.axes import Size, emit_size, size_of, strides_of
 
 if TYPE_CHECKING:
-    from kernelforge.problem import Dim, Problem
-    from kernelforge_cpu.emit import KernelBuilder, Pointer, Value
+    from kernelforge_cpu.emit import Pointer, Value
+    from kernelforge_cpu.kernels.attention_access import Access
 
-MAX_ROWS = 64
-"""Query rows that go through the keys together: enough to make reading keys and values again and again cheap."""
+MAX_ROWS = 96
+"""Query rows that go through the keys together: enough to make preparing a block of keys cheap."""
 
 STATE_BYTES = 128 * 1024
 """Stack for the rows' queries and sums: what stays in any second-level cache."""
 
-BUNDLE_HEADS = 16
-"""More heads of one kv head than this are shared out."""
-
-FAR = 1 << 30
-"""A window of this many positions hides nothing."""
-
 
 class Run:
-    """Emits runs of one attention kernel. `sequence` is a slot of the cache, or the number of a dense sequence."""
+    """Emits runs of one attention kernel."""
 
-    def __init__(self, k: KernelBuilder, problem: Problem, key_block: int) -> None:
-        self.k, self.problem, self.key_block = k, problem, key_block
-        q, keys, values, out = (problem.operand(0), problem.operand(1), problem.operand(2), problem.results[0])
-        tokens, heads, head_dim = q.shape[-3:]
-        groups = keys.shape[-2]
-        assert isinstance(heads, int)
-        assert isinstance(head_dim, int)
-        assert isinstance(groups, int)
-        self.head_dim = head_dim
-        per_group = heads // groups if groups else 1
-        # A bundle is the heads of one kv head or, when they are many, a part of them that divides evenly.
-        self.heads = max(n for n in range(1, BUNDLE_HEADS + 1) if per_group % n == 0)
-        self.bundles = heads // self.heads
-        self.bundles_per_group = per_group // self.heads
-        padded = self._tile(1, "f32").padded
-        self.rows = min(MAX_ROWS, STATE_BYTES // (8 * padded)) // 4 * 4  # whole tiles
-        self.block = 1
+    def __init__(self, access: Access, key_block: int) -> None:
+        self.access, self.key_block = access, key_block
+        k, size = access.k, access.head_dim
+        rows = access.registers // 2
+        self.tile = Tile(rows, key_block, k.lanes, k.lanes, size, "f32", access.softcap, access.registers, direct=False)
+        self.padded = self.tile.padded
+        self.rows = max(1, min(MAX_ROWS, STATE_BYTES // (8 * self.padded)) // rows) * rows
+        self.block = max(1, self.rows // access.heads)
         """Tokens of the longest run."""
-        while 2 * self.block * self.heads <= self.rows and (isinstance(tokens, str) or self.block < tokens):
-            self.block *= 2
-
-        # One token alone may be one tile, which reads the cache directly; more tiles share a copy of each block.
-        self.alone = self._tile(4 if self.heads > 2 else self.heads, keys.dtype) if self.heads <= 4 else None
-        self.shared = self._tile(4, "f32") if self.block > 1 or self.alone is None else None
-
-        self.q, self.keys, self.values = (k.buffer(i, t.dtype) for i, t in enumerate((q, keys, values)))
-        self.out = k.buffer(6, out.dtype)
-        self.steps = [self._steps(strides_of(t)) for t in (q, keys, values, out)]
-        self.capacity = self.size(keys.shape[-3])
-
-        # Less when all rows of a block of tokens are fewer.
-        self.rows = min(self.rows, max(1, self.bundles) * -(-self.block * self.heads // 4) * 4)
-        self.scratch_q, self.scratch_out = (k.alloca("f32", self.rows * padded) for _ in range(2))
-        self.top, self.total = (k.alloca("f32", self.rows * self._lanes()) for _ in range(2))
-        self.scores = k.alloca("f32", 4 * key_block)
-        self.copies = [k.alloca("f32", key_block * padded) for _ in range(2)] if self.shared else []
-
-    def size(self, dim: Dim) -> Value:
-        return emit_size(self.k, self.problem, size_of(dim))
-
-    def _steps(self, strides: Sequence[Size]) -> list[Value]:
-        """Steps in elements of (slot or sequence, token or key, head); a tensor of rank 3 has one sequence."""
-        padded = (*(Size(0),) * (4 - len(strides)), *strides)
-        return [emit_size(self.k, self.problem, s) for s in padded[:3]]
-
-    def _lanes(self) -> int:
-        """Of a vector of scores: at least 8 partial products hide the latency of their additions."""
-        return max(8, self.k.lanes)
-
-    def _tile(self, rows: int, dtype: str) -> Tile:
-        k, softcap = self.k, self.problem.attr("softcap")
-        assert isinstance(softcap, float)
-        width = k.lanes
-        while self.head_dim % width and width > 4:
-            width //= 2
-        if self.head_dim % width:
-            width = max(4, min(k.lanes, 1 << (self.head_dim - 1).bit_length()))
-        few_registers = k.target.arch == "x86_64" and k.lanes < 16
-        return Tile(rows, self._lanes(), width, self.head_dim, dtype, softcap, 8 if few_registers else 16)
-
-    def zero(self, bundles: Sequence[Value], token: Value) -> None:
-        k = self.k
-        with k.for_(bundles[0] * self.heads, bundles[1] * self.heads) as head:
-            out = self._row(3, self.out, k.i64(0), token, head.i)
-            k.vectorize(0, self.head_dim, lambda d, valid: out.store(k.f32(0.0, k.lanes), d, valid=valid))
-
-    def _visible(self, position: Value, limit: Value) -> tuple[Value, Value]:
-        """First and end of the keys that a token at `position` sees (i64, or vectors of i32 for one token a lane)."""
-        k, window = self.k, self.problem.attr("window")
-        assert isinstance(window, int)
-        end = k.min(position + 1, limit) if self.problem.attr("causal") else k.value(limit, position.type)
-        first = k.max(position - (window - 1), 0) if 0 < window < FAR else k.const(0, position.type)
-        return first, end
-
-    def _limit(self, sequence: Value) -> Value:
-        """The end of the keys that exist, lengths counted."""
-        k = self.k
-        if self.problem.operands[5] is None:
-            return self.capacity
-        step = emit_size(k, self.problem, strides_of(self.problem.operand(5))[0])
-        return k.min(k.convert(k.buffer(5, "i32").load(sequence * step), "i64"), self.capacity)
-
-    def _token(self, row: Value, count: Value) -> Value:
-        """The token, of `count` in the run, to which a row belongs; the last one for rows that only fill a tile."""
-        k = self.k
-        token = (
-            row if self.heads == 1 else (row * (65536 // self.heads + 1)) >> 16
-        )  # row // heads, exact for small rows
-        return k.min(token, count - 1)
-
-    def _row(self, which: int, pointer: Pointer, sequence: Value, token: Value, head: Value) -> Pointer:
-        """The row of q (0) or the result (3)."""
-        steps = self.steps[which]
-        return pointer.at(sequence * steps[0] + token * steps[1] + head * steps[2])
+        if isinstance(access.tokens, int):
+            self.block = max(1, min(self.block, access.tokens))
+            self.rows = -(-self.block * access.heads // rows) * rows
+        self.rows = max(self.rows, -(-access.heads // rows) * rows)
+        self.queries, self.out = (k.alloca("f32", self.rows * self.padded) for _ in range(2))
+        self.top, self.total = (k.alloca("f32", self.rows) for _ in range(2))
+        self.scores = k.alloca("f32", rows * key_block)
+        self.scales = k.alloca("f32", rows)
+        self.firsts, self.ends = (k.alloca("i32", rows) for _ in range(2))
+        self.keys = k.alloca("f32", key_block * -(-size // k.lanes) * k.lanes)
+        self.values = k.alloca("f32", key_block * self.padded)
 
     def run(self, bundles: Sequence[Value], sequence: Value, start: Value, count: Value, position: Value) -> None:
         """`count` tokens from `start` on, the first one at `position`, against the keys of one slot or sequence."""
-        k, alone, shared = self.k, self.alone, self.shared
-        if alone is None or shared is None:
-            tile = alone or shared
-            assert tile is not None
-            self._run_tiles(tile, bundles, sequence, start, count, position)
-            return
-        with k.if_(count.gt(1)) as branch:
-            self._run_tiles(shared, bundles, sequence, start, count, position)
-        with branch.else_():
-            self._run_tiles(alone, bundles, sequence, start, count, position)
+        access, k = self.access, self.access.k
+        rows = count * access.heads
+        limit = access.limit(sequence)
+        first, _ = access.visible(position, limit)
+        _, end = access.visible(position + (count - 1), limit)
+        with k.for_(bundles[0], bundles[1]) as bundle:
+            head, group = bundle.i * access.heads, access.group_of(bundle.i)
+            self._load(sequence, start, head, rows)
+            with k.for_(first, end, self.key_block) as block:
+                keys = k.min(end - block.i, self.key_block)
+                self._transpose(access.key_row(sequence, block.i, group), keys)
+                self._copy(access.value_row(sequence, block.i, group), keys)
+                with k.for_(0, rows, self.tile.rows) as row:
+                    self._tile(row.i, position, rows, limit, block.i, keys)
+            with k.for_(0, rows) as row:
+                token, h = self._place(row.i, rows)
+                source = self.out.at(row.i * self.padded)
+                access.store_result(source, self.total.load(row.i), sequence, start + token, head + h, k.lanes)
 
-    def _run_tiles(
-        self, tile: Tile, bundles: Sequence[Value], sequence: Value, start: Value, count: Value, position: Value
-    ) -> None:
-        """The run's rows in tiles, as many bundles at a time as there is scratch for."""
-        k = self.k
-        rows = count * self.heads
-        tiles = (rows + (tile.rows - 1)) // tile.rows
-        together = k.binary("divu", k.i64(self.rows), tiles * tile.rows)
-        limit = self._limit(sequence)
-        first, _ = self._visible(position, limit)
-        _, end = self._visible(position + count - 1, limit)
-        with k.for_(bundles[0], bundles[1], together) as some:
-            here = k.min(together, bundles[1] - some.i)
-            with k.for_(0, here) as bundle:
-                head = (some.i + bundle.i) * self.heads
-                self._load_queries(tile, bundle.i * tiles, sequence, start, head, rows, tiles)
-            with k.for_(first, end, self.key_block) as block, k.for_(0, here) as bundle:
-                group = k.binary("divu", some.i + bundle.i, k.i64(self.bundles_per_group))
-                stop = k.min(block.i + self.key_block, end)
-                sources = self._block(tile, sequence, group, block.i, stop)
-                with k.for_(0, tiles) as t:
-                    self._call_tile(tile, bundle.i * tiles + t.i, t.i, sources, count, position, limit, block.i)
-            with k.for_(0, here) as bundle:
-                head = (some.i + bundle.i) * self.heads
-                self._store_results(tile, bundle.i * tiles, sequence, start, head, rows)
+    def _place(self, row: Value, rows: Value) -> tuple[Value, Value]:
+        """Token of the run and head of the bundle of a row; those of the last one for rows that only fill a tile."""
+        k, heads = self.access.k, self.access.heads
+        row = k.min(row, rows - 1)
+        if heads == 1:
+            return row, k.i64(0)
+        token = (row * (65536 // heads + 1)) >> 16  # row // heads, exact for small rows
+        return token, row - token * heads
 
-    def _block(
-        self, tile: Tile, sequence: Value, group: Value, first: Value, end: Value
-    ) -> list[tuple[Pointer, Value]]:
-        """Where a tile finds the keys and the values of the block: address of the first row, and row step in elements."""
-        k = self.k
-        found: list[tuple[Pointer, Value]] = []
-        for i, source in enumerate((self.keys, self.values)):
-            steps = self.steps[1 + i]
-            rows = source.at(sequence * steps[0] + first * steps[1] + group * steps[2])
-            if tile is self.alone:
-                found.append((rows, steps[1]))
-                continue
-            copy = self.copies[i]
-            with k.for_(0, end - first) as row:
-                src, dst = rows.at(row.i * steps[1]), copy.at(row.i * tile.padded)
-                self._widen(tile, src, dst, 1.0)
-            found.append((copy, k.i64(tile.padded)))
-        return found
+    def _load(self, sequence: Value, start: Value, head: Value, rows: Value) -> None:
+        """Scaled queries, the last one again in rows that only fill a tile, and empty sums."""
+        k, tile = self.access.k, self.tile
+        with k.for_(0, (rows + (tile.rows - 1)) // tile.rows * tile.rows) as row:
+            token, h = self._place(row.i, rows)
+            at = row.i * self.padded
+            self.access.load_query(sequence, start + token, head + h, self.queries.at(at), k.lanes)
+            for d in range(0, self.padded, k.lanes):
+                self.out.at(at).store(k.f32(0.0, k.lanes), d)
+            self.top.store(k.f32(float("-inf")), row.i)
+            self.total.store(k.f32(0.0), row.i)
 
-    def _widen(self, tile: Tile, source: Pointer, to: Pointer, factor: float) -> None:
-        """A row of a head to scratch: f32, scaled, zeros to whole vectors."""
-        k = self.k
-        for d in range(0, tile.padded, tile.width):
-            valid = k.i64(self.head_dim - d) if d + tile.width > self.head_dim else None
-            x = source.load_f32(d, tile.width, valid=valid)
-            to.store(x if factor == 1.0 else x * factor, d)
+    def _transpose(self, source: Pointer, keys: Value) -> None:
+        """The block's keys to f32 [head_dim, key_block]."""
+        k, size, n, step = self.access.k, self.access.head_dim, self.access.k.lanes, self.access.key_steps[1]
+        with k.for_(0, keys, n) as first:
+            # Past the end the last key is read again: its memory is there, its scores are hidden.
+            rows = [source.at(k.min(first.i + j, keys - 1) * step) for j in range(n)]
+            for d in range(0, size, n):
+                valid = k.i64(size - d) if d + n > size else None
+                columns = k.transpose([row.load_f32(d, n, valid=valid) for row in rows])
+                for j, column in enumerate(columns[: size - d]):
+                    self.keys.at(first.i).store(column, (d + j) * self.key_block)
 
-    def _load_queries(
-        self, tile: Tile, place: Value, sequence: Value, start: Value, head: Value, rows: Value, tiles: Value
-    ) -> None:
-        """Scaled queries of a bundle into tiles `place`.., zeros for rows that only fill a tile, and empty sums."""
-        k, scale, softcap = self.k, self.problem.attr("scale"), self.problem.attr("softcap")
-        assert isinstance(scale, float)
-        assert isinstance(softcap, float)
-        factor = (scale or 1.0 / math.sqrt(self.head_dim)) / (softcap or 1.0)
-        size = tile.rows * tile.padded
-        with k.for_(place * size, (place + tiles) * size, tile.width) as clear:
-            for scratch in (self.scratch_q, self.scratch_out):
-                scratch.store(k.f32(0.0, tile.width), clear.i)
-        with k.for_(place, place + tiles) as t:
-            self.top.store(k.f32(float("-inf"), tile.lanes), t.i * tile.lanes)
-            self.total.store(k.f32(0.0, tile.lanes), t.i * tile.lanes)
-        with k.for_(0, rows) as row:
-            token = self._token(row.i, rows)
-            source = self._row(0, self.q, sequence, start + token, head + row.i - token * self.heads)
-            self._widen(tile, source, self.scratch_q.at(place * size + row.i * tile.padded), factor)
+    def _copy(self, source: Pointer, keys: Value) -> None:
+        """The block's values to f32 [key_block, padded]."""
+        k, size, n, step = self.access.k, self.access.head_dim, self.access.k.lanes, self.access.value_steps[1]
+        with k.for_(0, keys) as key:
+            row, to = source.at(key.i * step), self.values.at(key.i * self.padded)
+            for d in range(0, size, n):
+                valid = k.i64(size - d) if d + n > size else None
+                to.store(row.load_f32(d, n, valid=valid), d)
 
-    def _call_tile(
-        self,
-        tile: Tile,
-        place: Value,
-        t: Value,
-        sources: list[tuple[Pointer, Value]],
-        count: Value,
-        position: Value,
-        limit: Value,
-        first: Value,
-    ) -> None:
-        """Tile `t` of a run (tile `place` of the scratch) against the block of keys that begins at `first`."""
-        k = self.k
-        row = t * tile.rows
-        tokens = [position + self._token(r, count) for r in (row, row + (tile.rows - 1))]
-        (_, seen_end), (seen_first, last_end) = (self._visible(token, limit) for token in tokens)
-        end = k.min(first + self.key_block, last_end)
-        with k.if_(first.lt(end)):
-            lane_row = k.consts([lane // tile.keys for lane in range(tile.lanes)], "i32") + k.convert(row, "i32")
-            lane_token = k.convert(position, "i32") + self._token(lane_row, k.convert(count, "i32"))
-            # Of the block: its first key is number 0.
-            bounds = [k.convert(b - first, "i64") for b in (end, seen_first, seen_end)]
-            row_bounds = [
-                k.value(b, lane_token.type) - k.convert(first, "i32")
-                for b in self._visible(lane_token, k.convert(limit, "i32"))
-            ]
-            (keys, key_step), (values, value_step) = sources
-            at = place * (tile.rows * tile.padded)
+    def _tile(self, row: Value, position: Value, rows: Value, limit: Value, first: Value, keys: Value) -> None:
+        """The rows from `row` on against the block of `keys` keys that begins at `first`."""
+        access, k, tile = self.access, self.access.k, self.tile
+        ends = [position + self._place(r, rows)[0] for r in (row, row + (tile.rows - 1))]
+        (some_first, seen_end), (seen_first, some_end) = (access.visible(p, limit) for p in ends)
+        end = k.min(some_end - first, keys)
+        with k.if_(end.gt(0) & some_first.lt(first + keys)):
+            # Keys head..tail are seen by every row, `end` is where no row sees any more.
+            head = k.min(k.max(seen_first - first, 0), end)
+            tail = k.max(k.min(seen_end - first, end), head)
+            k.call(tile.scores(k), self.queries.at(row * self.padded), self.keys, k.i64(0), self.scores, end)
+            weights = (self.scores, self.top.at(row), self.total.at(row), self.scales, self.firsts, self.ends, end)
+            with k.if_((tail - head).eq(self.key_block)) as whole:
+                k.call(tile.softmax(k, masked=False), *weights)
+            with whole.else_():
+                with k.for_(0, tile.rows) as r:
+                    token, _ = self._place(row + r.i, rows)
+                    bounds = access.visible(position + token, limit)
+                    for to, bound in zip((self.firsts, self.ends), bounds, strict=True):
+                        to.store(k.convert(k.max(k.min(bound - first, self.key_block), 0), "i32"), r.i)
+                k.call(tile.softmax(k, masked=True), *weights)
             k.call(
-                tile.function(k),
-                *(self.scratch_q.at(at), self.scratch_out.at(at)),
-                *(p.at(place * tile.lanes) for p in (self.top, self.total)),
-                *(self.scores, keys, values, key_step, value_step, *bounds, *row_bounds),
+                tile.values(k),
+                *(self.out.at(row * self.padded), self.scores, self.values, k.i64(self.padded), self.scales),
+                *(head, tail, end, self.firsts, self.ends),
             )
-
-    def _store_results(self, tile: Tile, place: Value, sequence: Value, start: Value, head: Value, rows: Value) -> None:
-        """out = sums of weighted values / sums of weights; 0 for a row that saw no key."""
-        k = self.k
-        with k.for_(0, rows) as row:
-            token = self._token(row.i, rows)
-            at = place * tile.rows + row.i
-            weight = k.reduce_add(self.total.load(at * tile.keys, tile.keys))
-            weight = k.select(weight.eq(0.0), 1.0, weight)
-            source = self.scratch_out.at(at * tile.padded)
-            to = self._row(3, self.out, sequence, start + token, head + row.i - token * self.heads)
-
-            def store(d: Value, valid: Value | None) -> None:
-                to.store(source.load(d, tile.width) / weight, d, valid=valid)
-
-            k.vectorize(0, self.head_dim, store, lanes=tile.width)

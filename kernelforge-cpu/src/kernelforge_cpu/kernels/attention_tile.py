@@ -1,7 +1,8 @@
-"""The inner kernel of attention: a few query rows against one block of keys, with an online softmax.
+"""The inner kernels of attention: a few query rows against one block of keys, with an online softmax.
 
-A tile is `rows` query rows (1, 2 or 4). Scores are computed `keys` at a time, so that one vector of `lanes = rows * keys` scores
-holds row r, key j in lane r * keys + j: masks, maxima and exponentials work on full vectors whatever the number of rows.
+A tile is `rows` query rows. Scores are [rows, keys] in scratch, a row's keys side by side, so that masks, maxima and
+exponentials work on full vectors whatever the number of rows. Keys come either as they are in memory, a row after the other
+(`Tile.direct`: dot products, for the rows of one token), or transposed into scratch (outer products, for many rows).
 """
 
 from __future__ import annotations
@@ -10,185 +11,245 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kernelforge_cpu.emit import I64, PTR, Builder, Pointer, Value, vec
-from kernelforge_cpu.vmath import exp, tanh
+from kernelforge_cpu.emit import I64, PTR, Builder, Pointer, Value
+from kernelforge_cpu.vmath import exp_decay, tanh
 
 if TYPE_CHECKING:
-    from kernelforge_cpu.emit import Function, KernelBuilder
+    from kernelforge_cpu.emit import Function, KernelBuilder, Type
 
-HIDDEN = -1.0
-"""Marks, among the weights (which are never negative), a key that a row does not see."""
+CHAINS = 4
+"""Vectors of a row's scores at a time: enough to hide the latency of exp."""
 
 
 @dataclass(frozen=True)
 class Tile:
     rows: int
+    keys: int
+    """Of a block."""
     lanes: int
     """Of a vector of scores."""
     width: int
     """Lanes of a vector along the head."""
     head_dim: int
     dtype: str
-    """Of keys and values."""
+    """Of keys and values, as the tile reads them."""
     softcap: float
-    accumulators: int
+    registers: int
     """Vector registers for partial results."""
-
-    @property
-    def keys(self) -> int:
-        return self.lanes // self.rows
+    direct: bool
 
     @property
     def padded(self) -> int:
         """Elements of a query or result row in scratch: whole vectors."""
         return -(-self.head_dim // self.width) * self.width
 
-    def function(self, k: KernelBuilder) -> Function:
-        """`(q, out, top, total, scores, keys, values, key step, value step, end, seen first, seen end, row first, row end)`
+    @property
+    def columns(self) -> int:
+        """Vectors of a panel: of transposed keys, of values."""
+        return 2 if self.rows * 2 <= self.registers else 1
 
-        q: f32 [rows, padded], scaled, zeros after the head. out: f32 [rows, padded], sums of weighted values so far.
-        top, total: one score vector each, maxima (the same in all lanes of a row) and partial sums of weights so far.
-        scores: f32 scratch. keys, values: the block's first rows, and row steps in elements. The tile sees keys 0..end of the
-        block; every row sees seen first..seen end, row r lanes r * keys.. of (row first)..(row end), vectors of i32.
+    def scores(self, k: KernelBuilder) -> Function:
+        """`(q, keys, step, scores, end)`: q f32 [rows, padded], scaled. keys: the block's first row, rows `step` elements
+        apart; transposed: f32 [head_dim, keys]. Fills scores[:, :end], and beyond with anything up to a whole panel."""
+        return self._function(k, "scores", [PTR, PTR, I64, PTR, I64], self._scores)
+
+    def softmax(self, k: KernelBuilder, *, masked: bool) -> Function:
+        """`(scores, top, total, scales, firsts, ends, end)`: scores become weights exp(score - top), 0 where hidden.
+
+        top, total: f32 [rows], maxima and sums of weights so far. scales: f32 [rows], by which earlier sums must be
+        multiplied. Row r sees keys firsts[r]..ends[r] (i32) of the block, and none from `end` on; not masked: all.
         """
-        bounds = vec(self.lanes, "i32")
-        return k.function(
-            f"{k.name}_{self.rows}x{self.dtype}", (*[PTR] * 7, *[I64] * 5, bounds, bounds), self.write, inline=False
-        )
 
-    def write(self, b: Builder, *args: Value) -> Sequence[Value]:
-        q, out, top, total, scores = (Pointer(b, a.name, "f32") for a in args[:5])
-        keys, values = (Pointer(b, a.name, self.dtype) for a in args[5:7])
-        key_step, value_step, end, seen_first, seen_end, row_first, row_end = args[7:]
+        def write(b: Builder, *args: Value) -> None:
+            self._softmax(b, masked, *args)
 
-        high = self._scores(b, q, scores, keys, key_step, end, row_first, row_end)
-        old = top.load(0, self.lanes)
-        new = self._over_keys(b, b.max, b.max(high, old))
-        # A row that has seen no key yet: any finite number makes its weights exp(-inf) = 0.
-        pivot = b.select(new.eq(float("-inf")), 0.0, new)
-        top.store(new)
-        rescale = exp(b, old - pivot)
-        added = self._weights(b, scores, end, pivot)
-        total.store(b.fma(total.load(0, self.lanes), rescale, added))
-        self._values(b, out, rescale, scores, values, value_step, end, seen_first, seen_end)
-        return []
+        return self._function(k, "masked" if masked else "softmax", [*[PTR] * 6, I64], write)
 
-    def _steps(self, b: Builder, end: Value) -> Value:
-        """How many score vectors cover the block."""
-        return (end + (self.keys - 1)) // self.keys
+    def values(self, k: KernelBuilder) -> Function:
+        """`(out, weights, values, step, scales, head, tail, end, firsts, ends)`: out = out * scales + weights @ values.
 
-    def _scores(
+        All rows see keys head..tail; of keys 0..head and tail..end row r sees those in firsts[r]..ends[r], if the tile is
+        not direct.
+        """
+        return self._function(k, "values", [*[PTR] * 3, I64, PTR, *[I64] * 3, PTR, PTR], self._values)
+
+    def _function(self, k: KernelBuilder, name: str, params: Sequence[Type], write: Callable[..., None]) -> Function:
+        def body(b: Builder, *args: Value) -> Sequence[Value]:
+            write(b, *args)
+            return ()
+
+        kind = f"{self.rows}x{self.dtype}" if self.direct else f"{self.rows}"
+        return k.function(f"{k.name}_{name}_{kind}", params, body, inline=False)
+
+    # --- scores ---
+
+    def _scores(self, b: Builder, q: Value, keys: Value, step: Value, scores: Value, end: Value) -> None:
+        at = (Pointer(b, q.name, "f32"), Pointer(b, keys.name, self.dtype), Pointer(b, scores.name, "f32"))
+        if self.direct:
+            self._dot_products(b, *at, step, end)
+        else:
+            self._outer_products(b, *at, end)
+
+    def _outer_products(self, b: Builder, q: Pointer, keys: Pointer, scores: Pointer, end: Value) -> None:
+        panel = self.columns * self.lanes
+        starts = [(row, c * self.lanes) for row in range(self.rows) for c in range(self.columns)]
+        with b.for_(0, end, panel) as at:
+            here, out = keys.at(at.i), scores.at(at.i)
+            with b.for_(0, self.head_dim, 1, [b.f32(0.0, self.lanes)] * len(starts)) as d:
+                line = here.at(d.i * self.keys)
+                k_d = [line.load(c * self.lanes, self.lanes) for c in range(self.columns)]
+                q_d = [b.broadcast(q.at(d.i).load(row * self.padded), self.lanes) for row in range(self.rows)]
+                products = ((x, y) for x in q_d for y in k_d)
+                d.yield_(*(b.fma(x, y, s) for (x, y), s in zip(products, d.values, strict=True)))
+            for (row, column), s in zip(starts, d.results, strict=True):
+                out.store(s, row * self.keys + column)
+
+    def _dot_products(self, b: Builder, q: Pointer, keys: Pointer, scores: Pointer, step: Value, end: Value) -> None:
+        together = 8 if self.rows == 1 else 4
+        most = max(1, self.registers // together)
+        groups = [range(i, min(i + most, self.rows)) for i in range(0, self.rows, most)]
+
+        def some(at: Value, rows: Sequence[Pointer]) -> None:
+            for group in groups:
+                sums = self._products(b, q, rows, group)
+                for row, first in zip(group, range(0, len(sums), together), strict=True):
+                    for j in range(0, together, 4):
+                        scores.store(quad_sums(b, sums[first + j : first + j + 4]), at + (row * self.keys + j))
+
+        whole = (end // together) * together
+        with b.for_(0, whole, together) as loop:
+            base = keys.at(loop.i * step)
+            some(loop.i, [base.at(step * j) for j in range(together)])
+        with b.if_(whole.lt(end)):
+            # Past the end the last key is read again: its memory is there.
+            some(whole, [keys.at(b.min(whole + j, end - 1) * step) for j in range(together)])
+
+    def _products(self, b: Builder, q: Pointer, keys: Sequence[Pointer], group: range) -> list[Value]:
+        """For each row of the group and key (the key runs fastest) a vector whose lanes sum to their product."""
+        sums = [b.f32(0.0, self.width)] * (len(group) * len(keys))
+        for d in range(0, self.head_dim, self.width):
+            valid = b.i64(self.head_dim - d) if d + self.width > self.head_dim else None
+            k_d = [key.load_f32(d, self.width, valid=valid) for key in keys]
+            q_d = [q.load(row * self.padded + d, self.width) for row in group]
+            sums = [b.fma(x, y, s) for (x, y), s in zip(((x, y) for x in q_d for y in k_d), sums, strict=True)]
+        return sums
+
+    # --- softmax ---
+
+    def _softmax(
         self,
         b: Builder,
-        q: Pointer,
-        scores: Pointer,
-        keys: Pointer,
-        key_step: Value,
+        masked: bool,
+        scores: Value,
+        top: Value,
+        total: Value,
+        scales: Value,
+        firsts: Value,
+        ends: Value,
         end: Value,
-        row_first: Value,
-        row_end: Value,
-    ) -> Value:
-        """Fill `scores` with the block's scores, -inf where hidden; their maxima, lane by lane."""
-        low = b.f32(float("-inf"), self.lanes)
-        lane_key = b.consts([lane % self.keys for lane in range(self.lanes)], "i32")
-        with b.for_(0, self._steps(b, end), 1, [low]) as loop:
-            at = loop.i * self.keys
-            # Past the end the last key is read again: its score is hidden, its memory is there.
-            rows = [keys.at(b.min(at + j, end - 1) * key_step) for j in range(self.keys)]
-            s = lane_sums(b, self._products(b, q, rows))
-            if self.softcap:
-                s = tanh(b, s) * self.softcap
-            key = b.broadcast(b.convert(at, "i32"), self.lanes) + lane_key
-            s = b.select(key.ge(row_first) & key.lt(row_end), s, low)
-            scores.store(s, loop.i * self.lanes)
-            loop.yield_(b.max(s, loop.values[0]))
-        return loop.results[0]
+    ) -> None:
+        low = float("-inf")
+        s, tops, totals, factors = (Pointer(b, p.name, "f32") for p in (scores, top, total, scales))
+        lane = b.consts(range(self.lanes), "i32")
+        chains = 1 if masked else min(CHAINS, self.keys // self.lanes)
+        count = end if masked else b.i64(self.keys)
 
-    def _products(self, b: Builder, q: Pointer, keys: Sequence[Pointer]) -> list[Value]:
-        """For each row and key (the key runs fastest) a vector whose lanes sum to their product."""
-        whole, rest = divmod(self.head_dim, self.width)
+        with b.for_(0, self.rows) as row:
+            line = s.at(row.i * self.keys)
+            bounds = [b.broadcast(Pointer(b, p.name, "i32").load(row.i), self.lanes) for p in (firsts, ends)]
 
-        def step(d: Value | int, sums: Sequence[Value], valid: Value | None) -> list[Value]:
-            k_d = [key.load_f32(d, self.width, valid=valid) for key in keys]
-            q_d = [q.at(row * self.padded).load(d, self.width) for row in range(self.rows)]
-            pairs = [(x, y) for x in q_d for y in k_d]
-            return [b.fma(x, y, s) for (x, y), s in zip(pairs, sums, strict=True)]
+            def score(at: Value, line: Pointer = line, bounds: list[Value] = bounds) -> Value:
+                x = line.load(at, self.lanes)
+                if self.softcap:
+                    x = tanh(b, x) * self.softcap
+                if masked:
+                    key = b.broadcast(b.convert(at, "i32"), self.lanes) + lane
+                    x = b.select(key.ge(bounds[0]) & key.lt(bounds[1]), x, low)
+                if masked or self.softcap:
+                    line.store(x, at)
+                return x
 
-        sums = [b.f32(0.0, self.width)] * self.lanes
-        with b.for_(0, whole * self.width, self.width, sums) as loop:
-            loop.yield_(*step(loop.i, loop.values, None))
-        return step(whole * self.width, loop.results, b.i64(rest)) if rest else loop.results
+            block = chains * self.lanes
+            with b.for_(0, count, block, [b.f32(low, self.lanes)] * chains) as loop:
+                found = [score(loop.i + c * self.lanes) for c in range(chains)]
+                loop.yield_(*(b.max(x, acc) for x, acc in zip(found, loop.values, strict=True)))
+            high = b.reduce_max(fold(b.max, loop.results))
+            old = tops.load(row.i)
+            new = b.max(high, old)
+            # A row that has seen no key yet: any finite number makes its weights exp(-inf) = 0.
+            pivot = b.select(new.eq(low), 0.0, new)
+            with b.for_(0, count, block, [b.f32(0.0, self.lanes)] * chains) as loop:
+                at = [loop.i + c * self.lanes for c in range(chains)]
+                weights = [exp_decay(b, line.load(i, self.lanes) - pivot) for i in at]
+                for i, w in zip(at, weights, strict=True):
+                    line.store(w, i)
+                loop.yield_(*(acc + w for acc, w in zip(loop.values, weights, strict=True)))
+            scale = exp_decay(b, old - pivot)
+            tops.store(new, row.i)
+            factors.store(scale, row.i)
+            sums = b.reduce_add(fold(lambda x, y: x + y, loop.results))
+            totals.store(b.fma(totals.load(row.i), scale, sums), row.i)
 
-    def _over_keys(self, b: Builder, combine: Callable[[Value, Value], Value], a: Value) -> Value:
-        """Combine each row's lanes; all of them get the result."""
-        step = 1
-        while step < self.keys:
-            a = combine(a, b.shuffle(a, a, [lane ^ step for lane in range(self.lanes)]))
-            step *= 2
-        return a
-
-    def _weights(self, b: Builder, scores: Pointer, end: Value, pivot: Value) -> Value:
-        """Turn the block's scores into weights exp(score - pivot), `HIDDEN` where hidden; their sums, lane by lane."""
-        with b.for_(0, self._steps(b, end), 1, [b.f32(0.0, self.lanes)]) as loop:
-            s = scores.load(loop.i * self.lanes, self.lanes)
-            weight = exp(b, s - pivot)
-            scores.store(b.select(s.eq(float("-inf")), HIDDEN, weight), loop.i * self.lanes)
-            loop.yield_(loop.values[0] + weight)
-        return loop.results[0]
+    # --- values ---
 
     def _values(
         self,
         b: Builder,
-        out: Pointer,
-        rescale: Value,
-        scores: Pointer,
-        values: Pointer,
-        value_step: Value,
+        out: Value,
+        weights: Value,
+        values: Value,
+        step: Value,
+        scales: Value,
+        head: Value,
+        tail: Value,
         end: Value,
-        seen_first: Value,
-        seen_end: Value,
+        firsts: Value,
+        ends: Value,
     ) -> None:
-        """out = out * rescale + weights @ values, a few vectors of the head at a time."""
-        # Keys that every row sees, in whole steps; the few before and after them are added row by row.
-        head = b.min((b.max(seen_first, 0) + (self.keys - 1)) // self.keys, self._steps(b, end))
-        tail = b.max(b.min(seen_end, end) // self.keys, head)
-        partial = b.min(head * self.keys, end)
-        remaining = partial + b.max(end - tail * self.keys, 0)
-        scales = [b.extract(rescale, row * self.keys) for row in range(self.rows)]
+        o, w = Pointer(b, out.name, "f32"), Pointer(b, weights.name, "f32")
+        source = Pointer(b, values.name, self.dtype)
+        seen = [Pointer(b, p.name, "i32") for p in (firsts, ends)]
+        rows = range(self.rows)
+        factors = [Pointer(b, scales.name, "f32").load(row) for row in rows]
 
         def group(d: Value, count: int, valid: Value | None) -> None:
             """`count` vectors of the head from element `d` on; the last one has `valid` lanes."""
-            starts = [(row, row * self.padded + v * self.width) for row in range(self.rows) for v in range(count)]
-            sums = [out.at(d).load(at, self.width) * scales[row] for row, at in starts]
+            starts = [(row, row * self.padded + v * self.width) for row in rows for v in range(count)]
+            sums = [o.at(d).load(at, self.width) * factors[row] for row, at in starts]
 
             def load(key: Value) -> list[Value]:
-                source = values.at(key * value_step).at(d)
+                line = source.at(key * step).at(d)
                 masks = [valid if v == count - 1 else None for v in range(count)]
-                return [source.load_f32(v * self.width, self.width, valid=mask) for v, mask in enumerate(masks)]
+                return [line.load_f32(v * self.width, self.width, valid=mask) for v, mask in enumerate(masks)]
 
-            def spread(weight: Value) -> Value:
-                return b.broadcast(weight, self.width)
+            def weighted(key: Value, v: Sequence[Value]) -> list[tuple[Value, Value]]:
+                spread = [b.broadcast(w.at(key).load(row * self.keys), self.width) for row in rows]
+                return [(x, y) for x in spread for y in v]
 
             with b.for_(head, tail, 1, sums) as loop:
-                sums = loop.values
-                for j in range(self.keys):
-                    v = load(loop.i * self.keys + j)
-                    w = [spread(scores.load(loop.i * self.lanes + row * self.keys + j)) for row in range(self.rows)]
-                    sums = [b.fma(x, y, s) for (x, y), s in zip(((x, y) for x in w for y in v), sums, strict=True)]
-                loop.yield_(*sums)
-            with b.for_(0, remaining, 1, loop.results) as loop:
-                key = b.select(loop.i.lt(partial), loop.i, loop.i - partial + tail * self.keys)
-                v = load(key)
-                place = (key // self.keys) * self.lanes + key % self.keys
-                weights = [scores.load(place + row * self.keys) for row in range(self.rows)]
-                # Not s + 0 * y: a value that the row may not see can be NaN.
-                terms = zip([(x, y) for x in weights for y in v], loop.values, strict=True)
-                loop.yield_(*(b.select(x.lt(0.0), s, b.fma(spread(x), y, s)) for (x, y), s in terms))
-            for (_, at), s in zip(starts, loop.results, strict=True):
-                out.at(d).store(s, at)
+                terms = weighted(loop.i, load(loop.i))
+                loop.yield_(*(b.fma(x, y, s) for (x, y), s in zip(terms, loop.values, strict=True)))
+            sums = loop.results
+            if not self.direct:
+                with b.for_(0, head + b.max(end - tail, 0), 1, sums) as loop:
+                    key = b.select(loop.i.lt(head), loop.i, loop.i - head + tail)
+                    terms = weighted(key, load(key))
+                    number = b.convert(key, "i32")
+                    sees = [number.ge(seen[0].load(row)) & number.lt(seen[1].load(row)) for row in rows]
+                    # Not s + 0 * y: a value that the row may not see can be NaN.
+                    added = [b.fma(x, y, s) for (x, y), s in zip(terms, loop.values, strict=True)]
+                    loop.yield_(
+                        *(
+                            b.select(sees[i // count], new, s)
+                            for i, (new, s) in enumerate(zip(added, loop.values, strict=True))
+                        )
+                    )
+                sums = loop.results
+            for (_, at), s in zip(starts, sums, strict=True):
+                o.at(d).store(s, at)
 
-        whole, rest = divmod(self.head_dim, self.width)
-        count = min(whole, max(1, self.accumulators // self.rows))
+        whole, rest = divmod(self.head_dim, self.width) if self.direct else (self.padded // self.width, 0)
+        count = min(whole, max(1, self.registers // self.rows) if self.direct else self.columns)
         if count:
             with b.for_(0, whole // count * count * self.width, count * self.width) as loop:
                 group(loop.i, count, None)
@@ -198,21 +259,25 @@ class Tile:
             group(b.i64(whole * self.width), 1, b.i64(rest))
 
 
-def lane_sums(b: Builder, vectors: Sequence[Value]) -> Value:
-    """A vector whose lane i is the sum of the lanes of `vectors[i]`, in about three instructions a vector.
+def fold(combine: Callable[[Value, Value], Value], vectors: Sequence[Value]) -> Value:
+    total, *others = vectors
+    for other in others:
+        total = combine(total, other)
+    return total
 
-    There are as many vectors as one has lanes (a power of two, at least 4), or a power of two times that.
-    """
+
+def quad_sums(b: Builder, vectors: Sequence[Value]) -> Value:
+    """A vector of 4 lanes, lane i the sum of the lanes of `vectors[i]`; they have 4 lanes or a power of two times that."""
     n, rows = vectors[0].type.lanes, list(vectors)
-    if len(rows) > n:
-        return b.concat(*(lane_sums(b, rows[i : i + n]) for i in range(0, len(rows), n)))
     quads = range(0, n, 4)
     stages = [
         ([q + i for q in quads for i in (0, n, 1, n + 1)], 2),
         ([q + i for q in quads for i in (0, 1, n, n + 1)], 2),
     ]
-    stages += [([i for i in range(2 * n) if not i & half], half) for half in (16, 8, 4) if half < n]
     for low, distance in stages:  # every shuffle is one instruction on x86
         high = [i + distance for i in low]
         rows = [b.shuffle(x, y, low) + b.shuffle(x, y, high) for x, y in zip(rows[::2], rows[1::2], strict=True)]
-    return rows[0]
+    total = rows[0]
+    while (half := total.type.lanes // 2) >= 4:
+        total = b.slice(total, 0, half) + b.slice(total, half, half)
+    return total
