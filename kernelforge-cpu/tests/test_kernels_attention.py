@@ -38,6 +38,11 @@ ONE_TOKEN = [
     cached("f32[1,2,256]", "bf16[1,100,1,256]", tokens="1"),
     cached("f32[1,6,72]", "f32[1,100,1,72]", tokens="1"),
 ]
+SPLIT = [
+    cached("f32[4,32,64]", "f16[2,300,8,64]", tokens="4"),  # ranges of at least 32 keys
+    cached("f32[1,12,128]", "bf16[2,300,4,128]:[300000,1000,200,1]", tokens="1", window=200, softcap=4.0),
+    cached("f32[3,16,256]", "f32[2,300,1,256]", tokens="3", window=100),  # two bundles of 8 heads
+]
 DENSE = [
     problem("attention", "f32[5,4,8]", "f32[9,2,8]", "f32[9,2,8]"),
     problem("attention", "f32[3,4,6,40]", "bf16[3,7,2,40]", "bf16[3,7,2,40]", "", "", "i32[3]", causal=False, window=4),
@@ -59,7 +64,7 @@ def from_scores(arrays: Arrays, exact: list[Array]) -> list[Array]:
 
 @pytest.fixture(scope="module")
 def kernels() -> Kernels:
-    return Kernels([*CACHED, *ONE_TOKEN, *DENSE, DYNAMIC])
+    return Kernels([*CACHED, *ONE_TOKEN, *SPLIT, *DENSE, DYNAMIC])
 
 
 @pytest.mark.parametrize("p", CACHED, ids=str)
@@ -185,14 +190,34 @@ def test_dense_equals_cached(kernels: Kernels) -> None:
 
 
 def test_parts() -> None:
-    def parts(p: Problem, tokens: int, threads: int) -> int:
-        return build_attention(p.canonical(), {"key_block": 64}, device()).phases[0].parts([tokens], threads)
+    def parts(p: Problem, tokens: int, threads: int) -> list[int]:
+        dims = [tokens] if p.dims else []
+        built = build_attention(p.canonical(), {"key_block": 64}, device())
+        return [phase.parts(dims, threads) for phase in built.phases]
 
     large = cached("f32[tokens,32,64]", "f32[4,4096,8,64]")
-    assert [parts(large, 1, threads) for threads in (1, 2, 3, 16)] == [1, 2, 3, 8]
-    assert parts(large, 512, 2) == 8
-    assert parts(large, 512, 1) == 1
-    assert parts(cached("f32[tokens,2,8]", "f32[1,32,1,8]"), 4, 4) == 1  # too little work
+    assert [parts(large, 1, threads) for threads in (1, 2, 16)] == [[1], [8], [8]]  # a kv head each
+    assert [parts(large, 512, threads) for threads in (1, 2, 4)] == [[1], [32], [64]]
+    assert parts(cached("f32[tokens,2,8]", "f32[1,32,1,8]"), 4, 4) == [1]  # too little work
+    one = cached("f32[1,32,64]", "f32[4,4096,8,64]", tokens="1")
+    assert [parts(one, 1, threads) for threads in (1, 2, 16)] == [[1, 1], [4, 1], [32, 1]]  # ranges of keys, a merge
+    assert parts(cached("f32[1,2,8]", "f32[1,32,1,8]", tokens="1"), 1, 4) == [1, 1]
+
+
+@pytest.mark.parametrize("p", SPLIT, ids=str)
+@pytest.mark.parametrize("depth", [0, 15, 16, 63, 64, 65, 128, 150, 255, 256, 296])
+def test_ranges_of_keys_are_merged(kernels: Kernels, p: Problem, depth: int) -> None:
+    """Contexts of one range, of several, of ranges that are no whole blocks, and padding; what is hidden is NaN."""
+    rng = np.random.default_rng(depth)
+    tokens, heads, size = p.operand(0).static_shape()
+    cache = p.operand(1)
+    q = rng.standard_normal((tokens, heads, size)).astype(np.float32)
+    k, v = (rng.standard_normal(cache.static_shape()).astype(to_numpy(cache.dtype)) for _ in range(2))
+    positions = np.array([depth, -1, max(0, depth - 70), depth + 3][:tokens], np.int32)
+    slots = np.array([1, 77, 0, 1][:tokens], np.int32)
+    for slot, most in ((0, max(0, depth - 70)), (1, depth + 3 if tokens > 3 else depth)):
+        k[slot, most + 1 :], v[slot, most + 1 :] = np.nan, np.nan
+    kernels.check(p, from_scores, arrays=[q, k, v, positions, slots, None], parts=(1, 2, 3, 7))
 
 
 def test_refusals() -> None:

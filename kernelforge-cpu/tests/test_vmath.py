@@ -21,6 +21,7 @@ Write = Callable[[Builder, Value], Value]
 SMALLEST_NORMAL = 2.0**-126
 BOUNDS: dict[str, tuple[Write, Callable[[Array], Array], float]] = {
     "exp": (vmath.exp, np.exp, 2.0),
+    "exp_decay": (lambda k, x: vmath.exp_decay(k, -k.abs(x)), lambda x: np.exp(-abs(x)), 2.0),
     "tanh": (vmath.tanh, np.tanh, 3.0),
     "sigmoid": (vmath.sigmoid, lambda x: 1 / (1 + np.exp(-x)), 3.0),
     "silu": (vmath.silu, lambda x: x / (1 + np.exp(-x)), 3.0),
@@ -74,6 +75,9 @@ def test_error_bound(library: Library, sweep: Array, name: str, suffix: str) -> 
     if name == "silu":
         normal &= sweep > -88.7
         np.testing.assert_allclose(got[finite & ~normal], exact[finite & ~normal], rtol=0, atol=3e-37)
+    elif name == "exp_decay":
+        normal &= np.abs(sweep) <= 87
+        assert not got[finite & ~normal].any()
     elif name == "exp":
         np.testing.assert_allclose(got[finite & ~normal], exact[finite & ~normal], rtol=0, atol=2.0**-149)
     ulps = np.abs(got[normal].astype(np.float64) - exact[normal]) / np.spacing(np.abs(want[normal])).astype(np.float64)

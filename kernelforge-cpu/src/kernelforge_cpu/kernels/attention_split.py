@@ -57,7 +57,7 @@ def build(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
     _emit_ranges(k, single, problem, least, record)
 
     merge = KernelBuilder(f"{k.name}_merge", k.target)
-    _emit_merge(merge, Access(merge, problem), single, tokens, record)
+    _emit_merge(merge, Access(merge, problem), single, tokens, least, record)
 
     work = size_of(*problem.operand(0).shape, problem.operand(1).shape[-3])
 
@@ -83,53 +83,74 @@ def _sums(k: KernelBuilder, rows: int, padded: int, at: Value) -> Sums:
 
 
 def _emit_ranges(k: KernelBuilder, single: Single, problem: Problem, least: int, record: int) -> None:
-    """Each part's range of keys; a range has at least `least` keys, so that a short context is left to few parts."""
+    """Each part's range of keys. A token whose keys are in one range is done here."""
     access = single.access
     tokens = problem.operand(0).static_shape()[0]
-    steps = [emit_size(k, problem, strides_of(problem.operand(i))[0]) for i in (3, 4)]
+    bundles = (k.i64(0), k.i64(access.bundles))
     with k.if_(k.part.eq(0)):
         k.buffer(SCRATCH, "i64").store(k.parts)
     with k.for_(0, tokens) as token:
-        position = k.convert(k.buffer(3, "i32").load(token.i * steps[0]), "i64")
-        present = position.ge(0)
-        slot = k.select(present, k.convert(k.buffer(4, "i32").load(token.i * steps[1]), "i64"), 0)
-        first, end = access.visible(position, access.limit(slot))
-        count = k.select(present, k.max(end - first, 0), 0)
-        ranges = k.max(k.min(k.binary("divu", count, k.i64(least)), k.parts), 1)
-        length = k.binary("divu", count + ranges - 1, ranges)
-        length = (length + (CHUNK - 1)) // CHUNK * CHUNK
-        lo, hi = (k.min(length * part, count) for part in (k.part, k.part + 1))
-        sums = _sums(k, single.rows, single.padded, (k.part * tokens + token.i) * record + HEADER)
-        bundles = (k.i64(0), k.i64(access.bundles))
-        single.attend(sums, bundles, slot, token.i, first + lo, first + hi)
+        slot, first, count, length = _ranges(k, access, token.i, k.parts, least)
+        lo = length * k.part
+        with k.if_(lo.lt(count) | k.part.eq(0)):
+            sums = _sums(k, single.rows, single.padded, (k.part * tokens + token.i) * record + HEADER)
+            single.attend(sums, bundles, slot, token.i, first + lo, first + k.min(lo + length, count))
+            with k.if_(length.ge(count)):
+                single.store(sums, bundles, k.i64(0), token.i)
 
 
-def _emit_merge(k: KernelBuilder, access: Access, single: Single, tokens: int, record: int) -> None:
-    """A row's result from its sums in all records: each is relative to a maximum of its own."""
+def _ranges(
+    k: KernelBuilder, access: Access, token: Value, parts: Value, least: int
+) -> tuple[Value, Value, Value, Value]:
+    """Slot, first key and number of keys of a token, and the length of a range: at least `least` keys, so that a short
+    context is left to few parts. Padding has no keys."""
+    steps = [emit_size(k, access.problem, strides_of(access.problem.operand(i))[0]) for i in (3, 4)]
+    position = k.convert(k.buffer(3, "i32").load(token * steps[0]), "i64")
+    present = position.ge(0)
+    slot = k.select(present, k.convert(k.buffer(4, "i32").load(token * steps[1]), "i64"), 0)
+    first, end = access.visible(position, access.limit(slot))
+    count = k.select(present, k.max(end - first, 0), 0)
+    ranges = k.max(k.min(k.binary("divu", count, k.i64(least)), parts), 1)
+    length = k.binary("divu", count + ranges - 1, ranges)
+    return slot, first, count, (length + (CHUNK - 1)) // CHUNK * CHUNK
+
+
+def _emit_merge(k: KernelBuilder, access: Access, single: Single, tokens: int, least: int, record: int) -> None:
+    """A row's result from its sums in several records: each is relative to a maximum of its own."""
+    parts = k.buffer(SCRATCH, "i64").load()
+    with k.for_(0, tokens) as token:
+        _, _, count, length = _ranges(k, access, token.i, parts, least)
+        with k.if_(length.lt(count)):
+            used = k.binary("divu", count + length - 1, length)
+            with k.for_(0, single.rows) as row:
+                _emit_row(k, access, single, tokens, record, token.i, row.i, used)
+
+
+def _emit_row(
+    k: KernelBuilder, access: Access, single: Single, tokens: int, record: int, token: Value, row: Value, used: Value
+) -> None:
     from kernelforge_cpu.vmath import exp_decay
 
     low, width, padded = float("-inf"), single.tile.width, single.padded
-    parts = k.buffer(SCRATCH, "i64").load()
     row_sum = k.alloca("f32", padded)
-    with k.for_(0, tokens) as token, k.for_(0, single.rows) as row:
 
-        def part_sums(part: Value) -> tuple[Value, Value, Pointer]:
-            sums = _sums(k, single.rows, padded, (part * tokens + token.i) * record + HEADER)
-            return sums.top.load(row.i), sums.total.load(row.i), sums.out.at(row.i * padded)
+    def part_sums(part: Value) -> tuple[Value, Value, Pointer]:
+        sums = _sums(k, single.rows, padded, (part * tokens + token) * record + HEADER)
+        return sums.top.load(row), sums.total.load(row), sums.out.at(row * padded)
 
-        with k.for_(0, parts, 1, [k.f32(low)]) as loop:
-            top, _, _ = part_sums(loop.i)
-            loop.yield_(k.max(top, loop.values[0]))
-        pivot = k.select(loop.results[0].eq(low), 0.0, loop.results[0])
-        starts = range(0, padded, width)
-        with k.for_(0, parts, 1, [k.f32(0.0), *[k.f32(0.0, width) for _ in starts]]) as loop:
-            total, *sums = loop.values
-            top, part_total, out = part_sums(loop.i)
-            scale = exp_decay(k, top - pivot)
-            spread = k.broadcast(scale, width)
-            added = [k.fma(out.load(d, width), spread, s) for d, s in zip(starts, sums, strict=True)]
-            loop.yield_(k.fma(part_total, scale, total), *added)
-        total, *sums = loop.results
-        for d, s in zip(starts, sums, strict=True):
-            row_sum.store(s, d)
-        access.store_result(row_sum, total, k.i64(0), token.i, row.i, width)
+    with k.for_(0, used, 1, [k.f32(low)]) as loop:
+        top, _, _ = part_sums(loop.i)
+        loop.yield_(k.max(top, loop.values[0]))
+    pivot = k.select(loop.results[0].eq(low), 0.0, loop.results[0])
+    starts = range(0, padded, width)
+    with k.for_(0, used, 1, [k.f32(0.0), *[k.f32(0.0, width) for _ in starts]]) as loop:
+        total, *sums = loop.values
+        top, part_total, out = part_sums(loop.i)
+        scale = exp_decay(k, top - pivot)
+        spread = k.broadcast(scale, width)
+        added = [k.fma(out.load(d, width), spread, s) for d, s in zip(starts, sums, strict=True)]
+        loop.yield_(k.fma(part_total, scale, total), *added)
+    total, *sums = loop.results
+    for d, s in zip(starts, sums, strict=True):
+        row_sum.store(s, d)
+    access.store_result(row_sum, total, k.i64(0), token, row, width)

@@ -105,34 +105,33 @@ class Tile:
                 out.store(s, row * self.keys + column)
 
     def _dot_products(self, b: Builder, q: Pointer, keys: Pointer, scores: Pointer, step: Value, end: Value) -> None:
-        together = 8 if self.rows == 1 else 4
-        most = max(1, self.registers // together)
+        # Few products at a time: four keys' would leave no registers for keys and queries.
+        most = max(1, self.registers // 3)
         groups = [range(i, min(i + most, self.rows)) for i in range(0, self.rows, most)]
 
-        def some(at: Value, rows: Sequence[Pointer]) -> None:
+        def four(at: Value, rows: Sequence[Pointer]) -> None:
             for group in groups:
-                sums = self._products(b, q, rows, group)
-                for row, first in zip(group, range(0, len(sums), together), strict=True):
-                    for j in range(0, together, 4):
-                        scores.store(quad_sums(b, sums[first + j : first + j + 4]), at + (row * self.keys + j))
+                pairs = [self._products(b, q, rows[i : i + 2], group) for i in (0, 2)]
+                for row, *sums in zip(group, *pairs, strict=True):
+                    scores.store(lane_sums(b, *sums), at + row * self.keys)
 
-        whole = (end // together) * together
-        with b.for_(0, whole, together) as loop:
+        whole = end // 4 * 4
+        with b.for_(0, whole, 4) as loop:
             base = keys.at(loop.i * step)
-            some(loop.i, [base.at(step * j) for j in range(together)])
+            four(loop.i, [base.at(step * j) for j in range(4)])
         with b.if_(whole.lt(end)):
             # Past the end the last key is read again: its memory is there.
-            some(whole, [keys.at(b.min(whole + j, end - 1) * step) for j in range(together)])
+            four(whole, [keys.at(b.min(whole + j, end - 1) * step) for j in range(4)])
 
     def _products(self, b: Builder, q: Pointer, keys: Sequence[Pointer], group: range) -> list[Value]:
-        """For each row of the group and key (the key runs fastest) a vector whose lanes sum to their product."""
-        sums = [b.f32(0.0, self.width)] * (len(group) * len(keys))
+        """For each row of the group a vector with its products with two keys: see `mixed`."""
+        sums = [b.f32(0.0, self.width)] * (2 * len(group))
         for d in range(0, self.head_dim, self.width):
             valid = b.i64(self.head_dim - d) if d + self.width > self.head_dim else None
             k_d = [key.load_f32(d, self.width, valid=valid) for key in keys]
             q_d = [q.load(row * self.padded + d, self.width) for row in group]
             sums = [b.fma(x, y, s) for (x, y), s in zip(((x, y) for x in q_d for y in k_d), sums, strict=True)]
-        return sums
+        return [mixed(b, x, y, 2) for x, y in zip(sums[::2], sums[1::2], strict=True)]
 
     # --- softmax ---
 
@@ -249,7 +248,9 @@ class Tile:
                 o.at(d).store(s, at)
 
         whole, rest = divmod(self.head_dim, self.width) if self.direct else (self.padded // self.width, 0)
-        count = min(whole, max(1, self.registers // self.rows) if self.direct else self.columns)
+        # As many vectors as leave registers for values and weights, in passes of about the same number.
+        most = max(1, (self.registers - 2) // self.rows) if self.direct else self.columns
+        count = -(-whole // -(-whole // most)) if whole else 0
         if count:
             with b.for_(0, whole // count * count * self.width, count * self.width) as loop:
                 group(loop.i, count, None)
@@ -266,18 +267,18 @@ def fold(combine: Callable[[Value, Value], Value], vectors: Sequence[Value]) -> 
     return total
 
 
-def quad_sums(b: Builder, vectors: Sequence[Value]) -> Value:
-    """A vector of 4 lanes, lane i the sum of the lanes of `vectors[i]`; they have 4 lanes or a power of two times that."""
-    n, rows = vectors[0].type.lanes, list(vectors)
-    quads = range(0, n, 4)
-    stages = [
-        ([q + i for q in quads for i in (0, n, 1, n + 1)], 2),
-        ([q + i for q in quads for i in (0, 1, n, n + 1)], 2),
-    ]
-    for low, distance in stages:  # every shuffle is one instruction on x86
-        high = [i + distance for i in low]
-        rows = [b.shuffle(x, y, low) + b.shuffle(x, y, high) for x, y in zip(rows[::2], rows[1::2], strict=True)]
-    total = rows[0]
+def mixed(b: Builder, x: Value, y: Value, distance: int) -> Value:
+    """Every four lanes are sums of lanes of x and of y that are `distance` (2, then 1) apart: for 2 two sums of x, then two
+    of y; for 1 neighbours of x, then of y. Every shuffle is one instruction on x86."""
+    n = x.type.lanes
+    first = (0, 1, n, n + 1) if distance == 2 else (0, 2, n, n + 2)
+    low = [q + i for q in range(0, n, 4) for i in first]
+    return b.shuffle(x, y, low) + b.shuffle(x, y, [i + distance for i in low])
+
+
+def lane_sums(b: Builder, x: Value, y: Value) -> Value:
+    """A vector of 4 lanes: the sums over the lanes of the two and two vectors that `mixed` made x and y of."""
+    total = mixed(b, x, y, 1)
     while (half := total.type.lanes // 2) >= 4:
         total = b.slice(total, 0, half) + b.slice(total, half, half)
     return total
