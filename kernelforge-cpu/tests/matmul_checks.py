@@ -10,6 +10,7 @@ import numpy as np
 from kernel_checks import F32, PARTS, Array, Arrays, Memory, assert_close, problem
 
 from kernelforge.dtype import to_numpy
+from kernelforge.machine import probe
 from kernelforge.problem import Problem
 from kernelforge.quant import dequantize, quantize
 from kernelforge.variant import Accept, Config, DeviceInfo, KernelVariant
@@ -27,7 +28,7 @@ BY_NAME: dict[tuple[str, str], KernelVariant] = {(v.op.partition(".")[2], v.name
 
 def device(lanes: int | None = None, threads: int = 2, l2_bytes: int = 1 << 20) -> DeviceInfo:
     limits = (("l2_bytes", l2_bytes), ("vector_bytes", 4 * (lanes or host_target().lanes)))
-    return DeviceInfo("cpu", "test", "test", limits=limits, threads=threads)
+    return DeviceInfo("cpu", "test", "test", probe().features, limits, threads)
 
 
 def variant(p: Problem, name: str) -> KernelVariant:

@@ -13,9 +13,13 @@ if TYPE_CHECKING:
 ITEMSIZE = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2, "i64": 8, "i32": 4, "i8": 1}
 """Bytes of one element, by the name used everywhere: in MLIR, in problems, in records and on the command line."""
 
-QUANTISED = {"q8": 34, "q4": 18}
+QUANTISED = {"q8": 34, "q4": 18, "q8a": 40}
 """Bytes of a group of `GROUP` elements in a row, by format: see `kernelforge.quant`."""
 GROUP = 32
+WEIGHT_FORMATS = ("q8", "q4")
+"""Quantised formats of constants."""
+ACTIVATION_FORMAT = "q8a"
+"""The quantised format that is computed while a model runs."""
 
 DTYPES = (*ITEMSIZE, *QUANTISED)
 
@@ -41,6 +45,8 @@ def to_numpy(dtype: str) -> np.dtype[np.generic]:
     import numpy as np
 
     if dtype in QUANTISED:
+        if dtype == ACTIVATION_FORMAT:
+            return np.dtype([("scale", "<f4"), ("zeros", "<i2", (2,)), ("values", "i1", (GROUP,))])
         values = ("i1", (GROUP,)) if dtype == "q8" else ("u1", (GROUP // 2,))
         return np.dtype([("scale", "<f2"), ("values", *values)])
 

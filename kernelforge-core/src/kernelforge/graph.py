@@ -20,6 +20,7 @@ from operator import index
 from typing import TYPE_CHECKING
 
 from kernelforge.dialects.transformer import attention, elementwise, layout, lookup, matmul, norms, quantisation, rope
+from kernelforge.dtype import WEIGHT_FORMATS
 from kernelforge.errors import UsageError
 from kernelforge.module import CONSTANT, DIMS, DONATED, NAME, TOKENS
 from kernelforge.op import OpDef, OpError
@@ -146,8 +147,8 @@ class Graph:
         Raises UsageError for a second argument of that name, an unknown dtype or a dimension that is none.
         """
         t = _type(shape, dtype)
-        if t.quantised:
-            raise UsageError(f"input '{name}' cannot be {dtype}", hint="only constants are quantised")
+        if t.dtype in WEIGHT_FORMATS:
+            raise UsageError(f"input '{name}' cannot be {dtype}", hint="it is a format of constants")
         return self._argument(name, t, {DONATED: ""} if donated else {})
 
     def constant(self, name: str, shape: Sequence[int], dtype: str) -> Tensor:
@@ -399,7 +400,7 @@ class Graph:
         return self._one(layout.CONCAT, *xs, axis=axis)
 
     def quantize(self, x: Tensor, format: str) -> Tensor:  # noqa: A002 (the attribute's name)
-        """A constant in the quantised format "q8" or "q4": rows of a multiple of 32 elements."""
+        """A constant in the quantised format "q8" or "q4", or activations in "q8a": rows of a multiple of 32 elements."""
         return self._one(quantisation.QUANTIZE, x, format=format)
 
     def dequantize(self, x: Tensor, dtype: str = "f32") -> Tensor:

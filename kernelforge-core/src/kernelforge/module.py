@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
+from kernelforge.dtype import WEIGHT_FORMATS
 from kernelforge.errors import UsageError
 from kernelforge.op import OpDef, OpError
 from kernelforge.problem import Problem, TensorType
@@ -215,8 +216,8 @@ class _Reader:
             )
         if bad := [n for n in names if n and not n.isidentifier()]:
             raise UsageError(f"argument '{name}': '{bad[0]}' cannot name a dimension")
-        if t.quantised and not constant:
-            raise UsageError(f"argument '{name}' is {t.dtype} and must be constant", hint="quantised are only weights")
+        if t.dtype in WEIGHT_FORMATS and not constant:
+            raise UsageError(f"argument '{name}' is {t.dtype} and must be constant", hint="it is a format of weights")
         shape = list(t.shape)
         for i, dim in zip(dynamic, names, strict=True):
             shape[i] = dim or TOKENS
@@ -249,9 +250,10 @@ class _Reader:
         except OpError as error:
             raise UsageError(f"'{operation.name}' at {location or 'unknown place'}: {error}") from None
         constant = all(t is None or t.constant for t in types)
-        if not constant and any(t.quantised for t in problem.results):
+        if not constant and any(t.dtype in WEIGHT_FORMATS for t in problem.results):
             raise UsageError(
-                f"'{operation.name}' at {location or 'unknown place'}: a quantised result must be computed from constants"
+                f"'{operation.name}' at {location or 'unknown place'}: a result of a weights' format must be computed from "
+                "constants"
             )
         pairs = zip(operation.results, problem.results, strict=True)
         results = tuple(self._add(value, replace(t, constant=constant)) for value, t in pairs)

@@ -89,6 +89,12 @@ class TensorType:
         shape = self.static_shape(dims)
         return (*shape[:-1], shape[-1] // GROUP) if self.quantised else shape
 
+    @property
+    def array_dims(self) -> tuple[Dim, ...]:
+        """As `array_shape`, dynamic dimensions by name."""
+        *lead, last = self.shape or (1,)
+        return (*lead, last // GROUP) if self.quantised and isinstance(last, int) else self.shape
+
     def row_major_strides(self) -> tuple[int, ...] | None:
         """Row-major strides in elements, or None when one of them depends on a dynamic dimension."""
         strides: list[int] = []

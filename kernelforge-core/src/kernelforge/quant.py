@@ -1,10 +1,15 @@
-"""Quantised tensors: rows in groups of 32 elements, each with a float16 scale d of its own.
+"""Quantised tensors: rows in groups of 32 elements, each with a scale d of its own.
 
 `q8`: d * v with v an int8 (the numbers of GGUF's Q8_0). `q4`: d * (v - 8) with v of 4 bits (the numbers of Q4_0, as its own
 quantiser makes them). An array of them has a group for an element (`kernelforge.dtype.to_numpy`), laid out as GGUF lays it
 out: the scale, then 32 int8, or 16 bytes of which number i holds v[i] in its lower and v[i + 16] in its upper half.
 
-Formats and quantisers: ggml, `ggml-quants.c`, quantize_row_q8_0_ref and quantize_row_q4_0_ref.
+`q8a` is the format of activations, computed while a model runs: d * v with v an int8 and d a float32. Beside them it keeps
+eight times the sums of v over the elements whose index modulo 4 is below 2, and over the others: what an integer product
+with weights v - 8 has to take off. A number is rounded to the nearest v, halves to even; a group whose d is subnormal is 0,
+and one with NaN or infinity is NaN throughout.
+
+Formats and quantisers of weights: ggml, `ggml-quants.c`, quantize_row_q8_0_ref and quantize_row_q4_0_ref.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from kernelforge.dtype import FLOATS, GROUP, QUANTISED, from_numpy, to_numpy
+from kernelforge.dtype import ACTIVATION_FORMAT, FLOATS, GROUP, QUANTISED, from_numpy, to_numpy
 from kernelforge.errors import KernelForgeWarning, UsageError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -27,8 +32,8 @@ _CHUNK = 2048
 def quantize(array: Array, dtype: str) -> Array:
     """Floats [..., K] as groups [..., K / 32] of format `dtype`.
 
-    Raises UsageError for another format, a K that is no multiple of 32, a number that is not finite, or numbers so large
-    that their scale is not.
+    Raises UsageError for another format, a K that is no multiple of 32 and, in the formats of weights, a number that is
+    not finite, or numbers so large that their scale is not.
     """
     _check_format(dtype)
     if not array.ndim or array.shape[-1] % GROUP:
@@ -39,6 +44,9 @@ def quantize(array: Array, dtype: str) -> Array:
     for start in range(0, len(groups), _CHUNK):
         with np.errstate(over="ignore"):
             part = groups[start : start + _CHUNK].astype(np.float32)
+        if dtype == ACTIVATION_FORMAT:
+            _to_q8a(part, made[start : start + _CHUNK])
+            continue
         if not np.isfinite(part).all():
             bad = int(np.argmin(np.isfinite(part).all(axis=1))) + start
             raise UsageError(f"cannot quantise NaN or infinity (group {bad} of the tensor)", hint="is the file intact?")
@@ -57,13 +65,14 @@ def dequantize(groups: Array) -> Array:
     flat = groups.reshape(-1)
     for start in range(0, len(flat), _CHUNK):
         part, floats = flat[start : start + _CHUNK], out[start : start + _CHUNK]
-        if dtype == "q8":
+        if dtype != "q4":
             floats[...] = part["values"]
         else:
             floats[:, : GROUP // 2] = part["values"] & 15
             floats[:, GROUP // 2 :] = part["values"] >> 4
             floats -= 8
-        floats *= part["scale"].astype(np.float32)[:, None]
+        with np.errstate(invalid="ignore"):
+            floats *= part["scale"].astype(np.float32)[:, None]
     return out.reshape(*groups.shape[:-1], groups.shape[-1] * GROUP)
 
 
@@ -107,6 +116,20 @@ def _to_q4(x: Array, out: Array) -> None:
     values = np.minimum(x * _inverse(scale)[:, None] + np.float32(8.5), 15).astype(np.uint8)
     out["values"] = values[:, : GROUP // 2] | values[:, GROUP // 2 :] << 4
     _set_scale(out, scale)
+
+
+def _to_q8a(x: Array, out: Array) -> None:
+    """As kernels compute it, bit by bit."""
+    largest = np.abs(x).max(axis=1)  # NaN where there is one
+    scale = largest / np.float32(127)
+    scale[scale < np.finfo(np.float32).tiny] = 0
+    usable = np.isfinite(largest) & (scale > 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = np.rint(x * (np.float32(1) / scale)[:, None])
+    values[~usable] = 0
+    out["scale"] = np.where(np.isfinite(largest), scale, np.float32(np.nan))
+    out["values"] = values
+    out["zeros"] = 8 * values.reshape(-1, GROUP // 4, 2, 2).sum(axis=(1, 3))
 
 
 def _inverse(scale: Array) -> Array:

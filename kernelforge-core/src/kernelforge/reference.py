@@ -81,12 +81,12 @@ def bind_inputs(plan: Plan, inputs: Mapping[str, Array | Buffer]) -> tuple[dict[
         if array.dtype != to_numpy(value.type.dtype):
             raise UsageError(f"input '{value.name}' has dtype {array.dtype}, wants {value.type.dtype}")
         if array.ndim != value.type.rank:
-            raise UsageError(f"input '{value.name}' has shape {array.shape}, wants {list(value.type.shape)}")
-        for have, want in zip(array.shape, value.type.shape, strict=True):
+            raise UsageError(f"input '{value.name}' has shape {array.shape}, wants {list(value.type.array_dims)}")
+        for have, want in zip(array.shape, value.type.array_dims, strict=True):
             size = dims.setdefault(want, have) if isinstance(want, str) else want
             if have != size:
                 raise UsageError(
-                    f"input '{value.name}' has shape {array.shape}, wants {list(value.type.shape)} ({want}={size})"
+                    f"input '{value.name}' has shape {array.shape}, wants {list(value.type.array_dims)} ({want}={size})"
                 )
         arrays[i] = array
     return arrays, dims

@@ -43,6 +43,10 @@ Verdict = Accept | Reject
 """What `supports` returns."""
 
 
+INT8_ACTIVATIONS = "int8-activations"
+"""The feature of devices on which products of quantised weights are fastest with quantised activations."""
+
+
 @dataclass(frozen=True)
 class DeviceInfo:
     """What selection may know of a device. It is data, so that choices for a device can be tested without it."""

@@ -7,10 +7,13 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from kernelforge.errors import UsageError
-from kernelforge.variant import DeviceInfo
+from kernelforge.variant import INT8_ACTIVATIONS, DeviceInfo
 
 if TYPE_CHECKING:
     from kernelforge_cpu.device import CpuDevice
+
+WITH_INTEGERS = {"ssse3", "avx2", "asimddp"}
+"""Features that the integer kernels need one of: see `kernelforge_cpu.kernels.matmul.integer`."""
 
 
 class CpuBackend:
@@ -56,7 +59,7 @@ def host_info(threads: int) -> DeviceInfo:
         target="cpu",
         name=machine.cpu,
         fingerprint=f"{machine.fingerprint}/t{threads}",
-        features=machine.features,
+        features=machine.features | ({INT8_ACTIVATIONS} if machine.features & WITH_INTEGERS else set()),
         limits=tuple(sorted((k, v) for k, v in limits.items() if v)),
         threads=threads,
     )

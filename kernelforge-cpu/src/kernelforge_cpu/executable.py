@@ -137,7 +137,7 @@ class CpuExecutable:
                     continue
                 if value is not None:
                     root, offset = self._plan.root(value), self._plan.values[value].offset
-                    offset *= self._plan.values[value].type.itemsize
+                    offset = self._plan.values[value].type.bytes_of(offset)
                     patches.setdefault(root, []).append((len(pointers), offset))
                 pointers.append(0)
             if isinstance(linked.kernel, NativeKernel):
@@ -167,7 +167,7 @@ class CpuExecutable:
             for value, offset in layout.offsets.items():
                 self._place(value, address(self._arena) + offset)
         self._input_specs = [
-            (i, v.name, to_numpy(v.type.dtype), v.type.static_shape(dims), v.donated)
+            (i, v.name, to_numpy(v.type.dtype), v.type.array_shape(dims), v.donated)
             for i, v in ((i, self._plan.values[i]) for i in self._plan.inputs)
         ]
         self._output_specs = [
@@ -176,7 +176,7 @@ class CpuExecutable:
                 self._plan.root(i),
                 v.name if v.place == "output" else "",
                 to_numpy(v.type.dtype),
-                v.type.static_shape(dims),
+                v.type.array_shape(dims),
             )
             for i, v in ((i, self._plan.values[i]) for i in self._plan.outputs)
         ]
@@ -369,7 +369,7 @@ class CpuExecutable:
         """The value's memory as an array."""
         found, root = self._plan.values[value], self._plan.root(value)
         dtype = to_numpy(found.type.dtype)
-        shape = found.type.static_shape(self._dims)
+        shape = found.type.array_shape(self._dims)
         if root in memory:
             flat = memory[root].reshape(-1)
         else:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kernelforge.dtype import FLOATS
+from kernelforge.dtype import FLOATS, WEIGHT_FORMATS
 from kernelforge.errors import UsageError
 from kernelforge.op import OpDef, OpError
 from kernelforge.problem import Problem, TensorType
@@ -80,7 +80,7 @@ def sampled(op: OpDef) -> Family:
     the first dimension of the first operand, wherever it occurs first, left open."""
     samples = []
     for problem in op.samples(random.Random(0)):
-        if any(t.quantised for t in problem.results):
+        if any(t.dtype in WEIGHT_FORMATS for t in problem.results):
             continue  # computed when a module is compiled, never by a kernel
         if sum(t.nbytes() for t in (*problem.operands, *problem.results) if t is not None) <= MOST_BYTES:
             samples.append(problem)

@@ -16,7 +16,7 @@ Operands = Sequence[TensorType | None]
 FLOATS = ("f32", "bf16", "f16")
 WEIGHTED = ("f32*f32", "f32*bf16", "f32*f16", "bf16*bf16", "f16*f16")
 """Activations and weights."""
-QUANTISED = ("f32*q8", "f32*q4", "bf16*q8", "f16*q4")
+QUANTISED = ("f32*q8", "f32*q4", "bf16*q8", "f16*q4", "q8a*q8", "q8a*q4")
 VOCABULARY = 32768 + 7
 LONG = 8192 + 3
 
@@ -45,7 +45,7 @@ def _matmul(op: OpDef, c: Choice) -> Problem:
         TensorType(lhs, x),
         TensorType((*batch, *rhs) if c["batch"] == "own" else rhs, w, constant=constant),
         TensorType((n,), "f32" if w in ("q8", "q4") else w, constant=c["constant"]) if c["bias"] else None,
-        TensorType((*batch, m, n), x) if c["residual"] else None,
+        TensorType((*batch, m, n), "f32" if x == "q8a" else x) if c["residual"] else None,
     ]
     attrs = {name: c[name] for name in ("transpose_lhs", "transpose_rhs", "epilogue")}
     return op.problem(operands, attrs)
@@ -72,6 +72,7 @@ MATMUL = Family(
         "long-k": {"m": 3, "n": 5, "k": LONG},
         "long-k-16-bit": {"m": 3, "n": 5, "k": 4096, "dtype": "f16*f16"},
         "long-k-4-bit": {"m": 3, "n": 5, "k": LONG, "dtype": "f32*q4"},
+        "long-k-integer": {"m": 3, "n": 5, "k": LONG, "dtype": "q8a*q4"},
     },
 )
 

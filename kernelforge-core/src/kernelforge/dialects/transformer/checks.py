@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kernelforge.dtype import FLOATS
+from kernelforge.dtype import FLOATS, WEIGHT_FORMATS
 from kernelforge.op import UNKNOWN, OperandTypes, OpError, same_dim
 from kernelforge.problem import Attr, Dim, Problem, TensorType
 
@@ -41,8 +41,8 @@ def want_float(name: str, t: TensorType) -> None:
 
 
 def want_weight(name: str, t: TensorType) -> None:
-    """Floats or quantised."""
-    if not t.quantised:
+    """Floats, or a quantised format of weights."""
+    if t.dtype not in WEIGHT_FORMATS:
         want_float(name, t)
 
 

@@ -21,6 +21,7 @@ from kernelforge.dialects.transformer.checks import (
 )
 from kernelforge.dialects.transformer.models import ACTIVATIONS, MODELS, f32, make
 from kernelforge.dialects.transformer.strides import known_strides, reshaped_strides
+from kernelforge.dtype import ACTIVATION_FORMAT
 from kernelforge.op import Attribute, Cost, OpDef, Operand, OperandTypes, OpError, View, same_dim
 from kernelforge.problem import Dim, Problem, TensorType
 
@@ -281,6 +282,8 @@ def infer_concat(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ...]
     first = types[0]
     axis = axis_of("axis", attrs["axis"], first.rank)
     shape = first.shape
+    if first.dtype == ACTIVATION_FORMAT:
+        raise OpError(f"operand 'xs' is of activations ({first.dtype}): only weights are concatenated in groups")
     if first.quantised and axis == first.rank - 1:
         raise OpError(f"operand 'xs' is quantised ({first.dtype}): its rows cannot be concatenated")
     for i, t in enumerate(types):

@@ -32,7 +32,7 @@ from kernelforge.dialects.transformer.models import (
     ragged,
     weight,
 )
-from kernelforge.dtype import FLOATS, QUANTISED
+from kernelforge.dtype import FLOATS, WEIGHT_FORMATS
 from kernelforge.errors import UsageError
 from kernelforge.op import Attribute, Cost, OpDef, Operand, OperandTypes, OpError
 from kernelforge.problem import Problem, TensorType
@@ -135,7 +135,7 @@ def embedding_reference(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
     if bad.any():
         raise UsageError(f"id {int(ids[bad.argmax()])} is not a row of a table of {len(table)}")
     rows = table[ids]
-    return (dequantize(rows) if from_numpy(table.dtype) in QUANTISED else rows,)
+    return (dequantize(rows) if from_numpy(table.dtype) in WEIGHT_FORMATS else rows,)
 
 
 def embedding_cost(problem: Problem) -> Cost:
@@ -158,13 +158,13 @@ def embedding_samples(rng: random.Random) -> Iterator[Problem]:
     for dtype in ACTIVATIONS:
         yield make(EMBEDDING, weight(dtype, ragged(rng, 5, 50), ragged(rng, 3, 40)), i32(6), dtype="f32")
         yield make(EMBEDDING, weight(dtype, 11, 8), i32(3))
-    for name in QUANTISED:
+    for name in WEIGHT_FORMATS:
         yield make(EMBEDDING, weight(name, ragged(rng, 5, 50), 32 * rng.randrange(1, 9)), i32(6))
     for model in MODELS:
         yield make(EMBEDDING, f32(TOKENS[-1], model.width), i32(4))
     for model, counts in ((TINY, TOKENS), (SMALL, (1, 64))):
         for tokens in counts:
-            for dtype in ("bf16", *QUANTISED):
+            for dtype in ("bf16", *WEIGHT_FORMATS):
                 yield make(EMBEDDING, weight(dtype, model.vocabulary, model.width), i32(tokens), dtype="f32")
 
 

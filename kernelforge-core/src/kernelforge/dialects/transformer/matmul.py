@@ -20,8 +20,8 @@ from kernelforge.dialects.transformer.checks import (
     want_shape,
     want_weight,
 )
-from kernelforge.dialects.transformer.models import MODELS, TINY, TOKENS, f32, make, ragged, weight
-from kernelforge.dtype import QUANTISED
+from kernelforge.dialects.transformer.models import MODELS, TINY, TOKENS, activations, f32, make, ragged, weight
+from kernelforge.dtype import ACTIVATION_FORMAT, WEIGHT_FORMATS
 from kernelforge.op import Attribute, Cost, OpDef, Operand, OperandTypes, OpError, same_dim, same_shape
 from kernelforge.problem import Dim, Problem, TensorType
 
@@ -44,6 +44,16 @@ def _want_rhs(name: str, t: TensorType, transposed: bool) -> None:
         raise OpError(f"operand '{name}' is quantised ({t.dtype}) and must be [N, K] with transpose_rhs = true")
 
 
+def _want_lhs(name: str, t: TensorType, rhs_name: str, rhs: TensorType) -> str:
+    """Floats, or quantised activations beside a quantised weight. Returns the type of the result."""
+    if t.dtype != ACTIVATION_FORMAT:
+        want_float(name, t)
+        return t.dtype
+    if not rhs.quantised:
+        raise OpError(f"operand '{name}' is {t.dtype}, so operand '{rhs_name}' must be quantised, got {rhs.dtype}")
+    return "f32"
+
+
 def _check_inner(
     lhs_name: str, rhs_name: str, lhs: Dim, rhs: Dim, transpose_lhs: bool = False, transpose_rhs: bool = False
 ) -> None:
@@ -56,7 +66,9 @@ def _check_inner(
 def infer_matmul(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ...]:
     lhs, rhs = required(operands, 0), required(operands, 1)
     transpose_lhs, transpose_rhs = bool(attrs["transpose_lhs"]), bool(attrs["transpose_rhs"])
-    want_float("lhs", lhs)
+    dtype = _want_lhs("lhs", lhs, "rhs", rhs)
+    if lhs.quantised and transpose_lhs:
+        raise OpError(f"operand 'lhs' is quantised ({lhs.dtype}) and cannot be transposed")
     _want_rhs("rhs", rhs, transpose_rhs)
     m, k = _matrix("lhs", lhs, transpose_lhs)
     inner, n = _matrix("rhs", rhs, transpose_rhs)
@@ -75,7 +87,7 @@ def infer_matmul(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ...]
         want_float("residual", residual)
         want_shape("residual", residual, shape, "the shape of the result")
         shape = merged(shape, residual.shape)
-    return (TensorType(shape, lhs.dtype),)
+    return (TensorType(shape, dtype),)
 
 
 def matmul_reference(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
@@ -116,16 +128,19 @@ def matmul_samples(rng: random.Random) -> Iterator[Problem]:
         m, n, k = (ragged(rng, 2, 70) for _ in range(3))
         yield make(MATMUL, f32(m, k), weight(dtype, n, k), transpose_rhs=True)
         yield make(MATMUL, TensorType((m, k), dtype), weight(dtype, k, n), weight(dtype, n))
-    for name in QUANTISED:
+    for name in WEIGHT_FORMATS:
         m, n, k = ragged(rng, 2, 40), ragged(rng, 2, 70), 32 * rng.randrange(1, 9)
         yield make(MATMUL, f32(m, k), weight(name, n, k), weight("f32", n), f32(m, n), transpose_rhs=True)
         yield make(MATMUL, TensorType((m, k), "bf16"), weight(name, n, k), transpose_rhs=True)
+        yield make(MATMUL, activations(m, k), weight(name, n, k), weight("f32", n), f32(m, n), transpose_rhs=True)
     for model in MODELS:
         for tokens in TOKENS if model is TINY else TOKENS[:-1]:
             qkv = (model.heads + 2 * model.kv_heads) * model.head_dim
             for n, k in ((qkv, model.width), (model.hidden, model.width), (model.width, model.hidden)):
-                for dtype in ("f32", "bf16", *QUANTISED):
+                for dtype in ("f32", "bf16", *WEIGHT_FORMATS):
                     yield make(MATMUL, f32(tokens, k), weight(dtype, n, k), transpose_rhs=True)
+                for dtype in WEIGHT_FORMATS:
+                    yield make(MATMUL, activations(tokens, k), weight(dtype, n, k), transpose_rhs=True)
         yield make(MATMUL, f32(1, model.width), weight("bf16", model.vocabulary, model.width), transpose_rhs=True)
 
 
@@ -150,7 +165,7 @@ MATMUL = OpDef(
 
 def infer_glu(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ...]:
     x, gate, up = (required(operands, i) for i in range(3))
-    want_float("x", x)
+    dtype = _want_lhs("x", x, "gate", gate)
     m, k = _matrix("x", x, False)
     for name, t in (("gate", gate), ("up", up)):
         _want_rhs(name, t, bool(attrs["transpose_rhs"]))
@@ -161,7 +176,7 @@ def infer_glu(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ...]:
     if up.dtype != gate.dtype:
         raise OpError(f"operand 'up' has type {up.dtype} but operand 'gate' has {gate.dtype}")
     n = merged(gate.shape, up.shape)[0 if attrs["transpose_rhs"] else 1]
-    return (TensorType((*x.shape[:-2], m, n), x.dtype),)
+    return (TensorType((*x.shape[:-2], m, n), dtype),)
 
 
 def glu_reference(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
@@ -189,14 +204,17 @@ def glu_samples(rng: random.Random) -> Iterator[Problem]:
         m, n, k = (ragged(rng, 2, 40) for _ in range(3))
         yield make(GLU_MATMUL, f32(m, k), weight("f32", k, n), weight("f32", k, n), activation=activation)
     yield make(GLU_MATMUL, f32(2, 3, 8), weight("f16", 5, 8), weight("f16", 5, 8), transpose_rhs=True)
-    for name in QUANTISED:
+    for name in WEIGHT_FORMATS:
         m, n, k = ragged(rng, 2, 40), ragged(rng, 2, 70), 32 * rng.randrange(1, 9)
         yield make(GLU_MATMUL, f32(m, k), weight(name, n, k), weight(name, n, k), transpose_rhs=True)
+        yield make(GLU_MATMUL, activations(m, k), weight(name, n, k), weight(name, n, k), transpose_rhs=True)
     for model in MODELS:
         for tokens in TOKENS[:-1]:
-            for dtype in ("f32", "bf16", *QUANTISED):
+            for dtype in ("f32", "bf16", *WEIGHT_FORMATS):
                 w = weight(dtype, model.hidden, model.width)
                 yield make(GLU_MATMUL, f32(tokens, model.width), w, w, transpose_rhs=True)
+                if dtype in WEIGHT_FORMATS:
+                    yield make(GLU_MATMUL, activations(tokens, model.width), w, w, transpose_rhs=True)
 
 
 GLU_MATMUL = OpDef(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from kernelforge.dtype import ACTIVATION_FORMAT
 from kernelforge.op import OpDef, OperandTypes
 from kernelforge.problem import Attr, Problem, TensorType
 
@@ -37,6 +38,11 @@ ACTIVATIONS = ("f32", "bf16", "f16")
 
 def f32(*shape: int) -> TensorType:
     return TensorType(shape, "f32")
+
+
+def activations(*shape: int) -> TensorType:
+    """In 8 bits."""
+    return TensorType(shape, ACTIVATION_FORMAT)
 
 
 def i32(*shape: int) -> TensorType:

@@ -1,4 +1,4 @@
-"""Ops into and out of the quantised formats. Weights only: they are computed when a module is compiled."""
+"""Ops into and out of the quantised formats. Those of weights are computed when a module is compiled."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kernelforge.dialects.transformer.checks import DIALECT, Attrs, required, shape_text, traffic, want_float
-from kernelforge.dialects.transformer.models import ACTIVATIONS, MODELS, make, weight
-from kernelforge.dtype import FLOATS, GROUP, QUANTISED
+from kernelforge.dialects.transformer.models import ACTIVATIONS, MODELS, TINY, TOKENS, f32, make, weight
+from kernelforge.dtype import ACTIVATION_FORMAT, FLOATS, GROUP, QUANTISED, WEIGHT_FORMATS
 from kernelforge.op import Attribute, Cost, OpDef, Operand, OperandTypes, OpError
 from kernelforge.problem import Problem, TensorType
 
@@ -36,11 +36,15 @@ def conversion_cost(problem: Problem) -> Cost:
 
 def quantize_samples(rng: random.Random) -> Iterator[Problem]:
     for dtype in ACTIVATIONS:
-        for name in QUANTISED:
+        for name in WEIGHT_FORMATS:
             yield make(QUANTIZE, weight(dtype, rng.randrange(2, 20), 32 * rng.randrange(1, 9)), format=name)
+        x = TensorType((rng.randrange(2, 20), 32 * rng.randrange(1, 9)), dtype)
+        yield make(QUANTIZE, x, format=ACTIVATION_FORMAT)
     for model in MODELS:
-        for name in QUANTISED:
+        for name in WEIGHT_FORMATS:
             yield make(QUANTIZE, weight("bf16", model.hidden, model.width), format=name)
+        for tokens in TOKENS if model is TINY else TOKENS[:-1]:
+            yield make(QUANTIZE, f32(tokens, model.width), format=ACTIVATION_FORMAT)
 
 
 QUANTIZE = OpDef(
@@ -74,10 +78,10 @@ def dequantize_reference(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
 
 def dequantize_samples(rng: random.Random) -> Iterator[Problem]:
     for dtype in FLOATS:
-        for name in QUANTISED:
+        for name in WEIGHT_FORMATS:
             yield make(DEQUANTIZE, weight(name, rng.randrange(2, 20), 32 * rng.randrange(1, 9)), dtype=dtype)
     for model in MODELS:
-        for name in QUANTISED:
+        for name in WEIGHT_FORMATS:
             yield make(DEQUANTIZE, weight(name, model.hidden, model.width), dtype="f32")
 
 

@@ -44,6 +44,25 @@ VARIANTS = (
     *(
         KernelVariant(
             name=name,
+            op=f"transformer.{op}",
+            target="cpu",
+            build=f"{HERE}.integer:build_{kind}",
+            summary=f"activations of 8 bits times weights of 8 or 4, {instructions}",
+            supports=f"{HERE}.integer:takes_{kind}",
+            space=f"{HERE}.integer:integer_space",
+            default=f"{HERE}.integer:integer_default",
+            priority=priority,
+        )
+        for op in ("matmul", "glu_matmul")
+        for name, kind, instructions, priority in (
+            ("integer", "pairs", "by pmaddubsw of SSSE3, AVX2 or AVX-512", 10),
+            ("integer-vnni", "vnni", "by vpdpbusd of AVX-512 VNNI or AVX-VNNI", 11),
+            ("integer-dotprod", "dotprod", "by sdot of Armv8.2", 11),
+        )
+    ),
+    *(
+        KernelVariant(
+            name=name,
             op="transformer.matmul",
             target="cpu",
             build=f"{HERE}.numba_variants:build_{name}",
