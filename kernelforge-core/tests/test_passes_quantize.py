@@ -129,3 +129,28 @@ def test_text_and_options() -> None:
         Pipeline.parse("quantize", REGISTRY)
     with pytest.raises(UsageError, match="option 'format' of pass 'quantize' must be one of q8, q4, got 'q5'"):
         Pipeline.parse("quantize{format=q5}", REGISTRY)
+
+
+@pytest.mark.parametrize("pipeline", ["Q", "Q,DEFAULT"])
+def test_activations_are_quantised_once_for_all_that_multiply_them(pipeline: str) -> None:
+    module = block().module(REGISTRY)
+    text = pipeline.replace("DEFAULT", DEFAULT).replace("Q", "quantize{format=q8 activations=q8}")
+    after = lowered(module, text)
+    assert str(Module.parse(str(after), REGISTRY)) == str(after)
+    nodes = after.function().nodes
+    products = [n for n in nodes if n.op in ("transformer.matmul", "transformer.glu_matmul")]
+    assert {n.problem.operand(0).dtype for n in products} == {"q8a"}
+    made = [n for n in nodes if n.problem.results[0].dtype == "q8a"]
+    assert len(made) == len({n.operands[0] for n in made}) == 5  # of x, mixed, h, the gated product and the last sum
+    inputs, constants = arrays_for(module.function(), {"tokens": 3}, seed=0)
+    plain = execute(lowered(module, "quantize{format=q8}"), inputs, constants)["logits"]
+    got = execute(after, inputs, constants)["logits"]
+    assert 0 < np.abs(got - plain).max() < 0.05 * np.abs(plain).max()
+
+
+def test_activations_of_other_types_stay() -> None:
+    g = Graph()
+    x = g.input("x", ("tokens", 64), "bf16")
+    g.output(g.matmul(x, g.constant("w", (32, 64), "f32"), transpose_rhs=True), "y")
+    after = lowered(g.module(REGISTRY), "quantize{format=q4 activations=q8}")
+    assert [n.problem.operand(0).dtype for n in after.function().nodes if n.op == "transformer.matmul"] == ["bf16"]

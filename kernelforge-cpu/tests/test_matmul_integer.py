@@ -186,7 +186,10 @@ def test_a_machine_without_the_instructions(name: str, features: frozenset[str],
     ("p", "reason"),
     [
         (matmul("f32[3,32]", "q8[5,32]@const", transpose_rhs=True), "takes activations in 8 bits (q8a), not f32"),
-        (matmul("q8a[3,32]", "q8[5,32]", transpose_rhs=True), "takes constant quantised weights of rank 2, not q8[5,32]"),
+        (
+            matmul("q8a[3,32]", "q8[5,32]", transpose_rhs=True),
+            "takes constant quantised weights of rank 2, not q8[5,32]",
+        ),
         (matmul("q8a[2,3,32]", "q8[2,5,32]@const", transpose_rhs=True), "takes constant quantised weights of rank 2"),
         (matmul("q8a[3,32]", "q8[5,32]@const", "f64[5]", transpose_rhs=True), "takes f32, bf16, f16, not f64"),
         (matmul("q8a[3,32]", "q8[n,32]@const", transpose_rhs=True), "takes a static number of columns, not n"),

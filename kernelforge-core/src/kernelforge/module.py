@@ -250,11 +250,10 @@ class _Reader:
         except OpError as error:
             raise UsageError(f"'{operation.name}' at {location or 'unknown place'}: {error}") from None
         constant = all(t is None or t.constant for t in types)
-        if not constant and any(t.dtype in WEIGHT_FORMATS for t in problem.results):
-            raise UsageError(
-                f"'{operation.name}' at {location or 'unknown place'}: a result of a weights' format must be computed from "
-                "constants"
-            )
+        weights = [t.dtype for t in problem.results if t.dtype in WEIGHT_FORMATS]
+        if not constant and weights:
+            where = location or "unknown place"
+            raise UsageError(f"'{operation.name}' at {where}: a {weights[0]} result must be computed from constants")
         pairs = zip(operation.results, problem.results, strict=True)
         results = tuple(self._add(value, replace(t, constant=constant)) for value, t in pairs)
         return Node(operation.name, operands, results, problem, location)

@@ -24,7 +24,7 @@ from kernelforge_llm.model import PREFILL_TOKENS, Model
 from kernelforge_llm.sampling import Sampler, greedy
 from kernelforge_llm.source import Source, open_source
 from kernelforge_llm.stream import StopStrings, TextStream
-from kernelforge_llm.weights import WeightFormat
+from kernelforge_llm.weights import ActivationFormat, WeightFormat
 
 Logits = NDArray[np.float32]
 
@@ -47,6 +47,7 @@ def load(
     context: int | None = None,
     sequences: int = 1,
     kv_dtype: CacheFormat = "auto",
+    activations: ActivationFormat = "auto",
     session: Session | None = None,
 ) -> Decoder:
     """Load a model for generation.
@@ -54,12 +55,21 @@ def load(
     `path` is a Hugging Face folder, a GGUF file, `org/name` on the Hub, or None for the built-in `tinypy`. `weights`
     converts matrices while compiling ("native" keeps the checkpoint's dtype; "q8" and "q4" quantise). `context` is the
     cache's capacity in positions, by default the model's own up to 4096; `sequences` how many it can hold side by side;
-    `kv_dtype` what it keeps keys and values in ("auto": f16 beside f16 or quantised weights, else f32).
+    `kv_dtype` what it keeps keys and values in ("auto": f16 beside f16 or quantised weights, else f32);
+    `activations` what they are converted to before they meet quantised weights ("auto": q8 where the device says so).
     Raises AssetError for a missing or broken checkpoint, DeviceError when the target is not usable.
     """
     source = open_source(path)
     session = session or Session(target, threads=threads)
-    return open_decoder(source, session, weights=weights, context=context, sequences=sequences, kv_dtype=kv_dtype)
+    return open_decoder(
+        source,
+        session,
+        weights=weights,
+        context=context,
+        sequences=sequences,
+        kv_dtype=kv_dtype,
+        activations=activations,
+    )
 
 
 def open_decoder(
@@ -70,10 +80,18 @@ def open_decoder(
     context: int | None = None,
     sequences: int = 1,
     kv_dtype: CacheFormat = "auto",
+    activations: ActivationFormat = "auto",
 ) -> Decoder:
     """A decoder for any source (random weights, say) on an open session. Raises as `load` does."""
     model = Model.make(
-        source, session.registry, weights=weights, context=context, sequences=sequences, kv_dtype=kv_dtype
+        source,
+        session.registry,
+        weights=weights,
+        context=context,
+        sequences=sequences,
+        kv_dtype=kv_dtype,
+        activations=activations,
+        device=session.device.info,
     )
     return Decoder(model, session)
 

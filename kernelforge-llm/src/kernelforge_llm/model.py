@@ -11,21 +11,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from kernelforge.dtype import QUANTISED, from_numpy, to_numpy
 from kernelforge.errors import UsageError
 from kernelforge.importer import Program
+from kernelforge.variant import INT8_ACTIVATIONS
 from kernelforge_llm.architecture import Architecture, find_architecture
 from kernelforge_llm.cache import CacheFormat, cache_dtype
 from kernelforge_llm.checkpoint import save_checkpoint
 from kernelforge_llm.config import ModelConfig
 from kernelforge_llm.convert import converted, converted_config
-from kernelforge_llm.weights import WeightFormat, WeightTable
+from kernelforge_llm.weights import ActivationFormat, WeightFormat, WeightTable
 
 if TYPE_CHECKING:
     from kernelforge.graph import Tensor
     from kernelforge.registry import Registry
+    from kernelforge.variant import DeviceInfo
     from kernelforge_llm.source import Source
 
 DEFAULT_CONTEXT = 4096
@@ -66,6 +68,8 @@ class Model:
     """How many sequences the cache holds side by side."""
     kv_dtype: CacheFormat = "auto"
     """What the cache keeps keys and values in."""
+    activations: Literal["f32", "q8"] = "f32"
+    """What activations are in when they are multiplied by quantised weights."""
 
     @classmethod
     def make(
@@ -77,16 +81,23 @@ class Model:
         context: int | None = None,
         sequences: int = 1,
         kv_dtype: CacheFormat = "auto",
+        activations: ActivationFormat = "auto",
+        device: DeviceInfo | None = None,
     ) -> Model:
-        """Find the architecture and read the config.
+        """Find the architecture and read the config. `device` answers for the formats that are left to it.
 
-        Raises AssetError for what is broken or unknown, UsageError for a weight format, cache format, context or number
-        of sequences that cannot be.
+        Raises AssetError for what is broken or unknown, UsageError for a format, context or number of sequences that
+        cannot be.
         """
         if weights not in get_args(WeightFormat):
             raise UsageError(f"unknown weight format '{weights}'", hint=f"one of: {', '.join(get_args(WeightFormat))}")
         if kv_dtype not in get_args(CacheFormat):
             raise UsageError(f"unknown cache format '{kv_dtype}'", hint=f"one of: {', '.join(get_args(CacheFormat))}")
+        if activations not in get_args(ActivationFormat):
+            known = ", ".join(get_args(ActivationFormat))
+            raise UsageError(f"unknown format of activations '{activations}'", hint=f"one of: {known}")
+        if activations == "auto":
+            activations = "q8" if device is not None and INT8_ACTIVATIONS in device.features else "f32"
         architecture = find_architecture(source.config, registry, source=source.config_file)
         config = architecture.config(source.config, source.generation, source=source.config_file)
         if context is not None and not 1 <= context <= config.max_position:
@@ -97,7 +108,7 @@ class Model:
         if sequences < 1:
             raise UsageError(f"cannot hold {sequences} sequences", hint="at least 1")
         context = context or min(config.max_position, DEFAULT_CONTEXT)
-        return cls(source, architecture, config, weights, context, sequences, kv_dtype)
+        return cls(source, architecture, config, weights, context, sequences, kv_dtype, activations)
 
     @property
     def cache_dtype(self) -> str:
@@ -129,7 +140,8 @@ class Model:
 
         config = self.config
         g = Graph("main")
-        table = WeightTable(g, self.source.tensors, self.weights, str(self.source.path or self.source.name))
+        where = str(self.source.path or self.source.name)
+        table = WeightTable(g, self.source.tensors, self.weights, where, self.activations)
         cache_shape = (self.sequences, self.context, config.num_kv_heads, config.head_dim)
         tokens, positions, slots = (g.input(name, ("tokens",), "i32") for name in ("tokens", "positions", "slots"))
         rows = g.input("rows", ("rows",), "i32")
@@ -143,7 +155,7 @@ class Model:
             tied = config.tie_word_embeddings
             name = "model.embed_tokens.weight" if tied else "lm_head.weight"
             head = table.matrix(name, (config.vocab_size, config.hidden_size))
-            scores = g.matmul(g.embedding(states, rows), head, transpose_rhs=True)  # [rows, vocab]
+            scores = table.product(g.embedding(states, rows), head)  # [rows, vocab]
             g.output(scores, "logits")
             g.output(g.argmax(scores), "token")
         table.warn_not_quantised()

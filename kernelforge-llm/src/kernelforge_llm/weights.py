@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Literal
 
-from kernelforge.dtype import FLOATS, GROUP, QUANTISED, from_numpy, to_numpy
+from kernelforge.dtype import ACTIVATION_FORMAT, FLOATS, GROUP, WEIGHT_FORMATS, from_numpy, to_numpy
 from kernelforge.errors import AssetError, KernelForgeWarning, UsageError
 from kernelforge_llm.checkpoint import missing_tensor
 
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 WeightFormat = Literal["native", "f32", "bf16", "f16", "q8", "q4"]
 """What matrices are converted to when a model is compiled; "native" leaves them as they are in the checkpoint."""
 
+ActivationFormat = Literal["auto", "f32", "q8"]
+"""What activations are converted to before they are multiplied by quantised weights; "auto" is q8 where the device says that
+it is fastest so."""
+
 _DERIVED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Endings of tensors that older checkpoints carry and that follow from the config."""
 
@@ -23,9 +27,17 @@ _DERIVED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 class WeightTable:
     """Declares weights as constants of a graph, after checking them against the checkpoint."""
 
-    def __init__(self, g: Graph, source: TensorSource, weights: WeightFormat, where: str) -> None:
+    def __init__(
+        self,
+        g: Graph,
+        source: TensorSource,
+        weights: WeightFormat,
+        where: str,
+        activations: ActivationFormat = "f32",
+    ) -> None:
         """`where` names the checkpoint in messages."""
         self._g, self._source, self._format, self._where = g, source, weights, where
+        self._activations = activations
         self._names = frozenset(source.names())
         self._made: dict[str, Tensor] = {}
         self._left: list[str] = []
@@ -41,10 +53,17 @@ class WeightTable:
         """A norm's weight or a bias, always f32: they are small. Raises as `matrix`."""
         return self._tensor(name, shape, "f32")
 
+    def product(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """x @ matrix.T, where `matrix` [N, K] is one of this table; x in 8 bits if that was chosen and the matrix is
+        quantised."""
+        if self._activations == "q8" and matrix.dtype in WEIGHT_FORMATS and x.dtype == "f32":
+            x = self._g.quantize(x, ACTIVATION_FORMAT)
+        return self._g.matmul(x, matrix, transpose_rhs=True)
+
     def _tensor(self, name: str, shape: tuple[int, ...], wanted: WeightFormat) -> Tensor:
         if name not in self._made:
             tensor = self._g.constant(name, shape, self._checked_dtype(name, shape))
-            if wanted in QUANTISED and tensor.dtype != wanted and shape[-1] % GROUP:
+            if wanted in WEIGHT_FORMATS and tensor.dtype != wanted and shape[-1] % GROUP:
                 self._left.append(name)
                 wanted = "native"
             self._made[name] = self._converted(tensor, wanted)
@@ -55,9 +74,9 @@ class WeightTable:
             return self._g.cast(tensor, "f32") if tensor.dtype == "f64" else tensor
         if wanted == tensor.dtype:
             return tensor
-        if tensor.dtype in QUANTISED:
-            tensor = self._g.dequantize(tensor, "f32" if wanted in QUANTISED else wanted)
-        if wanted in QUANTISED:
+        if tensor.dtype in WEIGHT_FORMATS:
+            tensor = self._g.dequantize(tensor, "f32" if wanted in WEIGHT_FORMATS else wanted)
+        if wanted in WEIGHT_FORMATS:
             return self._g.quantize(tensor, wanted)
         return tensor if tensor.dtype == wanted else self._g.cast(tensor, wanted)
 
@@ -74,7 +93,7 @@ class WeightTable:
             known = from_numpy(dtype)
         except UsageError:
             known = ""
-        if known not in (*FLOATS, *QUANTISED):
+        if known not in (*FLOATS, *WEIGHT_FORMATS):
             raise AssetError(
                 f"{self._where}: tensor {name!r} holds {dtype.name} numbers, which is not supported",
                 hint=f"supported: {', '.join(to_numpy(name).name for name in FLOATS)}",

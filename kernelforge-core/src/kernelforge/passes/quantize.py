@@ -1,4 +1,4 @@
-"""`quantize`: constant weights of matmuls, and tables of embeddings, in 8 or 4 bits."""
+"""`quantize`: constant weights of matmuls, and tables of embeddings, in 8 or 4 bits, and what the weights multiply in 8."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from kernelforge.dtype import FLOATS, GROUP
+from kernelforge.dtype import ACTIVATION_FORMAT, FLOATS, GROUP, WEIGHT_FORMATS
 from kernelforge.errors import UsageError
 from kernelforge.mlir import ir
 from kernelforge.module import Module
@@ -35,6 +35,8 @@ class Quantize(Pass):
     """Format of tables that an embedding reads, also where a matmul multiplies by them."""
     skip: str = ""
     """A regular expression: weights in whose name it is found stay as they are."""
+    activations: Literal["f32", "q8"] = "f32"
+    """What f32 activations become before they are multiplied by quantised weights."""
 
     def run(self, module: Module) -> None:
         try:
@@ -63,9 +65,26 @@ class Quantize(Pass):
             _replace(body, op, [made[v, transposed] for v in weights])
         if left:
             warn_not_quantised(list(left))
+        if self.activations == "q8":
+            _quantize_activations(Body(module))
 
     def _format(self, table: bool) -> str:
         return self.format if not table or self.embeddings == "same" else self.embeddings
+
+
+def _quantize_activations(body: Body) -> None:
+    """Each tensor once, for all of its products."""
+    made: dict[ir.Value, ir.Value] = {}
+    for op in body.walk(MATMUL, GLU_MATMUL):
+        x, weight = op.operands[0], op.operands[1]
+        if x is None or weight is None or tensor_type(weight).dtype not in WEIGHT_FORMATS:
+            continue
+        if tensor_type(x).dtype != "f32" or body.is_constant(x) or op.attrs.get("transpose_lhs"):
+            continue
+        if x not in made:
+            (made[x],) = body.create(QUANTIZE, [x], {"format": ACTIVATION_FORMAT}, before=op, of=[op])
+        operands = [made[x], *op.operands[1:]]
+        body.replace(op, body.create(op.name, operands, op.attrs, before=op, of=[op]))
 
 
 def _is_weight(body: Body, value: ir.Value) -> bool:

@@ -45,7 +45,9 @@ VARIANTS = (
         f"{HERE}.embedding:takes_quantised",
         priority=10,
     ),
-    _vectorized("quantize", "quantize:build_quantize", f"{HERE}.quantize:takes_quantize", summary="activations in 8 bits"),
+    _vectorized(
+        "quantize", "quantize:build_quantize", f"{HERE}.quantize:takes_quantize", summary="activations in 8 bits"
+    ),
     _vectorized("kv_cache_update", "cache:build_kv_cache_update", summary="writes the new rows only"),
     _vectorized("argmax", "argmax:build_argmax", summary="one pass over each row"),
     _vectorized("reshape", "layout:build_reshape", f"{HERE}.layout:takes_reshape", summary="a copy of any layout"),

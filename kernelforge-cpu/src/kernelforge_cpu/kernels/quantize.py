@@ -85,4 +85,3 @@ def emit_group(k: Builder, out: Pointer, load: Callable[[int], Value]) -> None:
     out.of("f32").store(k.select(finite, scale, float("nan")))
     out.at(ZEROS).of("i16").store(pairs << 3)
     out.at(VALUES).store(v)
-

@@ -52,7 +52,7 @@ def linear(g: Graph, x: Tensor, weights: WeightTable, name: str, width: int, *, 
     depth = x.shape[-1]
     assert isinstance(depth, int)
     matrix = weights.matrix(f"{name}.weight", (width, depth))
-    y = g.matmul(x, matrix, transpose_rhs=True)
+    y = weights.product(x, matrix)
     return y + weights.vector(f"{name}.bias", (width,)) if bias else y
 
 

@@ -9,7 +9,7 @@ import typer
 
 from kernelforge.cli import output
 from kernelforge_llm.verbs.explain import Explain, explained
-from kernelforge_llm.verbs.options import KvDtype, Model, Random, Weights, at_least, chosen_source
+from kernelforge_llm.verbs.options import Activations, KvDtype, Model, Random, Weights, at_least, chosen_source
 
 if TYPE_CHECKING:
     from kernelforge_llm.benchmark import Task
@@ -21,6 +21,7 @@ def llm_bench(
     model: Model = None,
     random: Random = None,
     weights: Weights = "native",
+    activations: Activations = "auto",
     kv_dtype: KvDtype = "auto",
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the measured prefill.")] = 256,
     gen_tokens: Annotated[int, typer.Option(help="Tokens of the measured decode.")] = 64,
@@ -53,9 +54,11 @@ def llm_bench(
     task = Task(prompt_tokens, gen_tokens, depth, repeat)
     source = chosen_source(model, random)
     with PeakMemory() as peak, open_session() as session:
-        decoder = open_decoder(source, session, weights=weights, kv_dtype=kv_dtype)
+        decoder = open_decoder(source, session, weights=weights, kv_dtype=kv_dtype, activations=activations)
         if task.room > decoder.context:
-            decoder = open_decoder(source, session, weights=weights, context=task.room, kv_dtype=kv_dtype)
+            decoder = open_decoder(
+                source, session, weights=weights, context=task.room, kv_dtype=kv_dtype, activations=activations
+            )
         threads = session.device.info.threads
         with contextlib.ExitStack() as stack, out.progress("measuring", repeat + 1) as progress:
             peers = {name: _opened(stack, name, decoder, task, threads) for name in names}
@@ -89,6 +92,7 @@ def llm_bench(
         "target": out.target,
         "threads": threads,
         "weights": weights,
+        "activations": decoder.model.activations,
         "prompt_tokens": prompt_tokens,
         "gen_tokens": gen_tokens,
         "depth": depth,

@@ -9,13 +9,14 @@ import typer
 
 from kernelforge.cli import output
 from kernelforge.errors import AssetError, UsageError
-from kernelforge_llm.verbs.options import KvDtype, Model, Weights, at_least, chosen_source
+from kernelforge_llm.verbs.options import Activations, KvDtype, Model, Weights, at_least, chosen_source
 
 
 def llm_eval(
     text: Annotated[Path, typer.Option(help="A UTF-8 text that the model was not trained on.")],
     model: Model = None,
     weights: Weights = "native",
+    activations: Activations = "auto",
     kv_dtype: KvDtype = "auto",
     window: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
     windows: Annotated[int, typer.Option(help="Most windows to score, from the beginning.")] = 120,
@@ -39,7 +40,7 @@ def llm_eval(
     out = output.current()
     source = chosen_source(model, None)
     with open_session() as session:
-        decoder = open_decoder(source, session, weights=weights, kv_dtype=kv_dtype)
+        decoder = open_decoder(source, session, weights=weights, kv_dtype=kv_dtype, activations=activations)
         if decoder.tokenizer is None:
             raise AssetError(f"'{source.name}' has no tokenizer.json, so it cannot read text")
         if window > decoder.context:
@@ -54,6 +55,7 @@ def llm_eval(
     return {
         "model": source.name,
         "weights": weights,
+        "activations": decoder.model.activations,
         "kv_dtype": decoder.model.cache_dtype,
         "target": out.target,
         "text": text,

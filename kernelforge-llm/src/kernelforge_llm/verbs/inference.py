@@ -14,7 +14,7 @@ import typer
 from kernelforge.cli import output
 from kernelforge.errors import AssetError, UsageError
 from kernelforge_llm.verbs.explain import Explain, explained
-from kernelforge_llm.verbs.options import KvDtype, Model, Random, Weights, at_least, chosen_source
+from kernelforge_llm.verbs.options import Activations, KvDtype, Model, Random, Weights, at_least, chosen_source
 
 if TYPE_CHECKING:
     from kernelforge_llm.cerebras import RemoteAnswer
@@ -32,6 +32,7 @@ def llm_inference(
     model: Model = None,
     random: Random = None,
     weights: Weights = "native",
+    activations: Activations = "auto",
     kv_dtype: KvDtype = "auto",
     context: Annotated[int | None, typer.Option(help="Positions that the KV cache holds.")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
@@ -75,7 +76,9 @@ def llm_inference(
     sampler = make_sampler(Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed))
     source = chosen_source(model, random)
     with PeakMemory() as peak, open_session() as session:
-        decoder = open_decoder(source, session, weights=weights, context=context, kv_dtype=kv_dtype)
+        decoder = open_decoder(
+            source, session, weights=weights, context=context, kv_dtype=kv_dtype, activations=activations
+        )
         ids = _chat(decoder, given) if chat else decoder.encode(given)
         tokens = decoder.generate(
             ids, max_tokens, sampler, stop=stop or (), stop_ids=stop_id or (), ignore_eos=ignore_eos

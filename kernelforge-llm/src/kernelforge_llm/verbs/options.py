@@ -8,7 +8,7 @@ import typer
 
 from kernelforge.errors import UsageError
 from kernelforge_llm.cache import CacheFormat
-from kernelforge_llm.weights import WeightFormat
+from kernelforge_llm.weights import ActivationFormat, WeightFormat
 
 if TYPE_CHECKING:
     from kernelforge_llm.source import Source
@@ -19,6 +19,11 @@ Model = Annotated[
 Random = Annotated[str | None, typer.Option(metavar="SHAPE", help="Random weights at a named shape, not a model.")]
 Weights = Annotated[
     WeightFormat, typer.Option(help="Convert matrices, to 8 or 4 bits with q8 or q4; native leaves them.")
+]
+
+Activations = Annotated[
+    ActivationFormat,
+    typer.Option(help="What activations are in beside q8 and q4 weights; auto: q8 where the target is fastest so."),
 ]
 
 KvDtype = Annotated[

@@ -14,7 +14,7 @@ from kernelforge.dtype import ACTIVATION_FORMAT, GROUP, WEIGHT_FORMATS
 from kernelforge.variant import ConfigSpace, Reject
 from kernelforge_cpu.emit import PTR, Pointer
 from kernelforge_cpu.kernel import NativeKernel, Phase
-from kernelforge_cpu.kernels.axes import emit_offsets, emit_size
+from kernelforge_cpu.kernels.axes import emit_offsets
 from kernelforge_cpu.kernels.common import new_kernel
 from kernelforge_cpu.kernels.matmul.config import UNKNOWN_L2, lanes, registers, static_rows
 from kernelforge_cpu.kernels.matmul.dot import Dot, NeonDot, PairDot, VnniDot
@@ -24,13 +24,13 @@ from kernelforge_cpu.kernels.matmul.tile import LINE, Tile
 from kernelforge_cpu.kernels.matmul.vectorized import FLOATS, shared_parts, takes_rows
 from kernelforge_cpu.kernels.matmul.words import WORD, Words
 from kernelforge_cpu.kernels.quantize import GROUP_BYTES, VALUES, ZEROS
+from kernelforge_cpu.ssa import BITS, vec
 
 if TYPE_CHECKING:
     from kernelforge.problem import Problem
     from kernelforge.variant import Config, DeviceInfo, Verdict
     from kernelforge_cpu.emit import Builder, Value
     from kernelforge_cpu.kernels.axes import Size
-    from kernelforge_cpu.kernels.matmul.geometry import Geometry
 
 ROWS = (1, 2, 3, 4, 5, 6, 8)
 AHEAD = (512, 1024, 2048)
@@ -193,38 +193,32 @@ class IntegerProduct(Product):
             lefts = [left.at(r * self.row_bytes) for r in range(rows)]
             values = [p.at(loop.i * layout.group_bytes).at(layout.scale_bytes) for p in panels]
             if streamed:
-                for p in values:
+                for start in values:
                     for line in range(0, layout.group_bytes, LINE):
-                        p.prefetch(self.ahead + line)
+                        start.prefetch(self.ahead + line)
             zeros = [_repeated(k, x.at(ZEROS), width, "i16") for x in lefts]
-            own = [dot.start(k, zeros[i // len(panels)]) for i in range(count)]
+            own = [dot.start(k, z) for z in zeros for _ in panels]
             for word in range(layout.words):
-                words = [p.load(word * width * WORD, WORD * width) for p in values]
-                factors = [dot.weights(k, w) for w in words]
+                factors = [dot.weights(k, start.load(word * width * WORD, WORD * width)) for start in values]
                 for r, x in enumerate(lefts):
                     for half in range(len(factors[0])):
-                        at = VALUES + WORD * word + GROUP // 2 * half
-                        four = _repeated(k, x.at(at), width, "i8")
-                        for p in range(len(panels)):
-                            i = r * len(panels) + p
-                            own[i] = dot.step(k, own[i], factors[p][half], four)
+                        four = _repeated(k, x.at(VALUES + WORD * word + GROUP // 2 * half), width, "i8")
+                        for i, weights in enumerate(factors, r * len(panels)):
+                            own[i] = dot.step(k, own[i], weights[half], four)
             scales = [p.of("f16").at(loop.i * width).load_f32(0, width) for p in panels]
             done: list[Value] = []
             for r, x in enumerate(lefts):
                 scale = k.broadcast(x.of("f32").load(), width)
-                for p in range(len(panels)):
-                    i = len(done)
-                    sums = own[i]
-                    assert sums is not None
-                    whole = k.convert(dot.finish(k, sums, zeros[r]), "f32")
-                    done.append(k.fma(whole, scales[p] * scale, loop.values[i]))
+                for own_scale in scales:
+                    found = own[len(done)]
+                    assert found is not None
+                    whole = k.convert(dot.finish(k, found, zeros[r]), "f32")
+                    done.append(k.fma(whole, own_scale * scale, loop.values[len(done)]))
             loop.yield_(*done)
         return loop.results
 
 
 def _repeated(k: Builder, at: Pointer, lanes: int, element: str) -> Value:
     """The 32 bits there, in every one of `lanes` lanes, as elements of a type."""
-    from kernelforge_cpu.ssa import BITS, vec
-
     word = k.broadcast(at.of("i32").load(), lanes)
     return k.bitcast(word, vec(lanes * 32 // BITS[element], element))
