@@ -32,15 +32,15 @@ lint: $(SYNCED) ## check style and format
 	.venv/bin/ruff format --check
 
 types: $(SYNCED) ## check types
-	@for package in $(PACKAGES) $(wildcard plugins-example/*) tests docs; do \
+	@for package in $(PACKAGES) $(wildcard plugins-example/*) tests docs benchmarks; do \
 		echo "mypy $$package"; .venv/bin/mypy $$package || exit 1; done
 
 fmt: $(SYNCED) ## format, and fix what can be fixed
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
 
-bench: $(SYNCED) ## measure the problems of transformers on this machine
-	.venv/bin/kernelforge benchmark-suite --output reports/cpu_baseline.json
+bench: $(SYNCED) ## compare with the peers that are here: reports/index.html
+	.venv/bin/python benchmarks/run.py
 
 docs: $(SYNCED) ## check the documentation and render it into build/docs
 	.venv/bin/python docs/build.py

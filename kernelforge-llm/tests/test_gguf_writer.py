@@ -17,7 +17,7 @@ from kernelforge.registry import default_registry
 from kernelforge_llm.architecture import find_architecture
 from kernelforge_llm.checkpoint import Checkpoint
 from kernelforge_llm.config import ModelConfig, read_config
-from kernelforge_llm.gguf_writer import ALIGNMENT, TYPES, gguf_name, write_gguf
+from kernelforge_llm.gguf.writer import ALIGNMENT, TYPES, gguf_name, write_gguf
 from kernelforge_llm.source import open_source
 
 ORACLES = Path(__file__).parent / "data" / "oracles"
@@ -142,3 +142,21 @@ def test_tensors_without_a_name_there() -> None:
     assert gguf_name("model.layers.12.mlp.up_proj.bias") == "blk.12.ffn_up.bias"
     with pytest.raises(UsageError, match=r"GGUF has no name for tensor 'model\.layers\.0\.moe\.gate\.weight'"):
         gguf_name("model.layers.0.moe.gate.weight")
+
+
+@pytest.mark.parametrize("weights", ["f32", "q8", "q4"])
+def test_what_is_written_is_what_is_read(tmp_path: Path, weights: str) -> None:
+    folder = ORACLES / "llama-gqa"
+    written(folder, tmp_path / "a.gguf", weights)
+    source, config = open_source(tmp_path / "a.gguf"), config_of(folder)
+    tensors = Checkpoint.open(folder)
+    assert set(source.tensors.names()) == set(tensors.names())
+    for name in tensors.names():
+        array, read = tensors.tensor(name), source.tensors.tensor(name)
+        expected = array if weights == "f32" or array.ndim == 1 else quantize(array, weights)
+        assert read.tobytes() == expected.tobytes(), name
+    write_gguf(source, config, tmp_path / "b.gguf", "native")
+    assert (tmp_path / "b.gguf").read_bytes() == (tmp_path / "a.gguf").read_bytes()
+    if weights != "f32":
+        with pytest.raises(UsageError, match=f"is {weights} already"):
+            write_gguf(source, config, tmp_path / "c.gguf", "f16")

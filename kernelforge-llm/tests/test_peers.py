@@ -225,6 +225,9 @@ def test_what_a_peer_reads(own_cache: Path) -> None:
         assert path == LLAMA
     with readable("llama.cpp", source, config_of(source), "f16", said.append) as path:
         assert path.read_bytes()[:4] == b"GGUF"
+        file = open_source(path)
+        with readable("llama.cpp", file, config_of(file), "native", said.append) as same:
+            assert same == path
     assert not path.exists()
     assert len(said) == 1
     random = random_source("tinypy")

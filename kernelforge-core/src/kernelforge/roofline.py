@@ -89,7 +89,7 @@ class Roofline:
         return cls(Peaks(**data["device"]), None if thread is None else Peaks(**thread), str(data["timing_source"]))
 
     def __str__(self) -> str:
-        per_thread = "" if self.thread is None else f" (one thread: {_words(self.thread)})"
+        per_thread = "" if self.thread in (None, self.device) else f" (one thread: {_words(self.thread)})"
         return _words(self.device) + per_thread
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from kernelforge import home
 from kernelforge.bench.process import PeerProcess
 from kernelforge.errors import AssetError, UsageError
-from kernelforge_llm.gguf_writer import write_gguf
+from kernelforge_llm.gguf import is_gguf
+from kernelforge_llm.gguf.writer import write_gguf
 from kernelforge_llm.shapes import RandomCheckpoint
 
 if TYPE_CHECKING:
@@ -184,8 +185,9 @@ def readable(
 ) -> Iterator[Path]:
     """What a peer reads: the checkpoint's folder for transformers, a GGUF file with our weights for llama.cpp.
 
-    One of random weights is kept in the cache, any other is deleted at the end; `say` is told of both. Raises UsageError for a
-    model that the peer cannot have, AssetError when the file cannot be written.
+    A model that is one is read itself. One that is written of random weights is kept in the cache, any other is deleted at the
+    end; `say` is told of both. Raises UsageError for a model that the peer cannot have, AssetError when the file cannot be
+    written.
     """
     if name == "transformers":
         if source.folder is None:
@@ -193,6 +195,9 @@ def readable(
                 f"the peer '{name}' reads a checkpoint's folder, {source.name} has none", hint="use --model"
             )
         yield source.folder
+        return
+    if source.path is not None and is_gguf(source.path) and weights == "native":
+        yield source.path
         return
     if isinstance(source.tensors, RandomCheckpoint):
         parts = (json.dumps(dict(source.config), sort_keys=True), source.tensors.seed, weights)

@@ -109,11 +109,11 @@ def _devices(out: Output, targets: Sequence[str], problem: Any, *, again: bool) 
             continue
         if not infos:
             problem(f"target '{target}' has no device", "install the device's driver, or use another target")
-        for info in infos:
+        for listed in infos:
+            info, roofline = _opened(out, target, listed, problem, again=again)
             threads = f"{info.threads} thread{'s' if info.threads != 1 else ''}"
             features = "".join(f" {feature}" for feature in sorted(info.features))
             out.print(f"device    {target}: {info.name}, {threads}" + (f",{features}" if features else ""))
-            roofline = _roofline(out, target, info, problem, again=again)
             if roofline is not None:
                 out.print(f"          at most: {roofline}")
             found[target].append(
@@ -129,16 +129,19 @@ def _devices(out: Output, targets: Sequence[str], problem: Any, *, again: bool) 
     return found
 
 
-def _roofline(out: Output, target: str, info: DeviceInfo, problem: Any, *, again: bool) -> Roofline | None:
+def _opened(
+    out: Output, target: str, info: DeviceInfo, problem: Any, *, again: bool
+) -> tuple[DeviceInfo, Roofline | None]:
+    """The device with the threads asked for, and its limits; as it is listed when its target offers no limits."""
     if out.registry.backend_spec(target).roofline is None:
-        return None
+        return info, None
     try:
         with closing(out.registry.backend(target).open(info.name, threads=out.threads)) as device:
-            return device_roofline(device, out.registry, again=again)
+            return device.info, device_roofline(device, out.registry, again=again)
     except Exception as error:
         what = f"the limits of {target} ({info.name}) cannot be measured: {type(error).__name__}: {error}"
         problem(what, _look(out.registry, target))
-        return None
+        return info, None
 
 
 def _look(registry: Registry, target: str) -> str:

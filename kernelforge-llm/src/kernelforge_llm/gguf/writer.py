@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kernelforge.dtype import GROUP, QUANTISED, to_numpy
+from kernelforge.dtype import GROUP, QUANTISED, from_numpy, to_numpy
 from kernelforge.errors import UsageError
 from kernelforge.quant import quantize
 from kernelforge_llm.config import ModelConfig
+from kernelforge_llm.gguf import MAGIC
 
 if TYPE_CHECKING:
     from typing import BinaryIO
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from kernelforge_llm.source import Source
 
-MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
+VERSION, ALIGNMENT = 3, 32
 FAMILIES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "llama",
@@ -35,7 +36,6 @@ FAMILIES = {
 TYPES = {"f32": 0, "f16": 1, "q4": 2, "q8": 8, "bf16": 30}
 """Numbers of the formats that are written: F32, F16, Q4_0, Q8_0, BF16."""
 
-_NATIVE = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f32"}
 _U32, _F32, _STRING = 4, 6, 8
 _NAMES = {
     "model.embed_tokens": "token_embd",
@@ -117,7 +117,10 @@ def _format(source: Source, name: str, weights: str) -> str:
         raise UsageError(
             f"rows of tensor '{name}' ({shape[-1]} elements) are no multiple of {GROUP}: no {weights} in GGUF"
         )
-    return _NATIVE[source.tensors.dtype(name).name] if weights == "native" else weights
+    found = from_numpy(source.tensors.dtype(name))
+    if found in QUANTISED and weights not in ("native", found):
+        raise UsageError(f"tensor '{name}' is {found} already", hint="leave --weights out")
+    return ("f32" if found == "f64" else found) if weights == "native" else weights
 
 
 def _metadata(family: str, config: ModelConfig) -> Mapping[str, tuple[int, Any]]:
@@ -166,7 +169,7 @@ def _neighbours(array: NDArray[Any], heads: int) -> NDArray[Any]:
 
 
 def _encoded(array: NDArray[Any], dtype: str) -> bytes:
-    if dtype in QUANTISED:
+    if dtype in QUANTISED and array.dtype != to_numpy(dtype):
         return quantize(array, dtype).tobytes()
     kind: np.dtype[Any] = to_numpy(dtype)
     return array.astype(kind).tobytes()
