@@ -1,0 +1,278 @@
+"""Compiled plans on a GPU: memory, views, sizes that change, steps on the host, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kernelforge.errors import DeviceError, KernelForgeError, PluginError, UsageError
+from kernelforge.graph import Graph
+from kernelforge.hookspecs import hookimpl
+from kernelforge.plugins import load_registry
+from kernelforge.problem import Problem, parse_problem
+from kernelforge.session import Session
+from kernelforge.variant import Config, DeviceInfo, KernelVariant
+from kernelforge_metal.buffer import GpuBuffer
+from kernelforge_metal.device import GpuDevice
+from kernelforge_metal.executable import GpuExecutable
+from kernelforge_metal.kernel import Binding, Dispatch, GpuKernel
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+ADD = parse_problem("transformer.add(f32[4,16], f32[4,16]) -> (f32[4,16]) {}")
+SILU = parse_problem("transformer.silu(f32[4,16]) -> (f32[4,16]) {}")
+
+
+def numbers(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def silu(x: Array) -> Array:
+    return np.asarray(x / (1 + np.exp(-x)))
+
+
+def one(outputs: Sequence[object]) -> Array:
+    (out,) = outputs
+    assert isinstance(out, np.ndarray)
+    return out
+
+
+def shader_of(code: str, element: str = "f32") -> GpuKernel:
+    bindings = (Binding("x", 0, element), Binding("out", 1, element))
+    return GpuKernel((Dispatch(code, bindings, (1, 1, 1)),), checked=True)
+
+
+def torn(problem: Problem, config: Config, device: DeviceInfo) -> GpuKernel:
+    return shader_of("@compute @workgroup_size(1) fn main() { out[0] = ; }")
+
+
+def by_fours(problem: Problem, config: Config, device: DeviceInfo) -> GpuKernel:
+    """silu four at a time, of up to 256 elements without gaps."""
+    code = """
+@compute @workgroup_size(64)
+fn main(@builtin(local_invocation_index) i: u32) {
+  let v = x[p.x_at / 4u + i];
+  out[p.out_at / 4u + i] = v / (1.0 + exp(-v));
+}
+"""
+    return shader_of(code, "vec4<f32>")
+
+
+class Plugin:
+    @hookimpl
+    def kernelforge_kernels(self) -> list[KernelVariant]:
+        return [
+            KernelVariant("torn", "transformer.silu", "gpu", torn, priority=-1000),
+            KernelVariant("fours", "transformer.silu", "gpu", by_fours, priority=-1000),
+            KernelVariant("unfit", "transformer.silu", "gpu", lambda problem, config, device: 7, priority=-1000),
+        ]
+
+
+@pytest.fixture(scope="module", params=["gpu", "plain_gpu"])
+def session(request: pytest.FixtureRequest) -> Iterator[Session]:
+    opened: Session = request.getfixturevalue(request.param)
+    registry = load_registry(allow=["core", "metal"], extra_plugins=[Plugin()])
+    before, opened.registry = opened.registry, registry
+    yield opened
+    opened.registry = before
+
+
+# Inputs and outputs.
+
+
+def test_inputs_of_any_layout_and_outputs_in_the_callers_arrays(session: Session) -> None:
+    executable = session.compile_problem(ADD)
+    a, b = numbers(4, 16), numbers(4, 16, seed=1)
+    for given in (a, np.asfortranarray(a), np.repeat(a, 2, axis=1)[:, ::2]):
+        np.testing.assert_array_equal(one(executable.run({"a": given, "b": b})), a + b)
+    out = np.empty((4, 16), np.float32)
+    assert one(executable.run({"a": a, "b": b}, {"out": out})) is out
+    np.testing.assert_array_equal(out, a + b)
+    assert one(executable.run({"a": a, "b": b})) is not out
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"a": numbers(4, 16)}, "input 'b' is missing"),
+        ({"a": numbers(4, 16), "b": numbers(4, 16), "c": numbers(1)}, "unknown input 'c'"),
+        ({"a": numbers(4, 15), "b": numbers(4, 16)}, r"input 'a' has shape \(4, 15\), wants \[4, 16\]"),
+        ({"a": numbers(4, 16).astype(np.float64), "b": numbers(4, 16)}, "input 'a' has dtype float64, wants f32"),
+    ],
+)
+def test_inputs_that_do_not_fit(session: Session, inputs: dict[str, Array], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        session.compile_problem(ADD).run(inputs)
+
+
+def test_outputs_that_do_not_fit(session: Session) -> None:
+    executable, a = session.compile_problem(ADD), numbers(4, 16)
+    with pytest.raises(UsageError, match="output 'out' cannot be written to a float32"):
+        executable.run({"a": a, "b": a}, {"out": np.empty((4, 15), np.float32)})
+    with pytest.raises(UsageError, match="there is no output 'sum' to write to"):
+        executable.run({"a": a, "b": a}, {"sum": np.empty((4, 16), np.float32)})
+
+
+def test_bound_calls_see_their_inputs_as_they_are_and_take_turns(session: Session) -> None:
+    executable = session.compile_problem(ADD)
+    a, b = numbers(4, 16), numbers(4, 16, seed=1)
+    call, other = executable.bind({"a": a, "b": b}), executable.bind({"a": b, "b": b})
+    first = one(call())
+    np.testing.assert_array_equal(first, a + b)
+    a[...] = 1.0
+    np.testing.assert_array_equal(one(other()), 2 * b)
+    assert one(call()) is first
+    np.testing.assert_array_equal(first, 1.0 + b)
+
+
+def test_buffers_hold_what_is_written(session: Session) -> None:
+    buffer = session.device.allocate((3, 5), "f16")
+    np.testing.assert_array_equal(buffer.numpy(), np.zeros((3, 5), np.float16))
+    buffer.write(numbers(3, 5).astype(np.float16))
+    np.testing.assert_array_equal(buffer.numpy(), numbers(3, 5).astype(np.float16))
+    with pytest.raises(UsageError, match=r"cannot write float32\[3, 5\] into a f16\[3, 5\] buffer"):
+        buffer.write(numbers(3, 5))
+
+
+# Memory.
+
+
+def two_sums() -> str:
+    """y = silu(x + w) + w, through memory of the plan's own, for any number of tokens."""
+    g = Graph()
+    x, w = g.input("x", ("tokens", 24), "f32"), g.constant("w", (24,), "f32")
+    g.output(g.add(g.silu(g.add(x, w)), w), "y")
+    return g.text()
+
+
+def test_sizes_grow_and_shrink_between_runs(session: Session) -> None:
+    w = numbers(24, seed=9)
+    executable = session.compile(two_sums(), constants={"w": w}, max_dims={"tokens": 8})
+    small = numbers(2, 24)
+    call = executable.bind({"x": small})
+    for tokens in (3, 8, 1, 700, 5, 700):
+        x = numbers(tokens, 24, seed=tokens)
+        np.testing.assert_allclose(one(executable.run({"x": x})), silu(x + w) + w, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(one(call()), silu(small + w) + w, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_to_do_is_done(session: Session) -> None:
+    executable = session.compile(two_sums(), constants={"w": numbers(24)})
+    assert one(executable.run({"x": numbers(0, 24)})).shape == (0, 24)
+
+
+def cache_step() -> str:
+    g = Graph()
+    cache, new = g.input("cache", (2, 8, 3, 4), "f32", donated=True), g.input("new", ("tokens", 3, 4), "f32")
+    positions, slots = (g.input(name, ("tokens",), "i32") for name in ("positions", "slots"))
+    g.output(g.kv_cache_update(cache, new, positions, slots), "updated")
+    return g.text()
+
+
+def test_donated_buffers_stay_on_the_device_and_donated_arrays_are_left_alone(session: Session) -> None:
+    executable = session.compile(cache_step())
+    start, new = numbers(2, 8, 3, 4), numbers(2, 3, 4, seed=1)
+    inputs = {"new": new, "positions": np.array([7, -1], np.int32), "slots": np.array([1, 0], np.int32)}
+    want = start.copy()
+    want[1, 7] = new[0]
+    buffer = session.device.allocate(start.shape, "f32")
+    assert isinstance(buffer, GpuBuffer)
+    buffer.write(start)
+    (returned,) = executable.run({"cache": buffer, **inputs})
+    assert returned is buffer
+    np.testing.assert_array_equal(buffer.numpy(), want)
+    kept = start.copy()
+    np.testing.assert_array_equal(one(executable.run({"cache": kept, **inputs})), want)
+    np.testing.assert_array_equal(kept, start)
+    other = session.device.allocate(start.shape, "f32")
+    executable.run({"cache": other, **inputs})
+    np.testing.assert_array_equal(buffer.numpy(), want)
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 8])
+def test_views_that_start_between_vectors_are_moved(session: Session, start: int) -> None:
+    g = Graph()
+    x = g.input("x", (264,), "f32")
+    g.output(g.silu(g.slice(x, starts=(start,), sizes=(256,))), "y")
+    session.variants["transformer.silu"] = "fours"
+    session._selections.clear()
+    try:
+        executable = session.compile(g.text())
+    finally:
+        session.variants.clear()
+        session._selections.clear()
+    x_array = numbers(264)
+    np.testing.assert_allclose(one(executable.run({"x": x_array})), silu(x_array[start : start + 256]), rtol=1e-6)
+
+
+def test_ops_without_a_kernel_run_on_the_host_between_those_that_have_one(session: Session) -> None:
+    g = Graph()
+    x = g.input("x", ("tokens", 6), "f32")
+    g.output(g.silu(g.cast(g.cast(g.silu(x), "i8"), "f32")), "y")
+    executable = session.compile(g.text())
+    assert {s.variant for s in executable.plan.steps} == {"wgsl", "reference"}
+    x_array = 20 * numbers(5, 6)
+    want = silu(np.trunc(silu(x_array)))
+    np.testing.assert_allclose(one(executable.run({"x": x_array})), want, rtol=1e-5, atol=1e-6)
+    assert executable.measure({"x": x_array}, repeats=2).source == "host-clock"
+    explanation = executable.explain({"x": x_array}, repeats=1)
+    assert all(use.seconds and use.seconds > 0 for use in explanation.steps)
+
+
+def test_equal_constants_are_on_the_device_once(session: Session) -> None:
+    source = {"w": numbers(24)}
+    before = session.build(session.plan(two_sums()), source)
+    assert isinstance(before, GpuExecutable)
+    assert len({region.buffer for region in before._constants.values()}) == 1
+
+
+# Errors.
+
+
+def test_a_shader_that_does_not_compile_names_its_plugin(session: Session) -> None:
+    with pytest.raises(
+        PluginError, match=r"variant 'gpu/transformer.silu/torn' of plugin .* does not compile for"
+    ) as caught:
+        session.compile_problem(SILU, variant="torn")
+    assert "parsing error" in str(caught.value)
+    with pytest.raises(PluginError, match=r"variant 'gpu/transformer.silu/unfit' of .* built int"):
+        session.compile_problem(SILU, variant="unfit")
+    x = numbers(4, 16)
+    np.testing.assert_allclose(one(session.compile_problem(SILU).run({"x": x})), silu(x), rtol=1e-6)
+
+
+def test_too_large_a_buffer_is_refused_and_the_device_lives_on(session: Session) -> None:
+    with pytest.raises(DeviceError, match=r"a buffer of .* holds") as caught:
+        session.device.allocate((1 << 44,), "f32")
+    assert caught.value.hint is not None
+    assert "--weights q4" in caught.value.hint
+    assert session.device.allocate((4,), "f32").shape == (4,)
+
+
+def test_out_of_memory_and_loss_say_what_to_do(session: Session) -> None:
+    device = session.device
+    assert isinstance(device, GpuDevice)
+    gpu = device._gpu
+
+    def failing(error: Exception) -> KernelForgeError:
+        with pytest.raises(DeviceError) as caught, gpu._errors("allocate 5 MiB for a test"):
+            raise error
+        return caught.value
+
+    full = failing(RuntimeError("Not enough memory left."))
+    assert "has not enough memory to allocate 5 MiB for a test" in str(full)
+    assert "--target cpu" in str(full.hint)
+    lost = failing(RuntimeError("Parent device is lost"))
+    assert "was lost" in str(lost)
+    with pytest.raises(DeviceError, match="was lost"):
+        device.allocate((4,), "f32")
+    gpu.lost = False
+    assert device.allocate((4,), "f32").shape == (4,)
+
+
+def test_there_is_no_llvm_ir(session: Session) -> None:
+    with pytest.raises(UsageError, match="its kernels are WGSL"):
+        session.device.emit_llvm(session.compile_problem(ADD).plan, session.registry)

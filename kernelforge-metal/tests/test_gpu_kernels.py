@@ -1,0 +1,100 @@
+"""The kernels of every op against the op's reference: its own samples as far as they are small, with every feature and none."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from kernelforge.dialects.transformer import OPS
+from kernelforge.problem import Problem
+from kernelforge.session import Session
+from kernelforge.tune.verify import Workload
+from kernelforge.variant import Accept, DeviceInfo, KernelVariant, Reject
+from kernelforge_metal.kernel import GpuKernel, shader
+from kernelforge_metal.kernels.catalog import VARIANTS
+
+SMALL = 20_000
+"""Elements of all operands and results: software computes them in no time."""
+
+DEFS = {op.full_name: op for op in OPS}
+MINE = [v for v in VARIANTS if not v.op.endswith("matmul")]
+
+
+def samples(variant: KernelVariant) -> Iterator[Problem]:
+    for problem in DEFS[variant.op].samples(random.Random(5)):
+        if sum(t.size() for t in (*problem.operands, *problem.results) if t is not None) <= SMALL:
+            yield problem
+
+
+@pytest.mark.parametrize("device", ["gpu", "plain_gpu"])
+@pytest.mark.parametrize("variant", MINE, ids=lambda v: f"{v.op.partition('.')[2]}-{v.name}")
+def test_samples(request: pytest.FixtureRequest, variant: KernelVariant, device: str) -> None:
+    session: Session = request.getfixturevalue(device)
+    taken = [p for p in samples(variant) if variant.judge(p, session.device.info) == Accept()]
+    assert taken
+    chosen = taken if device == "gpu" else taken[:: max(1, len(taken) // 3)]
+    for problem in chosen:
+        work = Workload(session, problem)
+        work.verify(session.compile_problem(problem, constants=work.constants, variant=variant.name))
+
+
+def device(*features: str, **limits: int) -> DeviceInfo:
+    named = {name.replace("_", "-"): value for name, value in limits.items()}
+    return DeviceInfo("gpu", "null", "null", frozenset(features), tuple(sorted(named.items())))
+
+
+def built(variant: KernelVariant, problem: Problem, info: DeviceInfo) -> GpuKernel:
+    kernel = variant.build_kernel(problem, variant.default_config(problem, info), info)
+    assert isinstance(kernel, GpuKernel)
+    return kernel
+
+
+@pytest.mark.parametrize("variant", MINE, ids=lambda v: f"{v.op.partition('.')[2]}-{v.name}")
+def test_shaders_are_written_without_a_device(variant: KernelVariant) -> None:
+    """For a device with everything and one with nothing: all names that are used are declared, features only where they are."""
+    rich, poor = device("shader-f16", "subgroup", "immediates"), device()
+    for problem in samples(variant):
+        for info in (rich, poor):
+            verdict = variant.judge(problem, info)
+            if isinstance(verdict, Reject):
+                assert verdict.reason
+                continue
+            kernel = built(variant, problem, info)
+            for dispatch in kernel.dispatches:
+                text = shader(problem, kernel, dispatch, immediates=info is rich)
+                assert "fn main(" in text
+                assert ("subgroup_size" in text) <= (info is rich)
+                assert ("enable f16;" in text) <= (info is rich)
+                assert ("var<immediate>" in text) == (info is rich and "struct Parameters" in text)
+                assert min(dispatch.grid([1] * len(problem.dims))) >= 1
+
+
+def test_reasons_to_refuse() -> None:
+    kernels = {(v.op.partition(".")[2], v.name): v for v in VARIANTS}
+
+    def reason(op: str, name: str, text: str, *features: str, **limits: int) -> str:
+        from kernelforge.problem import parse_problem
+
+        verdict = kernels[op, name].judge(parse_problem(text), device(*features, **limits))
+        assert isinstance(verdict, Reject)
+        return verdict.reason
+
+    assert "not f64" in reason("silu", "wgsl", "transformer.silu(f64[4]) -> (f64[4]) {}")
+    attrs = "{causal=true, scale=0.0, softcap=0.0, window=0}"
+    odd = "transformer.attention(f32[1,1,6], f32[4,1,6], f32[4,1,6], _, _, _) -> (f32[1,1,6]) " + attrs
+    assert "a multiple of 4 elements" in reason("attention", "tile", odd)
+    many = "transformer.attention(f32[64,1,8], f32[64,1,8], f32[64,1,8], _, _, _) -> (f32[64,1,8]) " + attrs
+    assert "takes 1 to 8 tokens" in reason("attention", "split", many)
+
+
+def test_a_table_larger_than_a_binding_is_looked_up_in_pieces(gpu: Session) -> None:
+    from kernelforge.problem import parse_problem
+
+    problem = parse_problem('transformer.embedding(f32[1100,64]@const, i32[9]) -> (f32[9,64]) {dtype="f32"}')
+    variant = next(v for v in VARIANTS if v.op == problem.op and v.name == "wgsl")
+    info = device(max_storage_buffer_binding_size=512 * 64 * 4)
+    kernel = built(variant, problem, info)
+    tables = [d.bindings[0] for d in kernel.dispatches]
+    assert [(t.start, t.nbytes) for t in tables] == [(0, 131072), (131072, 131072), (262144, 19456)]

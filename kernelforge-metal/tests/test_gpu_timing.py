@@ -1,0 +1,114 @@
+"""No time is reported that was not measured: what timestamps must be, and what is done when they are not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kernelforge.errors import DeviceError
+from kernelforge.problem import parse_problem
+from kernelforge.session import Session
+from kernelforge_metal import timing
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Clock:
+    """A clock that stands still but for what is spent."""
+
+    def __init__(self) -> None:
+        self.now = 5.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(timing, "time", made)
+    return made
+
+
+class FakeGpu:
+    """Runs of 2 ms, 0.3 ms for each wait, and whatever timestamps a test wants."""
+
+    def __init__(self, clock: Clock, ticks: Sequence[float] | None) -> None:
+        self.clock, self.ticks, self.runs = clock, ticks, 0
+        self.has_timestamps = ticks is not None
+
+    def encoder(self) -> None: ...
+
+    def encode(self, encoder: object, commands: object, uniforms: object, stamps: object = None) -> None:
+        self.runs += 1
+
+    def resolve(self, encoder: object, count: int) -> None: ...
+
+    def submit(self, encoder: object) -> None: ...
+
+    def wait(self) -> None:
+        self.clock.now += 0.002 * self.runs + 0.0003
+        self.runs = 0
+
+    def timestamps(self, count: int) -> Array:
+        assert self.ticks is not None
+        return np.array((list(self.ticks) * count)[:count])
+
+
+@pytest.mark.parametrize(
+    "ticks",
+    [
+        [0.0],
+        [3.0, 3.0],
+        [0.0, -1e-3],
+        [0.0, 10.0],
+        [0.0, float("nan")],
+        None,
+    ],
+    ids=["zeros", "equal", "backwards", "longer than the clock", "nan", "none"],
+)
+def test_bad_timestamps_are_replaced_by_the_slope_of_the_clock(clock: Clock, ticks: Sequence[float] | None) -> None:
+    found = timing.measure(FakeGpu(clock, ticks), [], None, 3)  # type: ignore[arg-type]  # as much of one as is used
+    assert found.source == "host-slope"
+    assert found.samples == pytest.approx((0.002,) * 3)
+    steps = timing.step_seconds(FakeGpu(clock, ticks), [[], []], None, 1)  # type: ignore[arg-type]
+    assert steps == pytest.approx([0.002, 0.002])
+
+
+def test_good_timestamps_are_taken(clock: Clock) -> None:
+    class Good(FakeGpu):
+        def timestamps(self, count: int) -> Array:
+            return np.arange(count) * 1e-4
+
+    found = timing.measure(Good(clock, []), [], None, 5)  # type: ignore[arg-type]
+    assert found.source == "timestamp-query"
+    assert found.samples == pytest.approx((1e-4,) * 5)
+
+
+def test_what_cannot_be_told_from_noise_is_an_error(clock: Clock) -> None:
+    def batch(n: int) -> None:
+        clock.now += 0.001
+
+    with pytest.raises(DeviceError, match="cannot be measured"):
+        timing.slope(batch, 1)
+
+
+@pytest.mark.parametrize("name", ["gpu", "plain_gpu"])
+def test_a_real_device_is_measured(request: pytest.FixtureRequest, name: str) -> None:
+    session: Session = request.getfixturevalue(name)
+    problem = parse_problem("transformer.softmax(f32[64,512]) -> (f32[64,512]) {axis=-1}")
+    executable = session.compile_problem(problem)
+    inputs = {"x": np.ones((64, 512), np.float32)}
+    executable.run(inputs)
+    start = time.perf_counter()
+    found = executable.measure(inputs, repeats=3)
+    wall = time.perf_counter() - start
+    assert found.source == ("timestamp-query" if name == "gpu" else "host-slope")
+    assert all(0 < s < wall for s in found.samples)
+    explanation = executable.explain(inputs, repeats=1)
+    assert explanation.seconds is not None
+    assert 0 < explanation.seconds < 1

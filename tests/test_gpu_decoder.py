@@ -1,0 +1,89 @@
+"""Whole models on a GPU: the oracles of every architecture, `tinypy`, and quantised weights beside the CPU's."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kernelforge.errors import KernelForgeWarning
+from kernelforge.session import Session
+from kernelforge_llm.decoder import Decoder, open_decoder
+from kernelforge_llm.source import TINYPY, open_source
+from kernelforge_llm.weights import WeightFormat
+from kernelforge_metal.adapters import list_adapters
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+DATA = Path(__file__).parent.parent / "kernelforge-llm" / "tests" / "data"
+FOLDERS = sorted((DATA / "oracles").iterdir())
+
+TOLERANCE = 5e-4
+"""Largest difference over largest logit."""
+CLOSE_MARGIN = 5e-3
+"""A token that won by less may be another one when sums are taken in another order."""
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    if not list_adapters():
+        pytest.skip("no GPU adapter here; on Debian and Ubuntu: apt install mesa-vulkan-drivers libvulkan1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KernelForgeWarning)  # a software GPU says so
+        session = Session("gpu")
+    with session:
+        yield session
+
+
+def error(found: Array, want: Array) -> float:
+    assert found.shape == want.shape
+    return float(abs(found - want).max() / abs(want).max())
+
+
+def check(decoder: Decoder, golden: Any, prompt: str, most: int) -> None:
+    """Logits after every token of the prompt, and greedy tokens up to the first that won narrowly."""
+    ids = golden[f"{prompt}_ids"].tolist()
+    assert error(decoder.logits(ids), golden[f"{prompt}_logits"]) < TOLERANCE
+    close = np.flatnonzero(golden[f"{prompt}_greedy_margin"] < CLOSE_MARGIN)
+    count = min(int(close[0]) if close.size else most, most)
+    assert count > 3
+    tokens = [t.id for t in decoder.generate(ids, count, ignore_eos=True) if t.id is not None]
+    assert tokens == golden[f"{prompt}_greedy"][:count].tolist()
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_every_architecture(gpu: Session, folder: Path) -> None:
+    decoder = open_decoder(open_source(folder), gpu, weights="f32", sequences=2)
+    golden = np.load(folder / "golden.npz")
+    check(decoder, golden, "short", 12)
+    check(decoder, golden, "long", 6)
+    ids = golden["short_ids"].tolist()
+    for one, other in zip(decoder.logits_batch([ids[:3], ids]), (ids[:3], ids), strict=True):
+        assert error(one, decoder.logits(other)) < 1e-5
+
+
+def test_tinypy(gpu: Session) -> None:
+    decoder = open_decoder(open_source(TINYPY), gpu, weights="f32")
+    check(decoder, np.load(DATA / "tinypy" / "golden.npz"), "p0", 12)
+
+
+@pytest.mark.parametrize("weights", ["q8", "q4", "f16", "bf16"])
+def test_narrow_weights_give_what_the_reference_gives(gpu: Session, weights: WeightFormat) -> None:
+    source = open_source(FOLDERS[0])
+    ids = np.load(FOLDERS[0] / "golden.npz")["long_ids"].tolist()
+    with Session("reference") as reference:
+        want = open_decoder(source, reference, weights=weights, kv_dtype="f32").logits(ids)
+    assert error(open_decoder(source, gpu, weights=weights, kv_dtype="f32").logits(ids), want) < TOLERANCE
+    found = open_decoder(source, gpu, weights=weights).logits(ids)  # keys and values in f16
+    assert error(found, want) < 1e-2
+
+
+def test_all_ops_of_a_model_have_kernels(gpu: Session) -> None:
+    decoder = open_decoder(open_source(TINYPY), gpu, weights="q4")
+    explanation = decoder.explain(1, 8, repeats=1)
+    assert [use.op for use in explanation.steps if use.variant == "reference"] == []
+    assert all(use.seconds and use.seconds > 0 for use in explanation.steps)
