@@ -45,6 +45,21 @@ class TensorSource(Protocol):
         ...
 
 
+@runtime_checkable
+class PackedSource(TensorSource, Protocol):
+    """A source that also holds constants in the layouts that kernels read, so that they need not be made again."""
+
+    def packed(self, constant: str, layout: str, nbytes: int) -> Array | None:
+        """The bytes of a constant (`kernelforge.constant`, its key) in a layout (a backend's name for it), C-contiguous and
+        64-byte aligned; None when the source does not have exactly so many."""
+        ...
+
+    def keep(self, constant: str, layout: str, array: Array) -> Array:
+        """What was packed because `packed` did not have it. Returns the array to be used: a source that writes it down may
+        return its own."""
+        ...
+
+
 class Catalog(Protocol):
     """Ops and kernel variants by name; the plugin registry is one."""
 

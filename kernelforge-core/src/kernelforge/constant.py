@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,10 @@ class Named:
     def key(self) -> str:
         return self.name
 
+    @property
+    def value_type(self) -> TensorType:
+        return self.type
+
 
 @dataclass(frozen=True)
 class Folded:
@@ -44,6 +48,10 @@ class Folded:
         """Equal keys mean equal values, given the same source."""
         inner = ",".join("_" if c is None else c.key for c in self.operands)
         return f"{self.problem}#{self.result}<{inner}>"
+
+    @property
+    def value_type(self) -> TensorType:
+        return self.problem.results[self.result]
 
 
 Constant = Named | Folded
@@ -64,13 +72,23 @@ class ArraySource:
         return self._arrays[name]
 
 
-def evaluate(constant: Constant, source: TensorSource, ops: Mapping[str, OpDef]) -> Array:
-    """The constant's value. Raises AssetError when a named tensor's shape or dtype is not what the module says."""
+Fold = Callable[[Problem, "Sequence[Array | None]"], "tuple[Array, ...]"]
+"""Computes an op's results as `OpDef.evaluate` does, exactly."""
+
+
+def evaluate(
+    constant: Constant, source: TensorSource, ops: Mapping[str, OpDef], folds: Mapping[str, Fold] | None = None
+) -> Array:
+    """The constant's value. `folds`, by op, are used in place of the ops' references.
+
+    Raises AssetError when a named tensor's shape or dtype is not what the module says.
+    """
     from kernelforge.dtype import GROUP, QUANTISED, from_numpy
 
     if isinstance(constant, Folded):
-        arrays = [None if c is None else evaluate(c, source, ops) for c in constant.operands]
-        return ops[constant.problem.op].evaluate(constant.problem, arrays)[constant.result]
+        arrays = [None if c is None else evaluate(c, source, ops, folds) for c in constant.operands]
+        fold = (folds or {}).get(constant.problem.op, ops[constant.problem.op].evaluate)
+        return fold(constant.problem, arrays)[constant.result]
     array = source.tensor(constant.name)
     dtype, shape = from_numpy(array.dtype), tuple(array.shape)
     if dtype in QUANTISED and shape:

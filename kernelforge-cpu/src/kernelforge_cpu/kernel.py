@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
+    from kernelforge.problem import TensorType
+
     Array = np.ndarray[Any, np.dtype[Any]]
 
 Count = Callable[[Sequence[int], int], int]
@@ -46,6 +48,8 @@ class Pack:
     key: str
     """Names the layout with everything that shapes it ("panel16:f32"): equal key and equal constant, one packed array."""
     pack: Callable[[Array], Array]
+    nbytes: Callable[[TensorType], int] | None = None
+    """Bytes of a packed constant of this type, for checking those that come from a file; None: they are not taken."""
 
 
 @dataclass(frozen=True)

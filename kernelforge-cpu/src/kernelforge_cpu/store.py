@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kernelforge.constant import Constant, evaluate
+from kernelforge.backend import PackedSource
+from kernelforge.constant import Constant, Fold, Named, evaluate
+from kernelforge.dtype import to_numpy
 from kernelforge_cpu.kernel import Pack
 
 if TYPE_CHECKING:
     from kernelforge.backend import TensorSource
     from kernelforge.op import OpDef
+    from kernelforge.problem import Problem
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 ALIGNMENT = 64
+ROW_MAJOR = ""
+"""The layout of a constant that is not packed."""
+
+
+def _quantize(problem: Problem, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    from kernelforge_cpu.folding import quantize
+
+    (x,) = arrays
+    assert x is not None
+    return (quantize(x, str(dict(problem.attrs)["format"])),)
+
+
+FOLDS: Mapping[str, Fold] = {"transformer.quantize": _quantize}
+"""By op: compiled code that computes constants as its reference does, faster."""
+
+
+def _is_stored(constant: Constant, pack: Pack | None) -> bool:
+    """Whether the array is the source's own tensor."""
+    return pack is None and isinstance(constant, Named)
 
 
 def aligned_empty(nbytes: int) -> Array:
@@ -66,12 +88,29 @@ class ConstantStore:
 
         `source` is always the one that this store belongs to; the store must not keep it alive.
         """
-        key = (constant.key, pack.key if pack is not None else "")
+        layout = pack.key if pack is not None else ROW_MAJOR
+        key = (constant.key, layout)
         if key not in self._arrays:
-            value = evaluate(constant, source, ops)
-            made = value if pack is None else pack.pack(value)
-            self._arrays[key] = np.ascontiguousarray(made)
+            found = self._taken(constant, pack, source)
+            if found is None:
+                plain = self._arrays.get((constant.key, ROW_MAJOR))
+                value = evaluate(constant, source, ops, FOLDS) if plain is None else plain
+                found = np.ascontiguousarray(value if pack is None else pack.pack(value))
+                if isinstance(source, PackedSource) and not _is_stored(constant, pack):
+                    found = source.keep(constant.key, layout, found)
+            self._arrays[key] = found
         return self._arrays[key]
+
+    @staticmethod
+    def _taken(constant: Constant, pack: Pack | None, source: TensorSource) -> Array | None:
+        """The packed constant as the source has it, if it does."""
+        if not isinstance(source, PackedSource) or _is_stored(constant, pack):
+            return None
+        t = constant.value_type
+        if pack is None:
+            found = source.packed(constant.key, ROW_MAJOR, t.nbytes({}))
+            return None if found is None else found.view(to_numpy(t.dtype)).reshape(t.array_shape())
+        return None if pack.nbytes is None else source.packed(constant.key, pack.key, pack.nbytes(t))
 
     @property
     def nbytes(self) -> int:

@@ -9,7 +9,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -135,6 +136,21 @@ def save_checkpoint(
 
     Raises `UsageError` if `folder` is a file, `KernelForgeError` if it cannot be written.
     """
+    with new_folder(folder, _is_weights) as draft:
+        write_json(draft / CONFIG_FILE, config)
+        if generation:
+            write_json(draft / GENERATION_FILE, generation)
+        write_tokenizer(draft, tokenizer_from)
+        _write_weights(draft, tensors, shard_bytes)
+
+
+@contextmanager
+def new_folder(folder: Path, stale: Callable[[str], bool]) -> Iterator[Path]:
+    """A draft of a folder to be filled, which then appears whole or not at all; in one that is there already, each file is
+    replaced at once, and those that were not written and whose name is `stale` are deleted.
+
+    Raises `UsageError` if `folder` is a file, `KernelForgeError` if it cannot be written.
+    """
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file, not a folder")
@@ -142,16 +158,7 @@ def save_checkpoint(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft.mkdir()
-        _write_json(draft / CONFIG_FILE, config)
-        if generation:
-            _write_json(draft / GENERATION_FILE, generation)
-        if isinstance(tokenizer_from, Path):
-            for name in TOKENIZER_FILES:
-                if (tokenizer_from / name).is_file():
-                    shutil.copyfile(tokenizer_from / name, draft / name)
-        elif tokenizer_from is not None:
-            tokenizer_from.save(draft)
-        _write_weights(draft, tensors, shard_bytes)
+        yield draft
         if not folder.exists():
             draft.replace(folder)
             return
@@ -159,12 +166,22 @@ def save_checkpoint(
         for name in written:
             (draft / name).replace(folder / name)
         for path in folder.iterdir():
-            if _is_weights(path.name) and path.name not in written:
+            if stale(path.name) and path.name not in written:
                 path.unlink()
     except OSError as error:
         raise KernelForgeError(f"{folder} cannot be written: {error}", hint="choose another folder") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def write_tokenizer(folder: Path, tokenizer_from: Path | Tokenizer | None) -> None:
+    """The tokenizer's files, copied from another folder or written."""
+    if isinstance(tokenizer_from, Path):
+        for name in TOKENIZER_FILES:
+            if (tokenizer_from / name).is_file():
+                shutil.copyfile(tokenizer_from / name, folder / name)
+    elif tokenizer_from is not None:
+        tokenizer_from.save(folder)
 
 
 def resolve_model(model: str | os.PathLike[str]) -> Path:
@@ -267,8 +284,9 @@ def _write_weights(folder: Path, tensors: TensorSource, shard_bytes: int) -> Non
         shutil.copymode(folder / CONFIG_FILE, folder / file)  # save_file makes it readable by its owner alone
         weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1:
-        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """As the files of checkpoints are laid out."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

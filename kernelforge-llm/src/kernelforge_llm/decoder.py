@@ -141,6 +141,10 @@ class Decoder:
         self.compile_s += time.perf_counter() - start
         return _Step(executable, names.index("logits"))
 
+    def prepare(self) -> None:
+        """Compile both steps now, rather than when each is first needed."""
+        _ = self._one, self._many
+
     def new_cache(self) -> KVCache:
         """An empty cache for this model's number of sequences."""
         model = self.model

@@ -35,5 +35,6 @@ def kernelforge_commands() -> Iterable[CommandSpec]:
         CommandSpec("llm-inference", f"{verbs}.inference:llm_inference", "Generate text with a model."),
         CommandSpec("llm-bench", f"{verbs}.bench:llm_bench", "Measure prefill and decode speed of a model."),
         CommandSpec("llm-eval", f"{verbs}.evaluate:llm_eval", "Measure the perplexity of a model on a text."),
+        CommandSpec("llm-quantize", f"{verbs}.quantise:llm_quantize", "Write a model's weights in 8 or 4 bits."),
         CommandSpec("llm-export", f"{verbs}.export:llm_export", "Write a model as a standard safetensors folder."),
     )

@@ -63,6 +63,11 @@ class TensorEntry:
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of a safetensors file by name, each checked against the file's size. Raises `AssetError`."""
+    return read_file(path)[0]
+
+
+def read_file(path: Path) -> tuple[dict[str, TensorEntry], dict[str, Any]]:
+    """As `read_header`, with the file's metadata, whatever that is."""
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
@@ -81,10 +86,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise AssetError(f"{path}: the safetensors header is not JSON: {error}") from None
     if not isinstance(header, dict):
         raise AssetError(f"{path}: the safetensors header is a JSON {type(header).__name__}, not an object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     entries = {name: _parse_entry(path, name, value, 8 + length, size) for name, value in header.items()}
     _check_layout(path, entries, 8 + length, size)
-    return entries
+    return entries, metadata if isinstance(metadata, dict) else {}
 
 
 def _parse_entry(path: Path, name: str, value: Any, data_start: int, size: int) -> TensorEntry:

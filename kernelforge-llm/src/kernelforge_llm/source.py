@@ -11,6 +11,7 @@ from typing import Any
 from kernelforge_llm.checkpoint import Checkpoint, TensorSource, resolve_model
 from kernelforge_llm.config import CONFIG_FILE, read_config
 from kernelforge_llm.gguf import is_gguf, open_gguf
+from kernelforge_llm.quantised_folder import WEIGHTS, QuantisedFolder
 from kernelforge_llm.shapes import NAMED_SHAPES, random_checkpoint
 from kernelforge_llm.tokenizer import Tokenizer
 
@@ -55,7 +56,8 @@ def open_source(path: str | os.PathLike[str] | None = None) -> Source:
         folder = resolve_model(path)
         name = folder.resolve().name if Path(path).expanduser().exists() else str(path)
     config, generation = read_config(folder)
-    return Source(name, config, generation, Checkpoint.open(folder), Tokenizer.load(folder), folder)
+    tensors = QuantisedFolder(folder) if (folder / WEIGHTS).is_file() else Checkpoint.open(folder)
+    return Source(name, config, generation, tensors, Tokenizer.load(folder), folder)
 
 
 def random_source(shape: str, seed: int = 0) -> Source:

@@ -60,9 +60,14 @@ class Groups:
         return self.panels * self.groups * self.group_bytes
 
     @property
+    def nbytes(self) -> int:
+        """Of the whole weight."""
+        return self.scales + 2 * self.panels * self.groups * self.width
+
+    @property
     def pack(self) -> Pack:
         """The layout of a constant [columns, inner]."""
-        return Pack(f"groups{self.width}:{self.dtype}", self.packed)
+        return Pack(f"groups{self.width}:{self.dtype}", self.packed, lambda _: self.nbytes)
 
     def packed(self, weight: Array) -> Array:
         """Groups [columns, inner / 32] (see `kernelforge.quant`) as bytes; columns that are not there are zeros."""
@@ -70,7 +75,7 @@ class Groups:
 
         from kernelforge_cpu.store import aligned_empty
 
-        out = aligned_empty(self.scales + 2 * self.panels * self.groups * self.width)
+        out = aligned_empty(self.nbytes)
         element, steps = ("u1", GROUP) if self.dtype == "q8" else ("<u4", GROUP // OCTET)
         panels = out[: self.scales].view(element).reshape(self.panels, self.groups, steps, self.width)
         scales = out[self.scales :].view(np.float16).reshape(self.panels, self.groups, self.width)

@@ -6,7 +6,9 @@ whatever the number of rows of the left-hand side: matrix-vector and matrix-matr
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from kernelforge_cpu.kernel import Pack
@@ -14,7 +16,7 @@ from kernelforge_cpu.kernels.axes import ONE, emit_offsets, emit_rows, emit_size
 from kernelforge_cpu.ssa import Type, Value, vec
 
 if TYPE_CHECKING:
-    from kernelforge.problem import Problem
+    from kernelforge.problem import Problem, TensorType
     from kernelforge_cpu.emit import Builder, KernelBuilder, Pointer
     from kernelforge_cpu.kernel import Array
 
@@ -53,7 +55,18 @@ class Panels:
         """The layout of a constant of shape [..., K, N] ([..., N, K] if transposed)."""
         order = f"x{self.lanes}" if self.interleaved else ""
         key = f"panel{self.width}{order}{'t' if transposed else ''}:{self.dtype}"
-        return Pack(key, lambda array: pack_panels(array if transposed else array.swapaxes(-1, -2), self))
+        return Pack(
+            key,
+            lambda array: pack_panels(array if transposed else array.swapaxes(-1, -2), self),
+            partial(self.nbytes, transposed),
+        )
+
+    def nbytes(self, transposed: bool, t: TensorType) -> int:
+        """Of a packed constant of type `t`."""
+        *outer, k, n = t.static_shape()
+        if transposed:
+            k, n = n, k
+        return math.prod(outer) * -(-n // self.width) * k * self.width * t.itemsize
 
 
 def pack_panels(columns: Array, panels: Panels) -> Array:
