@@ -6,7 +6,7 @@ import ctypes
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from kernelforge.dtype import GROUP, QUANTISED, from_numpy, to_numpy
+from kernelforge.dtype import GROUP, QUANTISED, WEIGHT_FORMATS, from_numpy, to_numpy
 from kernelforge_cpu.emit import KernelBuilder
 from kernelforge_cpu.isa import CpuTarget, host_target
 
@@ -30,7 +30,8 @@ def quantize(array: Array, dtype: str) -> Array:
 
     from kernelforge import quant
 
-    if not array.ndim or array.shape[-1] % GROUP or from_numpy(array.dtype) not in SOURCES or not array.size:
+    fits = dtype in WEIGHT_FORMATS and from_numpy(array.dtype) in SOURCES
+    if not fits or not array.size or not array.ndim or array.shape[-1] % GROUP:
         return quant.quantize(array, dtype)
     x = np.ascontiguousarray(array)
     made = np.empty((*x.shape[:-1], x.shape[-1] // GROUP), to_numpy(dtype))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kernelforge.dtype import QUANTISED, from_numpy, to_numpy
+from kernelforge.dtype import WEIGHT_FORMATS, from_numpy, to_numpy
 from kernelforge.quant import dequantize
 from kernelforge_llm.checkpoint import TensorSource
 
@@ -34,7 +34,7 @@ class _Converted:
 
     def tensor(self, name: str) -> np.ndarray[Any, np.dtype[Any]]:
         array = self.source.tensor(name)
-        if from_numpy(array.dtype) in QUANTISED:
+        if from_numpy(array.dtype) in WEIGHT_FORMATS:
             array = dequantize(array)
         return array.astype(self.dtype(name), copy=False)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from kernelforge.dtype import FLOATS, GROUP, QUANTISED, from_numpy
+from kernelforge.dtype import FLOATS, GROUP, WEIGHT_FORMATS, from_numpy
 from kernelforge.errors import UsageError
 from kernelforge.quant import dequantize, quantize, warn_not_quantised
 from kernelforge_llm.checkpoint import new_folder, write_json, write_tokenizer
@@ -50,7 +50,7 @@ class Recipe:
     def __post_init__(self) -> None:
         """Raises UsageError for a format or an expression that is none."""
         for name, value, known in (
-            ("weights", self.weights, tuple(QUANTISED)),
+            ("weights", self.weights, tuple(WEIGHT_FORMATS)),
             ("embeddings", self.embeddings, get_args(Choice)),
             ("head", self.head, get_args(Choice)),
         ):
@@ -87,7 +87,7 @@ def quantised_tensors(tensors: TensorSource, recipe: Recipe) -> Iterator[tuple[Q
         array = tensors.tensor(name)
         have, wanted = from_numpy(array.dtype), recipe.format_of(name)
         error = None
-        if len(tensors.shape(name)) == 2 and have in (*FLOATS, *QUANTISED) and wanted not in ("none", have):
+        if len(tensors.shape(name)) == 2 and have in (*FLOATS, *WEIGHT_FORMATS) and wanted not in ("none", have):
             if tensors.shape(name)[-1] % GROUP:
                 left.append(name)
             else:
@@ -98,7 +98,7 @@ def quantised_tensors(tensors: TensorSource, recipe: Recipe) -> Iterator[tuple[Q
 
 
 def _quantised(name: str, array: NDArray[Any], dtype: str) -> tuple[NDArray[Any], float]:
-    if from_numpy(array.dtype) in QUANTISED:
+    if from_numpy(array.dtype) in WEIGHT_FORMATS:
         array = dequantize(array)
     try:
         made = quantize(array, dtype)

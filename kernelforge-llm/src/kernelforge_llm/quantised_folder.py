@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from kernelforge.dtype import GROUP, QUANTISED, to_numpy
+from kernelforge.dtype import GROUP, QUANTISED, WEIGHT_FORMATS, to_numpy
 from kernelforge.errors import AssetError, KernelForgeWarning
 from kernelforge_llm.checkpoint import missing_tensor
 from kernelforge_llm.config_keys import shorten
@@ -45,7 +45,7 @@ class QuantisedFolder:
         self._formats = _json_object(folder / WEIGHTS, metadata, _FORMATS)
         for name, dtype in self._formats.items():
             entry = self._entries.get(name)
-            fits = dtype in QUANTISED and entry is not None and entry.dtype_code == "U8" and len(entry.shape) > 0
+            fits = dtype in WEIGHT_FORMATS and entry is not None and entry.dtype_code == "U8" and len(entry.shape) > 0
             if not fits or entry is None or entry.shape[-1] % QUANTISED[dtype]:
                 raise AssetError(f"{folder / WEIGHTS}: tensor {name!r} is not of the format {shorten(dtype)}")
         self._data = _mapped(folder / WEIGHTS)
@@ -199,7 +199,7 @@ class WeightsWriter:
 
         dtype = from_numpy(array.dtype)
         flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        if dtype in QUANTISED:
+        if dtype in WEIGHT_FORMATS:
             self._formats[name] = dtype
             self._file.add(name, "U8", (*array.shape[:-1], array.shape[-1] * QUANTISED[dtype]), flat)
         else:

@@ -63,7 +63,7 @@ class Words:
     @property
     def pack(self) -> Pack:
         """The layout of a constant [columns, inner]."""
-        return Pack(f"words{self.width}:{self.dtype}", self.packed)
+        return Pack(f"words{self.width}:{self.dtype}", self.packed, lambda _: self.panels * self.panel_bytes)
 
     def packed(self, weight: Array) -> Array:
         """Groups [columns, inner / 32] (see `kernelforge.quant`) as bytes; columns that are not there are zeros."""
