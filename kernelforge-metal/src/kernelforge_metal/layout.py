@@ -48,6 +48,7 @@ class Layout:
                 self._regions[value] = Region(arena, offset, self._padded(value, grown))
         self._inputs, self._input_bytes = self._row(self._plan.inputs, grown, "inputs")
         self._outputs, self._output_bytes = self._row(self._output_ids, grown, "outputs")
+        self._readable = self._gpu.readable(self._output_bytes) if self._output_ids else None
         self._staging = np.zeros(min(self._input_bytes, SMALL), np.uint8)
         self._place_scratch(grown)
         return True
@@ -116,15 +117,24 @@ class Layout:
         if small and arrays:
             self._gpu.upload(self._regions[next(iter(arrays))].buffer, 0, self._staging)
 
-    def read(self, dims: Mapping[str, int]) -> dict[int, Array]:
-        """The outputs, as new arrays."""
+    def copy_outputs(self, encoder: Any, dims: Mapping[str, int]) -> None:
+        """Encode the copy of the outputs to where `read` takes them from."""
+        if nbytes := self._output_size(dims):
+            self._gpu.copy(encoder, Region(self._regions[self._output_ids[0]].buffer, 0, nbytes), self._readable)
+
+    def _output_size(self, dims: Mapping[str, int]) -> int:
+        """Bytes from the start of the first output to the end of the last."""
         if not self._output_ids:
-            self._gpu.wait()
-            return {}
-        region = self._regions[self._output_ids[0]]
+            return 0
         last = self._output_ids[-1]
-        used = self._outputs[last] + self._plan.values[last].type.nbytes(dims)
-        data = self._gpu.download(Region(region.buffer, 0, used))
+        return self._outputs[last] + self._plan.values[last].type.nbytes(dims)
+
+    def read(self, dims: Mapping[str, int]) -> dict[int, Array]:
+        """Wait, then the outputs as new arrays."""
+        nbytes = self._output_size(dims)
+        if not nbytes:
+            self._gpu.wait()
+        data = self._gpu.read(self._readable, nbytes) if nbytes else np.empty(0, np.uint8)
         made = {}
         for i in self._output_ids:
             t = self._plan.values[i].type

@@ -80,7 +80,7 @@ class Gpu:
         self.checks = os.environ.get(CHECKS, "") not in ("", "0")
         self._pipelines: dict[tuple[str, tuple[bool, ...], int, bool], Pipeline] = {}
         self._layouts: dict[tuple[bool, ...], Any] = {}
-        self._readback: Any = None
+        self._readback: Any = None  # where `download` copies to
         self._queries: Any = None
 
     def limit(self, name: str) -> int:
@@ -143,33 +143,35 @@ class Gpu:
         """The bytes of a region; waits for what was submitted."""
         if region.nbytes == 0:
             return np.empty(0, np.uint8)
-        nbytes = -(-region.nbytes // 4) * 4
+        if self._readback is None or self._readback.size < region.nbytes:
+            self._readback = self.readable(region.nbytes)
         encoder = self.encoder()
-        encoder.copy_buffer_to_buffer(region.buffer, region.offset, self._readback_buffer(nbytes), 0, nbytes)
-        self.submit(encoder)
-        return self.read_back(region.nbytes)
+        self.copy(encoder, region, self._readback)
+        self.submit(self.finish(encoder))
+        return self.read(self._readback, region.nbytes)
 
-    def _readback_buffer(self, nbytes: int) -> Any:
+    def readable(self, nbytes: int) -> Any:
+        """A buffer from which `read` takes what was copied to it."""
         from wgpu import BufferUsage
 
-        if self._readback is None or self._readback.size < nbytes:
-            with self._errors(f"allocate {nbytes} bytes to read from"):
-                size = -(-nbytes // 4096) * 4096
-                self._readback = self.device.create_buffer(size=size, usage=BufferUsage.MAP_READ | BufferUsage.COPY_DST)
-        return self._readback
+        size = max(256, -(-nbytes // 256) * 256)
+        with self._errors(f"allocate {size} bytes to read from"):
+            return self.device.create_buffer(size=size, usage=BufferUsage.MAP_READ | BufferUsage.COPY_DST)
 
-    def copy_for_reading(self, encoder: Any, region: Region) -> None:
-        """Encode a copy of a region to where `read_back` takes it from."""
+    def copy(self, encoder: Any, region: Region, target: Any) -> None:
+        """Encode a copy of a region to the start of a buffer."""
         nbytes = -(-region.nbytes // 4) * 4
-        encoder.copy_buffer_to_buffer(region.buffer, region.offset, self._readback_buffer(nbytes), 0, nbytes)
+        encoder.copy_buffer_to_buffer(region.buffer, region.offset, target, 0, nbytes)
 
-    def read_back(self, nbytes: int) -> Array:
-        """Wait, then the first bytes of what was last copied for reading."""
+    def read(self, buffer: Any, nbytes: int) -> Array:
+        """Wait for what was submitted; then the first bytes of a buffer made by `readable`."""
         with self._errors("finish its work"):
             size = -(-nbytes // 8) * 8
-            self._readback.map_sync("READ", 0, size)
-            data = np.frombuffer(self._readback.read_mapped(0, size), np.uint8)[:nbytes].copy()
-            self._readback.unmap()
+            mapping = buffer.map_async("READ_NOSYNC", 0, size)
+            self.device._poll_wait()
+            mapping.sync_wait()
+            data = np.frombuffer(buffer.read_mapped(0, size, copy=False), np.uint8)[:nbytes].copy()
+            buffer.unmap()
         return data
 
     # --- code ---
@@ -274,9 +276,14 @@ class Gpu:
                 dispatch(handle, *c.grid)
             made.end()
 
-    def submit(self, encoder: Any) -> None:
+    def finish(self, encoder: Any) -> Any:
+        """What was encoded, checked and ready to be submitted once."""
+        with self._errors("record commands"):
+            return encoder.finish()
+
+    def submit(self, recorded: Any) -> None:
         with self._errors("run commands"):
-            self.queue.submit([encoder.finish()])
+            self.queue.submit([recorded])
 
     def wait(self) -> None:
         """Until everything that was submitted is done."""

@@ -55,7 +55,7 @@ def measure(gpu: Gpu, commands: Sequence[Command], uniforms: Any, repeats: int) 
         encoder = gpu.encoder()
         for _ in range(n):
             gpu.encode(encoder, commands, uniforms)
-        gpu.submit(encoder)
+        gpu.submit(gpu.finish(encoder))
         gpu.wait()
 
     return slope(batch, repeats)
@@ -68,7 +68,7 @@ def stamped(gpu: Gpu, passes: Sequence[Sequence[Command]], uniforms: Any) -> tup
         gpu.encode(encoder, commands, uniforms, (2 * i, 2 * i + 1))
     gpu.resolve(encoder, 2 * len(passes))
     start = time.perf_counter()
-    gpu.submit(encoder)
+    gpu.submit(gpu.finish(encoder))
     gpu.wait()
     wall = time.perf_counter() - start
     return gpu.timestamps(2 * len(passes)).reshape(-1, 2), wall
