@@ -45,10 +45,24 @@ def test_core_alone(install: Install) -> None:
     assert core.run("kernelforge", "llm-inference").stderr.endswith("hint: pip install kernelforge-llm\n")
 
 
+def test_pytest_runs_conformance_in_an_empty_folder(install: Install) -> None:
+    core = install("kernelforge-core[testing]")
+    ran = core.run("pytest", "-q", "-p", "no:cacheprovider", "--kernelforge-plugin", "core", "-k", "tuner/grid/1")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "20 passed" in ran.stdout
+    usual = core.run("pytest", "-q", "-p", "no:cacheprovider")
+    assert usual.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, usual.stdout + usual.stderr
+
+
 def test_cpu_brings_core(install: Install) -> None:
     cpu = install("kernelforge-cpu")
     assert cpu.plugins() == {"core": "loaded", "cpu": "loaded"}
     assert cpu.kernelforge(*MATMUL)["data"]["threads"] >= 1
+    silu = ("conformance", "run", "cpu", "--op", "silu", "--variant", "vectorized")
+    assert cpu.kernelforge(*silu, "--level", "1")["data"]["totals"]["passed"] > 0
+    refused = cpu.run("kernelforge", *silu)
+    assert refused.returncode == 13
+    assert 'pip install "kernelforge-core[testing]", or --level 4' in refused.stderr
 
 
 def test_metal_brings_core(install: Install) -> None:

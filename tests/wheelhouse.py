@@ -44,7 +44,7 @@ class Environment:
         self._environment.pop("PYTHONPATH", None)
         self._folder = folder
         succeed("venv", "--quiet", "--python", sys.executable, str(folder / "venv"))
-        named = [str(next(wheels.glob(f"{name.replace('-', '_')}-*.whl"))) for name in packages]
+        named = [_wheel(wheels, package) for package in packages]
         succeed(
             "pip", "install", "--quiet", "--python", str(self._scripts / "python"), "--find-links", str(wheels), *named
         )
@@ -68,3 +68,10 @@ class Environment:
 
     def plugins(self) -> dict[str, str]:
         return {p["name"]: p["state"] for p in self.kernelforge("plugins", "list")["data"]["plugins"]}
+
+
+def _wheel(wheels: Path, package: str) -> str:
+    """The path of a package's wheel, with the extras that are asked for: "name[extra]"."""
+    name, bracket, extras = package.partition("[")
+    (wheel,) = wheels.glob(f"{name.replace('-', '_')}-*.whl")
+    return f"{wheel}{bracket}{extras}"

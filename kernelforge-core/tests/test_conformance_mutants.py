@@ -32,7 +32,7 @@ def first_failure(tested: KernelVariant, level: int, *, focus: str = "", step: i
     with Bench(registry(Plugin([tested]))) as bench:
         op, info, ran = bench.registry.ops[tested.op], bench.session("mutant").device.info, 0
         for upto in range(1, level + 1):  # most live no longer than the first
-            cases = [c for c in kernel_cases(tested, op, info, upto) if c.level == upto and focus in c.id]
+            cases = [c for c in kernel_cases(tested, op, info, {upto}) if focus in c.id]
             outcome, more = run_until_failure(cases[::step], bench)
             ran += more
             if outcome is not None:

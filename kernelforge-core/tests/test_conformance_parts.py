@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from mutant_target import Plugin, honest, registry, variant
 
-from kernelforge.errors import PluginError
+from kernelforge.errors import AssetError, PluginError
 from kernelforge.problem import Problem
 from kernelforge.testing.bench import Bench
-from kernelforge.testing.case import Outcome, reproduce
+from kernelforge.testing.case import LEVELS, Outcome, reproduce
+from kernelforge.testing.collect import Scope, collect
 from kernelforge.testing.expectations import expectations_of, parse
 from kernelforge.testing.kernel_cases import KernelCases, edges_of, kernel_cases, restrided, some_configs
 from kernelforge.testing.memory import POISONS, Guarded
@@ -124,7 +125,7 @@ def test_what_a_narrow_kernel_claims_is_found_and_tested() -> None:
     tested = variant("narrow", "transformer.matmul", honest, narrow)
     with Bench(registry(Plugin([tested]))) as bench:
         op, info = bench.registry.ops[tested.op], bench.session("mutant").device.info
-        cases = kernel_cases(tested, op, info, 6)
+        cases = kernel_cases(tested, op, info, LEVELS)
     claimed = [case for case in cases if not case.not_claimed]
     assert {case.level for case in claimed} == {1, 2, 3, 4, 5, 6}
     assert len([case for case in claimed if case.level == 2]) >= 10
@@ -136,8 +137,24 @@ def test_cases_are_the_same_in_every_process() -> None:
     tested = variant("x", "transformer.rope", honest)
     with Bench(registry(Plugin([tested]))) as bench:
         op, info = bench.registry.ops[tested.op], bench.session("mutant").device.info
-        one, two = ([case.id for case in kernel_cases(tested, op, info, 6)] for _ in range(2))
+        one, two = ([case.id for case in kernel_cases(tested, op, info, LEVELS)] for _ in range(2))
     assert one == two
+
+
+def test_a_backends_fallback_is_tested_for_how_tensors_get_there() -> None:
+    with Bench(registry(Plugin([variant("own", "transformer.silu", honest)]))) as bench:
+        cases = collect(bench, Scope("Plugin", op="silu"))
+    levels = {name: {c.level for c in cases if c.name == name and not c.not_claimed} for name in ("own", "numpy")}
+    assert levels == {"own": {1, 2, 3, 4, 5, 6}, "numpy": {1, 3}}
+
+
+def test_random_problems_need_hypothesis(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernelforge.testing.property.find_spec", lambda name: None)
+    with Bench(registry(Plugin([variant("own", "transformer.silu", honest)]))) as bench:
+        with pytest.raises(AssetError, match="made by hypothesis, which is not installed") as raised:
+            collect(bench, Scope("Plugin", op="silu"))
+        assert collect(bench, Scope("Plugin", 4, op="silu"))
+    assert raised.value.hint == 'pip install "kernelforge-core[testing]", or --level 4'
 
 
 def test_configs_cover_pairs_and_are_legal() -> None:
@@ -182,4 +199,4 @@ def test_every_kind_of_values_fits_every_op() -> None:
 
 def test_a_case_is_repeated_by_one_line() -> None:
     assert reproduce("cpu", "cpu/a.b/c/1/d") == "kernelforge conformance run cpu --case cpu/a.b/c/1/d"
-    assert reproduce("x", "a b", "gpu") == "kernelforge conformance run x --case 'a b' --target gpu"
+    assert reproduce("x", "a b", threads=4) == "kernelforge conformance run x --case 'a b' --threads 4"

@@ -167,7 +167,9 @@ def test_a_scope_makes_no_more_cases_than_it_must() -> None:
     scope = Scope("Plugin", case="mutant/transformer.silu/half/1/*")
     assert scope.upto == 1
     assert [v.name for v in variants_of(given, "Plugin") if scope.wants_kernel(v)] == ["half"]
-    assert Scope("Plugin", case="*").upto == 6
+    assert (Scope("Plugin", case="*").upto, Scope("Plugin", 2, case="*").upto) == (6, 2)
+    beside = Scope("Plugin", 3, op="silu").beside("mutant/transformer.silu/half/1/f16.a")
+    assert (beside.case, beside.upto, beside.op) == ("mutant/transformer.silu/half/*", 3, "silu")
     assert not scope.complete
     assert Scope("Plugin").complete
     assert plugin_status(given, "Plugin").state == "loaded"
@@ -270,5 +272,5 @@ def test_the_pytest_plugin_is_light_until_it_is_used() -> None:
 
 def test_collecting_that_fails_is_an_error() -> None:
     request = Request("Plugin", 1, op="silu", extra=("no_such_module:PLUGIN",), jobs=1)
-    with pytest.raises(PluginError, match="collecting the cases of 'Plugin': ModuleNotFoundError"):
+    with pytest.raises(PluginError, match="the cases of 'Plugin' cannot be run: ModuleNotFoundError"):
         run_plugin(registry(Plugin([WRONG])), request)

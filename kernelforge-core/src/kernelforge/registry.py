@@ -124,6 +124,10 @@ class Registry:
             raise self._no_target(target)
         return self.backends[target]
 
+    def is_fallback(self, variant: KernelVariant) -> bool:
+        """Whether it is what its target runs every op with that has no kernel of its own."""
+        return variant in self._fallback(variant.op, variant.target)
+
     def backend(self, target: str) -> Backend:
         """The backend of `target`, made once.
 

@@ -11,8 +11,8 @@ import typer
 from kernelforge.cli import output
 from kernelforge.cli.options import write_file
 from kernelforge.errors import UsageError, WrongResultError
-from kernelforge.testing.bench import THREADS, Bench
-from kernelforge.testing.case import DEFAULT_LEVEL, LEVELS
+from kernelforge.testing.bench import Bench
+from kernelforge.testing.case import DEFAULT_LEVEL, LEVELS, THREADS
 from kernelforge.testing.collect import Scope, collect, plugin_status
 from kernelforge.testing.report import as_data, html_text, json_text, junit_text, print_report
 from kernelforge.testing.runner import TIMEOUT_S, Request, run_plugin
@@ -69,8 +69,9 @@ def run(
     if report.failures:
         raise WrongResultError(f"{len(report.failures)} of {report.ran} cases of '{name}' failed")
     if not report.ran:
+        refused = next((outcome.message for outcome in report.outcomes), "")
         raise WrongResultError(
-            f"nothing of '{name}' was tested",
+            f"nothing of '{name}' was tested" + (f": {refused}" if refused else ""),
             hint="it registers nothing that has cases, claims nothing, or the options leave nothing over",
         )
     return out.data

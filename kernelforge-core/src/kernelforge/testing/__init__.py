@@ -23,6 +23,7 @@ def assert_conformant(
     Raises AssertionError, which names what failed with the command that repeats it, also when nothing is tested;
     UsageError for an unknown plugin or level, PluginError for a plugin that is not loaded.
     """
+    __tracebackhide__ = True
     from kernelforge.registry import default_registry
     from kernelforge.testing.case import DEFAULT_LEVEL
     from kernelforge.testing.report import failure_text, summary

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from kernelforge.selection import NO_RECORDS
 from kernelforge.session import Session
+from kernelforge.testing.case import THREADS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
     from kernelforge.registry import Registry
 
     Array = np.ndarray[Any, np.dtype[Any]]
-
-THREADS = 2
-"""Of a session unless a case asks for another number."""
 
 
 class Bench:

@@ -50,6 +50,9 @@ LEVELS = {
 }
 DEFAULT_LEVEL = 6
 
+THREADS = 2
+"""Of a session unless a case asks for another number."""
+
 
 class Failure(Exception):  # it is no error of the program
     """What a case raises when its subject is wrong."""
@@ -97,10 +100,10 @@ class Outcome:
         return self.status != "failed"
 
 
-def reproduce(plugin: str, case: str, target: str | None = None) -> str:
+def reproduce(plugin: str, case: str, threads: int = THREADS) -> str:
     """The command that runs one case alone."""
-    where = f" --target {shlex.quote(target)}" if target else ""
-    return f"kernelforge conformance run {shlex.quote(plugin)} --case {shlex.quote(case)}{where}"
+    more = "" if threads == THREADS else f" --threads {threads}"
+    return f"kernelforge conformance run {shlex.quote(plugin)} --case {shlex.quote(case)}{more}"
 
 
 def run_case(case: Case, bench: Bench) -> Outcome:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from glob import escape
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Any
@@ -14,9 +15,12 @@ from kernelforge.errors import DeviceError, PluginError, UsageError
 from kernelforge.hookspecs import GROUP
 from kernelforge.registry import PluginStatus, Registry, lookup
 from kernelforge.testing.bench import Bench
-from kernelforge.testing.case import DEFAULT_LEVEL, LEVELS, Case
+from kernelforge.testing.case import DEFAULT_LEVEL, Case
 from kernelforge.testing.expectations import Expectations, expectations_of
 from kernelforge.variant import KernelVariant
+
+FALLBACK_LEVELS = frozenset((1, 3))
+"""Of what a backend runs all ops with alike: what one op computes is not its concern, but how tensors get there is."""
 
 
 def plugin_status(registry: Registry, plugin: str) -> PluginStatus:
@@ -33,7 +37,7 @@ class Scope:
 
     plugin: str
     level: int = DEFAULT_LEVEL
-    """Up to this one; that of `case` when there is one."""
+    """Up to this one; that of `case` when it has one."""
     target: str | None = None
     """Kernels of this target only."""
     op: str | None = None
@@ -50,7 +54,11 @@ class Scope:
     @property
     def upto(self) -> int:
         named = re.findall(r"/([1-6])/", self.case or "")
-        return int(named[0]) if len(named) == 1 else self.level if self.case is None else max(LEVELS)
+        return int(named[0]) if len(named) == 1 else self.level
+
+    def beside(self, case: str) -> Scope:
+        """The cases of the kernel, pass ... that a case is one of."""
+        return replace(self, level=self.upto, case=f"{escape(re.split('/[1-6]/', case)[0])}/*")
 
     def wants(self, case: Case) -> bool:
         return (
@@ -98,7 +106,10 @@ def collect(bench: Bench, scope: Scope) -> list[Case]:
             reason = str(error)
             cases.append(Case(f"{variant.key}/1/device", 1, variant.op, variant.name, _nothing, not_claimed=reason))
             continue
-        cases += kernel_cases(variant, registry.ops[variant.op], info, scope.upto)
+        levels = set(range(1, scope.upto + 1))
+        if registry.is_fallback(variant):
+            levels &= FALLBACK_LEVELS
+        cases += kernel_cases(variant, registry.ops[variant.op], info, levels)
     kept = [case for case in cases if case.level <= scope.upto and scope.wants(case)]
     names = [case.id for case in kept]
     if len(set(names)) != len(names):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from hashlib import sha256
@@ -166,16 +166,16 @@ class KernelCases:
         return [(n,) * len(problem.dims) for n in islice(cycle(sizes), start, start + count)]
 
 
-def kernel_cases(variant: KernelVariant, op: OpDef, info: DeviceInfo, level: int) -> list[Case]:
-    """The cases of a variant up to a level."""
+def kernel_cases(variant: KernelVariant, op: OpDef, info: DeviceInfo, levels: Container[int]) -> list[Case]:
+    """The cases of a variant of these levels."""
     from kernelforge.testing.property import property_cases
     from kernelforge.testing.stress import stress_cases
 
     made = KernelCases(variant, op, info)
     for number, add in enumerate((_smoke, _values, _layouts, _edge_values), start=1):
-        if number <= level:
+        if number in levels:
             add(made)
-    more = [property_cases(made) if level >= 5 else [], stress_cases(made) if level >= 6 else []]
+    more = [property_cases(made) if 5 in levels else [], stress_cases(made) if 6 in levels else []]
     return [*made.cases.values(), *more[0], *more[1]]
 
 

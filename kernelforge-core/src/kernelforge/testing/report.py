@@ -8,7 +8,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from kernelforge.testing.case import LEVELS, Case, Outcome, Status, reproduce
+from kernelforge.testing.case import LEVELS, Case, Outcome, Status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +41,7 @@ def print_report(report: Report, out: Output) -> None:
 
 def failure_text(report: Report, outcome: Outcome) -> str:
     """What failed, how, and the command that repeats it."""
-    return f"FAILED {outcome.case}\n  {outcome.kind}: {outcome.message}\n  {reproduce(report.plugin, outcome.case)}"
+    return f"FAILED {outcome.case}\n  {outcome.kind}: {outcome.message}\n  {report.reproduce(outcome.case)}"
 
 
 def summary(report: Report) -> str:
@@ -84,7 +84,7 @@ def as_data(report: Report) -> dict[str, Any]:
                 "kind": outcome.kind,
                 "message": outcome.message,
                 "seconds": round(outcome.seconds, 4),
-                "reproduce": reproduce(report.plugin, case.id),
+                "reproduce": report.reproduce(case.id),
             }
             for case, outcome in zip(report.cases, report.outcomes, strict=True)
         ],
@@ -114,7 +114,7 @@ def junit_text(report: Report) -> str:
         message = _printable(outcome.message)
         if outcome.status == "failed":
             failure = ElementTree.SubElement(test, "failure", type=outcome.kind or "error", message=message)
-            failure.text = reproduce(report.plugin, case.id)
+            failure.text = report.reproduce(case.id)
         elif outcome.status != "passed":
             ElementTree.SubElement(test, "skipped", message=f"{outcome.status}: {message}")
     suites = ElementTree.Element("testsuites")
@@ -216,5 +216,5 @@ def _failures(report: Report) -> Iterator[str]:
 def _failure(report: Report, case: Case, outcome: Outcome) -> str:
     return (
         f"<details><summary><b>{_esc(outcome.kind)}</b> {_esc(case.id)}</summary><p>{_esc(outcome.message)}</p>"
-        f"<pre>{_esc(reproduce(report.plugin, case.id))}</pre></details>"
+        f"<pre>{_esc(report.reproduce(case.id))}</pre></details>"
     )

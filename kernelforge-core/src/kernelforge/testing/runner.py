@@ -13,8 +13,8 @@ from itertools import groupby
 
 from kernelforge.errors import UsageError
 from kernelforge.registry import Registry
-from kernelforge.testing.bench import THREADS, Bench
-from kernelforge.testing.case import LEVELS, Case, Outcome, Status, run_case
+from kernelforge.testing.bench import Bench
+from kernelforge.testing.case import LEVELS, THREADS, Case, Outcome, Status, reproduce, run_case
 from kernelforge.testing.collect import Scope, collect, expectations, plugin_status
 from kernelforge.testing.expectations import Expectations
 from kernelforge.testing.worker import Setup, Worker
@@ -54,6 +54,7 @@ class Report:
     distribution: str
     version: str
     level: int
+    threads: int
     cases: tuple[Case, ...]
     outcomes: tuple[Outcome, ...]
     """One for each case, in the same order."""
@@ -71,6 +72,10 @@ class Report:
     @property
     def failures(self) -> list[Outcome]:
         return [outcome for outcome in self.outcomes if outcome.status == "failed"]
+
+    def reproduce(self, case: str) -> str:
+        """The command that runs one case alone."""
+        return reproduce(self.plugin, case, self.threads)
 
     @property
     def ran(self) -> int:
@@ -119,6 +124,7 @@ def run_plugin(registry: Registry, request: Request, progress: Progress = lambda
         status.distribution,
         status.version,
         request.level,
+        request.threads,
         tuple(cases),
         tuple(outcomes[case.id] for case in cases),
         announced,

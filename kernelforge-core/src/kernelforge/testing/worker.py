@@ -1,7 +1,7 @@
 """Cases run in a process of their own, so that native code that crashes or hangs ends a case and not the run.
 
-Parent and worker exchange JSON, one document a line. The worker gets a `Setup`, collects the same cases as its parent, and
-runs those that it is sent by name. What plugins print goes to stderr.
+Parent and worker exchange JSON, one document a line. The worker gets a `Setup` and runs the cases that it is sent by name; it
+collects those of one kernel, pass ... when it is sent the first of them. What plugins print goes to stderr.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from kernelforge.testing.collect import Scope, collect, expectations
 
 if TYPE_CHECKING:
     from kernelforge.registry import Registry
+    from kernelforge.testing.case import Case
 
 START_S = 180.0
 """Until a worker that does not get ready is given up, if a case has no more."""
+SLICE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,19 @@ class Worker:
         if self._process is None:
             self._start(max(START_S, timeout_s))
         self._send({"case": case})
-        note = ""
+        note, patience = "", max(START_S, timeout_s)  # until it has begun
         while True:
             try:
-                reply = self._replies.get(timeout=timeout_s)
+                reply = self._reply(patience)
             except queue.Empty:
                 self.close()
-                return Outcome(case, "failed", "timed-out", f"no result within {timeout_s:g} s{_trying(note)}")
+                return Outcome(case, "failed", "timed-out", f"no result within {patience:g} s{_trying(note)}")
             if reply is None:
                 return Outcome(case, "failed", "crashed", f"{self._end()}{_trying(note)}")
             if "note" in reply:
-                note = str(reply["note"])
+                note, patience = str(reply["note"]), timeout_s
+            elif "error" in reply:
+                raise self._failed(reply["error"])
             else:
                 return Outcome(**reply["outcome"])
 
@@ -88,17 +92,28 @@ class Worker:
         threading.Thread(target=_read, args=(self._process, self._replies), daemon=True).start()
         self._send(asdict(self._setup))
         try:
-            reply = self._replies.get(timeout=timeout_s)
+            reply = self._reply(timeout_s)
         except queue.Empty:
-            self.close()
-            raise PluginError(
-                f"the cases of '{self._setup.scope.plugin}' are not collected within {timeout_s:g} s"
-            ) from None
+            raise self._failed(f"a process for them is not ready within {timeout_s:g} s") from None
         if reply is None:
-            raise PluginError(f"collecting the cases of '{self._setup.scope.plugin}': {self._end()}")
+            raise self._failed(self._end())
         if "error" in reply:
-            self.close()
-            raise PluginError(f"collecting the cases of '{self._setup.scope.plugin}': {reply['error']}")
+            raise self._failed(reply["error"])
+
+    def _reply(self, patience_s: float) -> dict[str, Any] | None:
+        """What the process says next; None: nothing any more. Raises queue.Empty when it is silent for so long.
+
+        Only time in which this process runs counts, in slices: a machine that is suspended must not cost a case.
+        """
+        while patience_s > 0:
+            with suppress(queue.Empty):
+                return self._replies.get(timeout=min(SLICE_S, patience_s))
+            patience_s -= SLICE_S
+        raise queue.Empty
+
+    def _failed(self, reason: str) -> PluginError:
+        self.close()
+        return PluginError(f"the cases of '{self._setup.scope.plugin}' cannot be run: {reason}")
 
     def _send(self, document: dict[str, Any]) -> None:
         assert self._process is not None
@@ -165,13 +180,15 @@ def serve() -> None:
         from kernelforge.testing.bench import Bench
         from kernelforge.testing.case import run_case
 
-        registry = setup.registry()
         factors = expectations(setup.scope.plugin).factors
-        bench = Bench(registry, threads=setup.threads, factors=factors, note=lambda text: say({"note": text}))
-        cases = {case.id: case for case in collect(bench, setup.scope)}
+        bench = Bench(setup.registry(), threads=setup.threads, factors=factors, note=lambda text: say({"note": text}))
+        say({"ready": True})
+        cases: dict[str, Case] = {}
+        for line in sys.stdin:
+            name = json.loads(line)["case"]
+            if name not in cases:
+                cases = {case.id: case for case in collect(bench, setup.scope.beside(name))}
+            say({"note": ""})
+            say({"outcome": asdict(run_case(cases[name], bench))})
     except Exception as error:
         say({"error": f"{type(error).__name__}: {error}"})
-        return
-    say({"ready": len(cases)})
-    for line in sys.stdin:
-        say({"outcome": asdict(run_case(cases[json.loads(line)["case"]], bench))})
