@@ -221,7 +221,7 @@ def _shares(report: Data) -> Iterable[str]:
     for case in report["llm"]:
         for kind, step in case.get("explain", {}).items():
             heads = [f"{_called(case)}, {kind}: {step['seconds'] * 1e3:.3g} ms"]
-            heads += ["variant", "steps", "share", "GFLOP/s", "GB/s", "of memory", "of f32 peak", "limit"]
+            heads += ["variant", "steps", "share", "GFLOP/s", "GB/s", "of memory", "of peak", "limit"]
             rows: list[list[Cell]] = []
             for op in step["kernels"]:
                 if (op["share"] or 0) < 0.005:

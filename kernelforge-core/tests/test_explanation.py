@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from kernelforge.cli import app, bench_verbs, output
 from kernelforge.cli.output import Output
 from kernelforge.explanation import Explanation, explain_plan
 from kernelforge.graph import Graph
+from kernelforge.op import Cost
 from kernelforge.plugins import core_registry
 from kernelforge.problem import parse_problem
 from kernelforge.roofline import Peaks, Roofline
@@ -51,14 +53,14 @@ def test_equal_steps_are_one_kernel_with_their_share() -> None:
     assert "f32[8,16]" in str(matmul.problem)
     assert matmul.cost is not None
     assert matmul.cost.flops == 2 * 2 * 8 * 16 * 16
-    assert attention.cost is None  # how much of it is masked is in the values
+    assert attention.cost is not None
+    assert attention.cost.flops == 4 * 4 * 4 * (8 * 9 // 2)
     data = explanation.as_data()
     assert [k["share"] for k in data["kernels"]] == pytest.approx([0.5, 0.4, 0.1])
     told = data["kernels"][1]
     assert (told["plugin"], told["distribution"]) == ("core", "kernelforge-core")
     assert told["version"]
     assert told["gflops"] == pytest.approx(2 * 2 * 8 * 16 * 16 / 4e-3 / 1e9, rel=1e-3)
-    assert (data["kernels"][2]["gflops"], data["kernels"][2]["gbytes_s"]) == (None, None)
     assert json.loads(json.dumps(data)) == data
 
 
@@ -79,20 +81,54 @@ def test_every_kernel_stands_beside_the_limits() -> None:
     assert (explanation.bottleneck, explanation.verdict()) == (None, "")
     assert {k["limit"] for k in explanation.as_data()["kernels"]} == {None}
     limits = Roofline(Peaks(bytes_s=1e6, flops=3e6))
-    softmax, matmul, attention = (beside := explanation.beside(limits)).as_data()["kernels"]
+    softmax, matmul, _ = (beside := explanation.beside(limits)).as_data()["kernels"]
     assert matmul["of_peak"] == pytest.approx(2 * 2 * 8 * 16 * 16 / 4e-3 / 3e6, rel=1e-3)  # 0.68
     assert matmul["of_bandwidth"] == pytest.approx(2 * 4 * (8 * 16 + 16 * 16 + 8 * 16) / 4e-3 / 1e6, rel=1e-3)  # 1.02
     assert (matmul["limit"], softmax["limit"]) == ("memory", "memory")
     assert explanation.beside(Roofline(Peaks(1e9, 3e6))).as_data()["kernels"][1]["limit"] == "compute"
-    assert (attention["limit"], attention["of_peak"]) == (None, None)  # its work is not known
     assert beside.as_data()["roofline"]["device"]["flops"] == 3e6
     headers, rows = beside.table()
-    assert headers[-3:] == ["of memory", "of f32 peak", "limit"]
-    assert (rows[1][-3:], rows[2][-3:]) == (["102%", "68%", "memory"], ["", "", ""])
+    assert headers[-3:] == ["of memory", "of peak", "limit"]
+    assert rows[1][-3:] == ["102%", "68%", "memory"]
     # The softmax moves 1 KiB in 5 ms: 20 % of the bandwidth, so that 4 of 10 ms could be saved.
     assert beside.as_data()["bottleneck"] == softmax["problem"]
     told = "bottleneck: transformer.softmax (reference), 50% of the time at 20% of the memory's bandwidth; "
     assert beside.verdict() == told + "at the limit the step would take 40% less"
+
+
+def test_work_that_depends_on_values_is_counted_where_they_are_known() -> None:
+    g = Graph()
+    cache = [g.input(name, (1, 32, 2, 4), "f32") for name in ("k", "v")]
+    q, positions, slots = (
+        g.input("q", (2, 2, 4), "f32"),
+        g.input("positions", (2,), "i32"),
+        g.input("slots", (2,), "i32"),
+    )
+    g.output(g.attention(q, cache[0], cache[1], positions, slots), "y")
+    arrays = {
+        "q": np.ones((2, 2, 4), np.float32),
+        "k": np.ones((1, 32, 2, 4), np.float32),
+        "slots": np.zeros(2, np.int32),
+    }
+    arrays |= {"v": arrays["k"], "positions": np.array([9, 10], np.int32)}
+    with session() as opened:
+        executable = opened.compile(g.text())
+        (told,) = executable.explain().as_data()["kernels"]
+        assert (told["gflops"], executable.explain().steps[0].cost) == (None, None)
+        (use,) = executable.explain(arrays, repeats=1).steps
+    assert use.cost == Cost(flops=4 * (10 + 11) * 2 * 4, bytes=2 * 2 * 2 * 4 * 4 + 2 * 11 * 2 * 4 * 4 + 16)
+
+
+def test_kernels_of_bytes_are_compared_with_their_peak() -> None:
+    limits = Roofline(Peaks(1e9, 1e9, 4e9))
+    work = Cost(10**9, 10**6)
+    assert limits.standing(work, 1.0, "f32").compute == 1.0
+    assert limits.standing(work, 1.0, "int8").compute == 0.25
+    assert Roofline(Peaks(1e9, 1e9)).standing(work, 1.0, "int8").compute == 1.0
+    explanation = explained([1e-3, 3e-3, 5e-3, 1e-3], {"tokens": 8}).beside(limits)
+    steps = tuple(replace(use, arithmetic="int8") for use in explanation.steps)
+    shares = [k["of_peak"] for k in replace(explanation, steps=steps).as_data()["kernels"]]
+    assert shares == pytest.approx([k["of_peak"] / 4 for k in explanation.as_data()["kernels"]], rel=1e-3)
 
 
 def test_the_table_has_a_column_for_each_figure() -> None:
@@ -100,7 +136,6 @@ def test_the_table_has_a_column_for_each_figure() -> None:
     headers, rows = explanation.table()
     assert headers[-4:] == ["us", "share", "GFLOP/s", "GB/s"]
     assert rows[0][-4:-2] == ["5000.0", "50.0%"]
-    assert rows[2][-2:] == ["", ""]
     assert {len(row) for row in rows} == {len(headers)}
     assert rows[0][3].startswith("core (kernelforge-core ")
 

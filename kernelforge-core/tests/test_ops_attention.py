@@ -173,3 +173,26 @@ def test_costs() -> None:
     cached = ATTENTION.problem_cost(ATTENTION.problem([q, cache, cache, index, index], {}))
     assert cached.flops == 4 * 4 * 50 * 2 * 8
     assert cached.bytes == 2 * q.nbytes() + 2 * 4 * 50 * 8 * 2 + 2 * 16
+
+
+@pytest.mark.parametrize(
+    ("attrs", "positions", "slots", "pairs", "moved"),
+    [
+        ({}, [9, 10, 3], [0, 0, 1], 10 + 11 + 4, 11 + 4),
+        ({}, [9, -1, 3], [0, 0, 1], 10 + 4, 10 + 4),
+        ({"window": 4}, [9, 10, 2], [0, 0, 1], 4 + 4 + 3, 5 + 3),
+        ({"causal": False}, [9, 10, 3], [0, 0, 1], 20 + 20 + 7, 20 + 7),
+    ],
+)
+def test_the_work_is_that_of_the_keys_seen(
+    attrs: dict[str, Any], positions: list[int], slots: list[int], pairs: int, moved: int
+) -> None:
+    cache, numbers = TensorType((2, 32, 2, 8), "f32"), TensorType((3,), "i32")
+    lengths = None if attrs.get("causal", True) else ints(20, 7)
+    operands = [TensorType((3, 4, 8), "f32"), cache, cache, numbers, numbers]
+    problem = ATTENTION.problem([*operands, *([] if lengths is None else [TensorType((2,), "i32")])], attrs)
+    cost = ATTENTION.known_cost(problem, [None, None, None, ints(*positions), ints(*slots), lengths])
+    assert cost is not None
+    assert cost.flops == 4 * 8 * 4 * pairs
+    assert cost.bytes == 2 * 3 * 4 * 8 * 4 + 2 * moved * 2 * 8 * 4 + 8 * 3
+    assert ATTENTION.known_cost(problem, [None] * 6) is None

@@ -11,10 +11,10 @@ from kernelforge.problem import Problem
 from kernelforge.provenance import Provenance
 from kernelforge.roofline import STANDING_HEADERS, Roofline, Standing, standing_cells, standing_data
 from kernelforge.selection import ConfigSource
-from kernelforge.variant import Config, config_key
+from kernelforge.variant import Arithmetic, Config, config_key
 
 if TYPE_CHECKING:
-    from kernelforge.backend import Catalog
+    from kernelforge.backend import Array, Catalog
     from kernelforge.plan import Plan
 
 
@@ -33,6 +33,8 @@ class Use:
     """Of all its steps; None where it depends on sizes that are not known, or on values (`OpDef.typical`)."""
     seconds: float | None = None
     """Of all its steps; None where nothing was timed."""
+    arithmetic: Arithmetic = "f32"
+    """What its kernel multiplies; see `KernelVariant.arithmetic`."""
 
     @property
     def op(self) -> str:
@@ -97,6 +99,7 @@ class Explanation:
                     "share": self._share(use),
                     "gflops": _rate(use, use.cost.flops) if use.cost else None,
                     "gbytes_s": _rate(use, use.cost.bytes) if use.cost else None,
+                    "arithmetic": use.arithmetic,
                     **standing_data(self._standing(use)),
                 }
                 for use in self.kernels
@@ -138,7 +141,7 @@ class Explanation:
         if use is None or at is None or use.seconds is None or not total:
             return ""
         reached = at.memory if at.limit == "memory" else at.compute
-        what = "of the memory's bandwidth" if at.limit == "memory" else "of the f32 peak"
+        what = "of the memory's bandwidth" if at.limit == "memory" else f"of the {use.arithmetic} peak"
         saved = max(use.seconds - at.least, 0.0) / total
         return (
             f"bottleneck: {use.op} ({use.variant}), {self._share(use):.0%} of the time at {reached:.0%} {what}; "
@@ -148,25 +151,42 @@ class Explanation:
     def _standing(self, use: Use) -> Standing | None:
         if self.roofline is None or use.cost is None or not use.seconds:
             return None
-        return self.roofline.standing(use.cost, use.seconds)
+        return self.roofline.standing(use.cost, use.seconds, use.arithmetic)
 
     def _share(self, use: Use) -> float | None:
         return use.seconds / self.seconds if use.seconds is not None and self.seconds else None
 
 
 def explain_plan(
-    plan: Plan, catalog: Catalog, dims: Mapping[str, int] | None = None, seconds: Sequence[float] | None = None
+    plan: Plan,
+    catalog: Catalog,
+    dims: Mapping[str, int] | None = None,
+    seconds: Sequence[float] | None = None,
+    known: Mapping[int, Array] | None = None,
 ) -> Explanation:
-    """Trace the steps of `plan`. `dims` are the sizes of its dynamic dimensions, `seconds` the times of its steps."""
-    sizes = dims or {}
+    """Trace the steps of `plan`. `dims` are the sizes of its dynamic dimensions, `seconds` the times of its steps, `known` the
+    arrays of values, as far as they are at hand: work that depends on them is counted."""
+    sizes, arrays = dims or {}, known or {}
     steps: list[Use] = []
     for i, step in enumerate(plan.steps):
         problem = step.problem.with_dims({f"?{k}": sizes.get(name, name) for k, name in enumerate(step.dims)})
-        op = catalog.ops[problem.op]
-        cost = op.problem_cost(problem) if not problem.dims and op.typical is None else None
+        operands = [None if value is None else arrays.get(value) for value in step.operands]
+        cost = None if problem.dims else catalog.ops[problem.op].known_cost(problem, operands)
         variant = catalog.variant(plan.target, problem.op, step.variant)
         time = None if seconds is None else seconds[i]
-        steps.append(Use(problem, step.variant, variant.provenance, step.config, step.config_source, 1, cost, time))
+        steps.append(
+            Use(
+                problem,
+                step.variant,
+                variant.provenance,
+                step.config,
+                step.config_source,
+                1,
+                cost,
+                time,
+                variant.arithmetic,
+            )
+        )
     return Explanation(plan.target, tuple(steps))
 
 

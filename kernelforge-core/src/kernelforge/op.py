@@ -100,6 +100,9 @@ class OpDef:
     """
     typical: Ref | None = None
     """As `inputs`, for timing: the work is that which `cost` counts; None: that of any inputs is."""
+    work: Ref | None = None
+    """`(static problem, arrays) -> Cost | None`, where the work depends on values: that of these operands, of which those that
+    are known are given, the others None; None when they do not say enough."""
     view: Ref | None = None
     """`(operand_types, attrs) -> tuple[View, ...] | None`: how the results view the first operand; None: a copy is
     needed."""
@@ -181,6 +184,14 @@ class OpDef:
 
     def problem_cost(self, problem: Problem) -> Cost:
         found: Cost = resolve(self.cost)(problem)
+        return found
+
+    def known_cost(self, problem: Problem, arrays: Sequence[Array | None]) -> Cost | None:
+        """The cost of a static problem with these operands, as far as they are known; None when its work depends on values
+        that are not."""
+        if self.typical is None:
+            return self.problem_cost(problem)
+        found: Cost | None = None if self.work is None else resolve(self.work)(problem, arrays)
         return found
 
     def samples(self, rng: random.Random) -> Iterator[Problem]:

@@ -201,7 +201,8 @@ class ReferenceExecutable:
                 start = time.perf_counter()
                 self._step(op, step, memory, dims)
                 times.append(time.perf_counter() - start)
-        return explain_plan(self._plan, self._catalog, dims, [median(times[1:]) for times in samples])
+        seconds = [median(times[1:]) for times in samples]
+        return explain_plan(self._plan, self._catalog, dims, seconds, memory)
 
 
 class ReferenceDevice:

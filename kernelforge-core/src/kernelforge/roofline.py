@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from kernelforge.backend import Device
     from kernelforge.op import Cost
     from kernelforge.registry import Registry
-    from kernelforge.variant import DeviceInfo
+    from kernelforge.variant import Arithmetic, DeviceInfo
 
 _FORMAT = 1
 
 Limit = Literal["memory", "compute"]
-"""What work meets first: the bandwidth of the memory, or the f32 peak."""
+"""What work meets first: the bandwidth of the memory, or the peak of its arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Standing:
     memory: float
     """Share of the bandwidth. Above 1: its operands came from a cache."""
     compute: float
-    """Share of the f32 peak. Above 1: its arithmetic is of smaller numbers."""
+    """Share of the peak of its kernel's arithmetic."""
     limit: Limit
     """What it meets first when its kernel is perfect."""
     least: float
@@ -72,9 +72,10 @@ class Roofline:
     timing_source: str = "host-clock"
     """As that of `kernelforge.backend.Timing`."""
 
-    def standing(self, cost: Cost, seconds: float) -> Standing:
-        """Where work that took `seconds` stands."""
-        reading, computing = cost.bytes / self.device.bytes_s, cost.flops / self.device.flops
+    def standing(self, cost: Cost, seconds: float, arithmetic: Arithmetic = "f32") -> Standing:
+        """Where work that took `seconds` stands. Work on bytes is compared with the f32 peak where they have none."""
+        peak = self.device.int8_ops if arithmetic == "int8" and self.device.int8_ops else self.device.flops
+        reading, computing = cost.bytes / self.device.bytes_s, cost.flops / peak
         limit: Limit = "memory" if reading >= computing else "compute"
         return Standing(reading / seconds, computing / seconds, limit, max(reading, computing))
 
@@ -98,12 +99,12 @@ def _words(peaks: Peaks) -> str:
     return f"memory {peaks.bytes_s / 1e9:.1f} GB/s, f32 {peaks.flops / 1e9:.0f} GFLOP/s{int8}"
 
 
-STANDING_HEADERS = ["of memory", "of f32 peak", "limit"]
+STANDING_HEADERS = ["of memory", "of peak", "limit"]
 """Of `standing_cells`."""
 
 
 def standing_data(at: Standing | None) -> dict[str, Any]:
-    """As plain values: shares of the bandwidth and of the f32 peak, and which limit comes first."""
+    """As plain values: shares of the bandwidth and of the peak, and which limit comes first."""
     return {
         "of_bandwidth": None if at is None else float(f"{at.memory:.4g}"),
         "of_peak": None if at is None else float(f"{at.compute:.4g}"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from kernelforge.errors import KernelForgeError, PluginError, UsageError
 from kernelforge.faults import failed
@@ -38,6 +38,9 @@ class Reject:
 
     reason: str
 
+
+Arithmetic = Literal["f32", "int8"]
+"""What a kernel multiplies."""
 
 Verdict = Accept | Reject
 """What `supports` returns."""
@@ -139,6 +142,8 @@ class KernelVariant:
     """Order among accepting variants when no measurement decides: highest first."""
     version: str = "1"
     """Changed with the kernel's code: records of another version are not used."""
+    arithmetic: Arithmetic = "f32"
+    """Which of the device's peaks its speed is compared with: "int8" for one that multiplies bytes."""
     provenance: Provenance = BUILTIN
 
     def __post_init__(self) -> None:

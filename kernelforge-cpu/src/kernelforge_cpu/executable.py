@@ -268,7 +268,7 @@ class CpuExecutable:
         tables = [None if isinstance(s, int) else StampedTable(self._table, self._spans(*s)) for s in self._segments]
         samples = [self._step_seconds(memory, tables) for _ in range(repeats + 1)][1:]
         seconds = [median(times[i] for times in samples) for i in range(len(self._kernels))]
-        return explain_plan(self._plan, self._catalog, self._dims, seconds)
+        return explain_plan(self._plan, self._catalog, self._dims, seconds, memory)
 
     def _spans(self, first: int, last: int) -> list[tuple[int, int]]:
         """The rows of each step between two rows of the table."""

@@ -38,7 +38,8 @@ class Prepared:
         """The measurement as plain data: times in ms, speeds in 1e9 operations and bytes per second of the median run
         and as shares of what the device can do."""
         latency = self.latency
-        standing = None if self.roofline is None else self.roofline.standing(self.cost, latency.median)
+        arithmetic = self.selection.variant.arithmetic
+        standing = None if self.roofline is None else self.roofline.standing(self.cost, latency.median, arithmetic)
         return {
             "problem": str(self.problem),
             "variant": self.selection.variant.name,
@@ -48,6 +49,7 @@ class Prepared:
             "latency": latency.milliseconds(),
             "gflops": gigas(self.cost.flops, latency.median),
             "gbytes_s": gigas(self.cost.bytes, latency.median),
+            "arithmetic": arithmetic,
             **standing_data(standing),
             "rel_error": float(f"{self.error.largest:.3g}"),
             "rel_error_l2": float(f"{self.error.norm:.3g}"),

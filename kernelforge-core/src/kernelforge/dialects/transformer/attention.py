@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from kernelforge.dialects.transformer.checks import (
@@ -165,6 +165,33 @@ def attention_cost(problem: Problem) -> Cost:
     return Cost(4 * batch * pairs * heads * size, traffic(problem))
 
 
+def attention_work(problem: Problem, arrays: Sequence[Array | None]) -> Cost | None:
+    """As `attention_cost`, of the keys that the tokens at these positions see; those of a slot move once for all its tokens."""
+    import numpy as np
+
+    q, k = problem.operand(0), problem.operand(1)
+    if problem.operands[3] is None:
+        return None if problem.operands[5] is not None else attention_cost(problem)
+    positions, slots, lengths = arrays[3:6]
+    if positions is None or slots is None:
+        return None
+    if problem.attr("causal"):
+        last = positions + 1
+    elif lengths is not None:
+        last = lengths[slots]
+    else:
+        return None
+    real = positions >= 0
+    window = int(problem.attr("window"))  # type: ignore[arg-type]  # the attribute's kind is int
+    first = np.maximum(positions + 1 - window, 0) if window else np.zeros_like(positions)
+    pairs = int(np.maximum(last - first, 0)[real].sum())
+    moved = sum(
+        int(last[here].max() - first[here].min()) for here in (real & (slots == s) for s in np.unique(slots[real]))
+    )
+    heads, (groups, size) = q.static_shape()[-2], k.static_shape()[-2:]
+    return Cost(4 * pairs * heads * size, 2 * q.nbytes() + 2 * moved * groups * size * k.itemsize + 8 * len(positions))
+
+
 def attention_inputs(problem: Problem, rng: np.random.Generator) -> list[Array | None]:
     """Over a cache: tokens of random slots at distinct positions, some of them padding; else random lengths."""
     import numpy as np
@@ -288,5 +315,6 @@ ATTENTION = OpDef(
     cost=attention_cost,
     inputs=attention_inputs,
     typical=attention_typical,
+    work=attention_work,
     dialect=DIALECT,
 )

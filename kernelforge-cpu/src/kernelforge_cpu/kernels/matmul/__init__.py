@@ -52,6 +52,7 @@ VARIANTS = (
             space=f"{HERE}.integer:integer_space",
             default=f"{HERE}.integer:integer_default",
             priority=priority,
+            arithmetic="int8",
         )
         for op in ("matmul", "glu_matmul")
         for name, kind, instructions, priority in (
