@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from kernel_checks import problem
-from matmul_checks import WIDTHS, Products, inputs
+from matmul_checks import WIDTHS, Products, device, inputs, variant
 
 from kernelforge.problem import Problem
 
@@ -41,6 +41,19 @@ def test_any_number_of_rows() -> None:
     made = Products([(glu("f32[tokens,40]", "bf16[97,40]@const", True), None)])
     for tokens in (0, 1, 3, 6, 11, 40):
         made.check(0, {"tokens": tokens}, parts=(1, 7))
+
+
+@pytest.mark.parametrize("panels", [1, 2], ids=["apart", "together"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_gate_and_up_in_one_tile_or_one_after_the_other(panels: int, dtype: str) -> None:
+    p = glu("f32[tokens,40]", f"{dtype}[70,40]@const", True)
+    configs = [
+        c for c in variant(p, "vectorized").config_space(p, device()) if c["panels"] == panels and c["group"] == 2
+    ]
+    assert configs
+    made = Products([(p, c) for c in configs])
+    for i in range(len(configs)):
+        made.check(i, {"tokens": 13}, parts=(1, 3))
 
 
 def test_a_gate_that_is_not_finite_spreads_to_its_element_alone() -> None:

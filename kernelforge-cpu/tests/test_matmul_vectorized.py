@@ -136,34 +136,46 @@ def test_what_is_not_finite_spreads_as_in_the_formula(bad: float) -> None:
                 made.check(index, arrays=arrays, parts=(1,))
 
 
-@pytest.mark.parametrize(
-    ("level", "instructions"),
-    [
-        ("x86-64-v2", r"mulps.*%xmm[\s\S]*addps.*%xmm"),
-        ("x86-64-v3", r"vfmadd\w+ps.*%ymm"),
-        ("x86-64-v4", r"vfmadd\w+ps.*%zmm"),
-        ("neoverse-n1", r"fmla\s+v\d+\.4s"),
-        ("apple-m1", r"fmla\.4s"),
-    ],
-)
+SUMS = {
+    "x86-64-v2": r"mulps.*%xmm[\s\S]*addps.*%xmm",
+    "x86-64-v3": r"vfmadd\w+ps.*%ymm",
+    "x86-64-v4": r"vfmadd\w+ps.*%zmm",
+    "neoverse-n1": r"fmla\s+v\d+\.4s",
+    "apple-m1": r"fmla\.4s",
+}
+WIDENING = {
+    ("x86-64-v3", "bf16"): r"vpunpck[lh]wd.*%ymm",
+    ("x86-64-v4", "bf16"): r"vpunpck[lh]wd.*%zmm",
+    ("x86-64-v3", "f16"): r"vcvtph2ps.*%ymm",
+    ("x86-64-v4", "f16"): r"vcvtph2ps.*%zmm",
+    ("neoverse-n1", "f16"): r"fcvtl",
+    ("neoverse-n1", "bf16"): r"\bu?shll\b",
+}
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize("level", SUMS)
 def test_each_level_keeps_its_sums_in_its_widest_registers(
-    level: str, instructions: str, monkeypatch: pytest.MonkeyPatch
+    level: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = isa.target(level)
     features = frozenset({"asimd"} if target.arch == "aarch64" else ())
     info = replace(device(target.lanes), features=features)
     monkeypatch.setattr(isa, "host_target", lambda: target)
-    p = matmul("f32[?0,64]", "f32[64,100]@const")
+    p = matmul("f32[?0,64]", f"{dtype}[64,100]@const")
     v = variant(p, "vectorized")
     config = v.default_config(p, info)
     code = assembly(v.build_kernel(p, config, info).mlir, cpu=target)
-    assert re.search(instructions, code)
     products = code.split(f"_rows{config['rows']}:")[1].split("retq" if "x86" in level else "ret\n")[0]
     loop = max(
         re.split(r"\n[.L]\w+:|\n\s+j\w+\s.*|\n\s+b\.\w+.*", products),
         key=lambda b: len(re.findall("fma|fmla|mulps", b)),
     )
-    assert not re.search(r"\(%rsp\)|\[sp", loop), "a sum is spilled"
+    assert re.search(SUMS[level], loop)
+    assert re.search(WIDENING.get((level, dtype), ""), loop)
+    assert not re.search(r"fmadd\w+ss|mulss|fmadd\s", loop), "a scalar product"
+    if (level, dtype) != ("x86-64-v2", "f16"):  # which has no instruction for it, and no registers for doing without
+        assert not re.search(r"\(%rsp\)|\[sp", loop), "a sum is spilled"
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 MATMUL = "transformer.matmul"
 
 _TURN_S = 0.1
-_PAUSE_S = 0.05
+_PAUSE_S = 0.1
 """Thread pools spin for a while after their last run (OpenBLAS: about 30 ms) and would slow down who comes next."""
+_WARM_S = 0.02
+"""What a core needs after a pause to be as fast as it gets."""
 
 
 def matmul_problem(registry: Registry, m: int, n: int, k: int, dtype: str = "f32", *, constant: bool = True) -> Problem:
@@ -61,7 +63,8 @@ def benchmark_matmul(
     ours = [prepare(session, problem, variant=variant) for problem in problems]
     theirs = {name: Subject(peer.run) for name, peer in opened.items()}
     subjects = [*(own.subject for own in ours), *theirs.values()]
-    measure_in_turn(subjects, seconds=_TURN_S * repeat, rounds=repeat, pause=_PAUSE_S if theirs else 0.0)
+    pause = _PAUSE_S if theirs else 0.0
+    measure_in_turn(subjects, seconds=_TURN_S * repeat, rounds=repeat, pause=pause, warm=_WARM_S)
     reports = []
     for problem, own in zip(problems, ours, strict=True):
         report = own.report() | {"m": m, "n": n, "k": k, "dtype": problem.operand(1).dtype}

@@ -52,10 +52,12 @@ def measure_in_turn(
     cutoff: float = math.inf,
     deadline: float = math.inf,
     pause: float = 0.0,
+    warm: float = 0.0,
 ) -> None:
     """Fill the subjects' samples: about `seconds` of runs for each, at least `minimum`, spread evenly over `rounds`.
 
-    Each turn begins with a run that does not count. After a round, a subject whose best sample is above `cutoff`
+    Each turn begins with runs that do not count: one, or as many as `warm` seconds take, after which caches and the clock's
+    frequency are those of a busy process. After a round, a subject whose best sample is above `cutoff`
     times the best median is left as it is. After `deadline` (of `time.monotonic`) the round in progress ends and no
     other begins. `pause` seconds pass before each turn, for threads of the one before that may still be spinning.
     """
@@ -65,8 +67,11 @@ def measure_in_turn(
             return
         for subject in alive:
             time.sleep(pause)
-            warm = min(subject.time(1))
-            wanted = int(seconds / rounds / (subject.median if subject.samples else warm))
+            start = time.monotonic()
+            once = min(subject.time(1))
+            while time.monotonic() - start < warm:
+                subject.time(1)
+            wanted = int(seconds / rounds / (subject.median if subject.samples else once))
             subject.measure(min(max(wanted, math.ceil(minimum / rounds)), _MAXIMUM_REPEATS))
         best = min(subject.median for subject in subjects if subject.samples)
         alive = [subject for subject in alive if min(subject.samples) <= cutoff * best]

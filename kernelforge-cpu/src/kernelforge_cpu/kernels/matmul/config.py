@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 ROWS = (4, 6, 8, 12)
 BEST_ROWS = 6
 """Of a tile two vectors wide in 16 registers, or four in 32, when there are many rows."""
-LEAST_ROWS = 2
-"""Of a tile four vectors wide in 16 registers."""
 MIN_SUMS = 8
 """Independent sums that keep two units busy whose multiply-adds take four cycles."""
 BLOCKS = (512, 1024, 2048)
@@ -41,9 +39,15 @@ def unroll(dtype: str, device: DeviceInfo) -> int:
     return 1 if dtype == "bf16" or registers(device) < 16 else 2
 
 
+def widening(dtype: str, device: DeviceInfo) -> int:
+    """Registers for weights on their way to f32: where no instruction widens them from memory."""
+    return 4 if dtype != "f32" and device.features & {"neon", "asimd"} else 0
+
+
 def matmul_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
     """`rows` x `panels` * `vectors` is the register tile, `vectors` the width of a packed panel, `kc` the part of the
     inner dimension done at a time, `group` the number of tiles side by side that share one pass over the rows of lhs.
+    Gate and up are two panels of one tile, or with one panel two tiles after each other.
     """
     g = geometry(problem)
     inner, columns, rows = int(g.inner), int(g.columns), static_rows(g)
@@ -53,23 +57,24 @@ def matmul_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
     blocked = problem.results[0].dtype == "f32" and len(g.rhs) == 1 and not low
     vectors = [v for v in (1, 2, 4) if v == 1 or (v - 1) * lanes(device) < columns]
     l2, element = device.limit("l2_bytes", UNKNOWN_L2), lanes(device) * problem.operand(1).itemsize
+    free = registers(device) - widening(problem.operand(1).dtype, device) - 1
 
     def sums(c: Config, more_rows: int = 0) -> int:
         return (int(c["rows"]) + more_rows) * int(c["panels"]) * int(c["vectors"])
 
     def group_bytes(c: Config) -> int:
-        return int(c["group"]) * int(c["kc"]) * int(c["panels"]) * int(c["vectors"]) * element
+        return int(c["group"]) * int(c["kc"]) * max(int(c["panels"]), len(g.rhs)) * int(c["vectors"]) * element
 
     return ConfigSpace(
         (
-            ("rows", tuple(sorted({min(LEAST_ROWS, *own), *own} if low else {LEAST_ROWS, *ROWS, *own}))),
-            ("panels", (2,) if len(g.rhs) == 2 else (1, 2)),
+            ("rows", own if low else tuple(sorted({*ROWS, *own}))),
+            ("panels", (1, 2)),
             ("vectors", tuple(vectors)),
             ("kc", (*(b for b in BLOCKS if blocked and b < inner), max(1, inner))),
             ("group", (1,) if low else (1, 2, 4)),
         ),
         (
-            ("the tile needs more registers than there are", lambda c: sums(c, 1) + 1 <= registers(device)),
+            ("the tile needs more registers than there are", lambda c: sums(c, 1) <= free),
             ("the tile has too few sums to hide their latency", lambda c: low or sums(c) >= MIN_SUMS),
             ("the panels of a group of tiles do not fit L2", lambda c: int(c["group"]) == 1 or group_bytes(c) <= l2),
         ),
@@ -86,11 +91,10 @@ def matmul_default(problem: Problem, device: DeviceInfo) -> Config:
     g = geometry(problem)
     space = matmul_space(problem, device)
     parameters = {name: [int(v) for v in values] for name, values in space.parameters}
-    many = registers(device) == 32
-    # Two vectors of bf16 are widened with one instruction each, one alone takes two: see `Panels.interleaved`.
-    vectors = min(2 if many or problem.operand(1).dtype == "bf16" else 1, parameters["vectors"][-1])
+    vectors = min(2, parameters["vectors"][-1])
     width = vectors * lanes(device)
-    panels = 2 if len(g.rhs) == 2 or (int(g.columns) > width and (many or vectors == 1)) else 1
+    widest = 2 if len(g.rhs) == 2 or int(g.columns) > width else 1
+    panels = widest if registers(device) == 32 else 1
 
     def config(rows: int, panels: int, kc: int, group: int = 1) -> Config:
         chosen = (rows, panels, vectors, kc, group)
@@ -98,11 +102,11 @@ def matmul_default(problem: Problem, device: DeviceInfo) -> Config:
 
     rows = static_rows(g)
     if rows is not None and rows <= ROWS[-1]:  # one tile, if it can be: the panels are read once
-        for count in (panels, 1):
+        for count in (widest, 1):
             if (once := config(max(1, rows), count, parameters["kc"][-1])) in space:
                 return once
     half = device.limit("l2_bytes", UNKNOWN_L2) // 2
-    tile_bytes = panels * width * problem.operand(1).itemsize
+    tile_bytes = max(panels, len(g.rhs)) * width * problem.operand(1).itemsize
     kc = max([b for b in parameters["kc"] if b * tile_bytes <= half], default=parameters["kc"][0])
     group = max(n for n in parameters["group"] if n == 1 or n * kc * tile_bytes <= half)
     legal = [r for r in parameters["rows"] if config(r, panels, kc, group) in space]

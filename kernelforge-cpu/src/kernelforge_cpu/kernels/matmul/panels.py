@@ -41,8 +41,8 @@ class Panels:
     @property
     def interleaved(self) -> bool:
         """bf16 becomes f32 with one instruction, which puts zeros between the elements of half a vector, when the
-        columns of two vectors alternate four by four."""
-        return self.dtype == "bf16" and self.vectors % 2 == 0
+        columns of two vectors alternate four by four. Vectors of four lanes need no such order."""
+        return self.dtype == "bf16" and self.vectors % 2 == 0 and self.lanes > QUAD
 
     def position(self, column: Column) -> Column:
         """Where a column's element is in a row of the panel."""

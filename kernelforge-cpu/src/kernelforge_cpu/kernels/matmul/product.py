@@ -61,7 +61,12 @@ class Product:
     @property
     def advance(self) -> int:
         """Panels of one right-hand side that a tile covers."""
-        return self.tile.panels // len(self.rhs)
+        return max(1, self.tile.panels // len(self.rhs))
+
+    @property
+    def apart(self) -> bool:
+        """Gate and up one after the other, each with all registers; their sums meet in memory."""
+        return self.tile.panels < len(self.rhs)
 
     @property
     def steps(self) -> int:
@@ -108,7 +113,7 @@ class Product:
     def emit_block(self, at: Operands, row0: Value, row1: Value, first: Value, last: Value) -> None:
         """Rows row0..row1 times panels first..last."""
         k, tile = self.k, self.tile
-        sums = k.alloca("f32", tile.rows * tile.panels * tile.width)
+        sums = k.alloca("f32", tile.rows * max(tile.panels, len(self.rhs)) * tile.width)
         full = (row1 - row0) // tile.rows
         rest = row1 - row0 - full * tile.rows
         low = tile.low
@@ -138,7 +143,9 @@ class Product:
         for height in heights:
             with k.if_(count.eq(height)) if len(heights) > 1 else nullcontext():
                 streamed = height < tile.rows or height == rows
-                emit_products(k, tile, height, lhs, steps, panels, n, sums, streamed=streamed)
+                for i, own in enumerate([[p] for p in panels] if self.apart else [panels]):
+                    to = sums.at(i * tile.rows * tile.width)
+                    emit_products(k, tile, height, lhs, steps, own, n, to, streamed=streamed)
 
     def emit_epilogue(
         self, at: Operands, row: Value, count: Value, panel: Value, end: Value, step: Value, sums: Pointer
@@ -170,7 +177,8 @@ class Product:
 
         def finish(x: Value) -> Value:
             if len(self.rhs) == 2:
-                return activate(k, g.activation, x) * found.load(self.tile.width, lanes)
+                up = (self.tile.rows if self.apart else 1) * self.tile.width
+                return activate(k, g.activation, x) * found.load(up, lanes)
             if g.bias is not None:
                 x = x + k.buffer(g.bias, self.problem.operand(g.bias).dtype).load_f32(column, lanes, valid=valid)
             x = activate(k, g.activation, x)
