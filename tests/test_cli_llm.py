@@ -156,6 +156,9 @@ def test_errors_of_a_process() -> None:
         (("--temperature", "-1"), 2, "temperature must be a number from 0"),
         (("--chat", "--prompt-ids", "1"), 2, "--chat needs a text prompt"),
         (("--compare-with-cerebras",), 13, "there is no API key"),
+        (("--compare-with-cerebras", "--api-base", "ftp://a/v1"), 2, "the address must begin with https:// or http://"),
+        (("--compare-with-cerebras", "--api-base", ""), 2, "the address must begin with https:// or http://"),
+        (("--compare-with-cerebras", "--api-timeout", "0"), 2, "--api-timeout 0 is not possible"),
         (("--compare-with-cerebras", "--prompt-ids", "1"), 2, "--compare-with-cerebras needs a text prompt"),
     ],
 )

@@ -154,7 +154,19 @@ def test_a_key_that_is_none(server: Server, key: str) -> None:
     assert server.asked == []
 
 
-@pytest.mark.parametrize("base", ["file:///etc/passwd", "ftp://127.0.0.1/v1", "127.0.0.1/v1", ""])
+@pytest.mark.parametrize(
+    "base",
+    [
+        "file:///etc/passwd",
+        "ftp://127.0.0.1/v1",
+        "127.0.0.1/v1",
+        "",
+        "http://",
+        "https://[::1/v1",
+        "http://a:b/",
+        "http://a b/",
+    ],
+)
 def test_an_address_that_is_not_http(server: Server, base: str) -> None:
     with pytest.raises(UsageError, match="the address must begin with https:// or http://"):
         ask(server, api_base=base)

@@ -52,9 +52,32 @@ def cached_plan(key: str) -> Plan | None:
 
 def keep_plan(key: str, plan: Plan) -> None:
     """Store `plan`; a folder that cannot be written costs the reuse, nothing else, and the object cache says so."""
+    _keep(f"{key}.json", plan_to_json(plan))
+
+
+def cached_module(key: str) -> str | None:
+    """The text of a module that took long to write, stored under `key`; None when there is none."""
     try:
-        home.write_atomic(_folder() / f"{key}.json", plan_to_json(plan))
-        files = sorted(_folder().glob("*.json"), key=lambda f: f.stat().st_mtime)
+        content = (_folder() / f"{key}.mlir").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    digest, _, text = content.partition("\n")
+    return text if digest == _digest(text) else None
+
+
+def keep_module(key: str, text: str) -> None:
+    """Store a module's text, as `keep_plan` does a plan."""
+    _keep(f"{key}.mlir", f"{_digest(text)}\n{text}")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _keep(name: str, content: str) -> None:
+    try:
+        home.write_atomic(_folder() / name, content)
+        files = sorted(_folder().glob(f"*{Path(name).suffix}"), key=lambda f: f.stat().st_mtime)
         for file in files[:-MAX_FILES]:
             file.unlink(missing_ok=True)
     except OSError:

@@ -50,6 +50,18 @@ def require_key(environment: Mapping[str, str]) -> str:
     return _usable_key(environment.get(KEY_VARIABLE))
 
 
+def require_address(api_base: str) -> None:
+    """To be asked, as for the key, before work whose result it would spoil. Raises `UsageError` for an address that is not
+    http(s), or has no host."""
+    try:
+        parts = urllib.parse.urlsplit(api_base)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number, a bracket that is left open
+        usable = False
+    if not usable or not api_base.isascii() or not api_base.isprintable() or " " in api_base:
+        raise UsageError(f"the address must begin with https:// or http:// and name a host, not {api_base!r}")
+
+
 def complete(
     prompt: str,
     *,
@@ -66,8 +78,7 @@ def complete(
     answers with something else. The key is in no message.
     """
     key = _usable_key(api_key)
-    if urllib.parse.urlsplit(api_base).scheme not in ("http", "https"):
-        raise UsageError(f"the address must begin with https:// or http://, not {api_base!r}")
+    require_address(api_base)
     url = f"{api_base.rstrip('/')}/chat/completions"
     message = {"role": "user", "content": prompt}
     request = urllib.request.Request(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from kernelforge.dtype import QUANTISED, from_numpy, to_numpy
 from kernelforge.errors import UsageError
 from kernelforge.importer import Program
+from kernelforge.plan_cache import cached_module, code_stamp, keep_module, plan_key
 from kernelforge.variant import INT8_ACTIVATIONS
 from kernelforge_llm.architecture import Architecture, find_architecture
 from kernelforge_llm.cache import CacheFormat, cache_dtype
@@ -70,6 +71,8 @@ class Model:
     """What the cache keeps keys and values in."""
     activations: Literal["f32", "q8"] = "f32"
     """What activations are in when they are multiplied by quantised weights."""
+    code: str | None = None
+    """Stands for the code that writes the module's text, which is then kept on disk (`kernelforge.plan_cache`)."""
 
     @classmethod
     def make(
@@ -108,7 +111,8 @@ class Model:
         if sequences < 1:
             raise UsageError(f"cannot hold {sequences} sequences", hint="at least 1")
         context = context or min(config.max_position, DEFAULT_CONTEXT)
-        return cls(source, architecture, config, weights, context, sequences, kv_dtype, activations)
+        code = code_stamp(registry)
+        return cls(source, architecture, config, weights, context, sequences, kv_dtype, activations, code)
 
     @property
     def cache_dtype(self) -> str:
@@ -136,6 +140,26 @@ class Model:
         the updated caches, `logits` [rows, vocab] f32, `token` [rows] i32 (their argmax). Raises AssetError for a
         missing or misshapen tensor.
         """
+        key = self._module_key
+        if key is not None and (kept := cached_module(key)) is not None:
+            return kept
+        text, as_asked = self._write_module()
+        if key is not None and as_asked:
+            keep_module(key, text)
+        return text
+
+    @property
+    def _module_key(self) -> str | None:
+        """The hash of all that decides the text."""
+        if self.code is None:
+            return None
+        tensors = self.source.tensors
+        table = [(name, tensors.shape(name), tensors.dtype(name).str) for name in tensors.names()]
+        choices = (self.weights, self.context, self.sequences, self.cache_dtype, self.activations)
+        return plan_key("llm", self.code, type(self.architecture), self.config, *choices, table)
+
+    def _write_module(self) -> tuple[str, bool]:
+        """The text, and whether no warning had to be given on the way."""
         from kernelforge.graph import Graph
 
         config = self.config
@@ -158,9 +182,11 @@ class Model:
             scores = table.product(g.embedding(states, rows), head)  # [rows, vocab]
             g.output(scores, "logits")
             g.output(g.argmax(scores), "token")
-        table.warn_not_quantised()
-        table.warn_unused(known=("lm_head.weight",) if tied else ())  # some tied checkpoints hold the table twice
-        return g.text()
+        left = table.warn_not_quantised()
+        unused = table.warn_unused(
+            known=("lm_head.weight",) if tied else ()
+        )  # some tied checkpoints hold the table twice
+        return g.text(), not (left or unused)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the model as a standard safetensors folder, in this weight format.

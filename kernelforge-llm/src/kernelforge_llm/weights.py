@@ -100,14 +100,15 @@ class WeightTable:
             )
         return known
 
-    def warn_not_quantised(self) -> None:
-        """Warn of matrices that stay as they are in the checkpoint although they were to be quantised."""
+    def warn_not_quantised(self) -> bool:
+        """Warn of matrices that stay as they are in the checkpoint although they were to be quantised, if there are any."""
         from kernelforge.quant import warn_not_quantised
 
         if self._left:
             warn_not_quantised(self._left)
+        return bool(self._left)
 
-    def warn_unused(self, known: tuple[str, ...] = ()) -> None:
+    def warn_unused(self, known: tuple[str, ...] = ()) -> bool:
         """Warn of tensors that nobody asked for, less those in `known`: a sign that config.json is of another model."""
         left = self._names - self._made.keys() - frozenset(known)
         unused = sorted(name for name in left if not name.endswith(_DERIVED))
@@ -118,3 +119,4 @@ class WeightTable:
                 KernelForgeWarning,
                 stacklevel=2,
             )
+        return bool(unused)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 DEFAULT_PROMPT = 'import numpy as np\n\ndef softmax(x):\n    """Return'
 
+MOST_SECONDS = 86_400
+"""To wait for another server."""
+
 
 def llm_inference(
     prompt: Annotated[str | None, typer.Option(help="Text to continue; '-' reads standard input.")] = None,
@@ -64,8 +67,10 @@ def llm_inference(
     at_least(1, max_tokens=max_tokens)
     if (api_base or api_model) and not compare_with_cerebras:
         raise UsageError("--api-base and --api-model need --compare-with-cerebras")
+    if not 0 < api_timeout <= MOST_SECONDS:
+        raise UsageError(f"--api-timeout {api_timeout:g} is not possible", hint=f"above 0, at most {MOST_SECONDS}")
     given = _prompt(prompt, prompt_file, prompt_ids)
-    api_key = _api_key(given) if compare_with_cerebras else None
+    api_key = _api_key(given, api_base) if compare_with_cerebras else None
 
     from kernelforge.cli.options import open_session
     from kernelforge_llm.decoder import open_decoder
@@ -186,12 +191,14 @@ def _chat(decoder: Decoder, prompt: str | Sequence[int]) -> list[int]:
     return decoder.tokenizer.encode(rendered, add_special=False)
 
 
-def _api_key(prompt: str | Sequence[int]) -> str:
-    """Asked for before anything is generated: a missing key must not cost a generation."""
-    from kernelforge_llm.cerebras import require_key
+def _api_key(prompt: str | Sequence[int], api_base: str | None) -> str:
+    """Asked for before anything is generated: a missing key or a bad address must not cost a generation."""
+    from kernelforge_llm.cerebras import require_address, require_key
 
     if not isinstance(prompt, str):
         raise UsageError("--compare-with-cerebras needs a text prompt: others do not know this model's token ids")
+    if api_base is not None:
+        require_address(api_base)
     return require_key(os.environ)
 
 
