@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 BYTES = 1 << 27
 """Of the memory that is read, at least: four times the last-level cache where that is more."""
-ROUNDS = 7
+ROUNDS = 15
 """Neighbours can only slow a run down: the best of so many counts."""
 PARTS = 16
 """Per thread, so that a slow core does less."""
