@@ -130,11 +130,15 @@ def grid(count: Size) -> Grid:
     """`count` workgroups, folded into two axes when there are too many for one."""
 
     def folded(dims: Sequence[int]) -> tuple[int, int, int]:
-        n = size_of(count, dims)
-        rows = max(1, -(-n // MAX_WORKGROUPS))
-        return -(-n // rows), rows, 1
+        return fold(size_of(count, dims))
 
     return folded if callable(count) else folded(())
+
+
+def fold(count: int) -> tuple[int, int, int]:
+    """That many workgroups, or a few more, in two axes."""
+    rows = max(1, -(-count // MAX_WORKGROUPS))
+    return -(-count // rows), rows, 1
 
 
 def blocks(count: Size, size: int) -> Size:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kernelforge.lazy import Ref
 from kernelforge.variant import KernelVariant, no_choices
+from kernelforge_metal.kernels import matmul
 
 HERE = "kernelforge_metal.kernels"
 TAKES = f"{HERE}.tensors:takes"
@@ -15,6 +16,7 @@ def _wgsl(op: str, build: str, supports: Ref = TAKES, *, summary: str, space: Re
 
 
 VARIANTS = (
+    *matmul.VARIANTS,
     _wgsl("silu", "elementwise:build_unary", summary="any layout"),
     _wgsl("gelu", "elementwise:build_unary", summary="any layout"),
     _wgsl("add", "elementwise:build_add", summary="any layout and broadcasting"),

@@ -1,0 +1,50 @@
+"""Variants of `transformer.matmul` and `transformer.glu_matmul`. Cheap to import: builders are named, not loaded."""
+
+from __future__ import annotations
+
+from kernelforge.variant import KernelVariant
+
+HERE = "kernelforge_metal.kernels.matmul"
+
+_KINDS = (
+    ("gemv", "gemv:build_gemv_subgroups", "gemv:takes_gemv_subgroups", "gemv", 30),
+    ("gemv-shared", "gemv:build_gemv", "gemv:takes_gemv", "gemv", 25),
+    ("gemm", "gemm:build_gemm", "gemm:takes_gemm", "gemm", 20),
+)
+"""Name, build, supports, family of configs, priority."""
+
+_SUMMARIES = {
+    "gemv": "a few rows; each weight is read once, sums across subgroups",
+    "gemv-shared": "the same, sums in workgroup memory",
+    "gemm": "tiles of the result, their operands in workgroup memory",
+}
+
+VARIANTS = (
+    *(
+        KernelVariant(
+            name=name,
+            op=f"transformer.{op}",
+            target="gpu",
+            build=f"{HERE}.{build}",
+            summary=_SUMMARIES[name],
+            supports=f"{HERE}.{supports}",
+            space=f"{HERE}.{family}:{family}_space",
+            default=f"{HERE}.{family}:{family}_default",
+            priority=priority,
+        )
+        for op in ("matmul", "glu_matmul")
+        for name, build, supports, family, priority in _KINDS
+    ),
+    *(
+        KernelVariant(
+            name="direct",
+            op=f"transformer.{op}",
+            target="gpu",
+            build=f"{HERE}.direct:build_direct",
+            summary="a thread for each element of the result, any layout",
+            supports=f"{HERE}.common:takes_any_product",
+            priority=10,
+        )
+        for op in ("matmul", "glu_matmul")
+    ),
+)

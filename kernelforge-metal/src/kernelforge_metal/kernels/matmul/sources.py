@@ -1,0 +1,220 @@
+"""Where the tiles of a GEMM come from: blocks of four rows and four steps of the inner dimension of one operand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from kernelforge_metal.kernels.matmul.numbers import floats, nibble, vector_element
+from kernelforge_metal.kernels.matmul.weights import QUAD, Quads
+from kernelforge_metal.wgsl import element, load
+
+if TYPE_CHECKING:
+    from kernelforge.variant import DeviceInfo
+    from kernelforge_metal.kernels.matmul.weights import Weights
+
+BLOCK = 4
+"""Rows, and steps, of a block."""
+
+
+class Source(Protocol):
+    """What a thread does for a block whose names begin with `n`: `<n>_r` is its row of blocks in the tile."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def element(self) -> str:
+        """Of its array."""
+        ...
+
+    @property
+    def along_steps(self) -> bool:
+        """Whether a vector is four steps of a row, else four rows of a step."""
+        ...
+
+    @property
+    def functions(self) -> str: ...
+
+    def setup(self, n: str) -> Iterator[str]:
+        """Where the block's rows are."""
+        ...
+
+    def declare(self, n: str) -> Iterator[str]:
+        """The variables that hold a block as it was loaded."""
+        ...
+
+    def load(self, n: str, block: str) -> Iterator[str]:
+        """`block` counts blocks of steps from the first step of the inner dimension on."""
+        ...
+
+    def vectors(self, n: str) -> Iterator[str]:
+        """v0 to v3 from what was loaded."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A matrix of floats anywhere in memory."""
+
+    name: str
+    dtype: str
+    device: DeviceInfo
+    start: str
+    """Where the matrix starts, in elements."""
+    first: str
+    """Of the tile's rows."""
+    last: str | None
+    """The last row there is; None: every tile is full."""
+    rows: int | None
+    """How many there are, where this is known."""
+    row_step: int
+    inner_step: int
+    inner: int
+    ragged: bool
+    """The last slab is not full."""
+
+    @property
+    def along_steps(self) -> bool:
+        across = self.row_step == 1 and self.inner_step % BLOCK == 0
+        return not (across and self.rows is not None and self.rows % BLOCK == 0)
+
+    @property
+    def wide(self) -> bool:
+        """Whether a vector is one load."""
+        if not self.along_steps:
+            return True
+        return self.inner_step == 1 and self.inner % BLOCK == 0 and self.row_step % BLOCK == 0
+
+    @property
+    def element(self) -> str:
+        return vector_element(self.dtype) if self.wide else element(self.dtype, self.device)
+
+    @property
+    def functions(self) -> str:
+        if self.wide:
+            value = floats(f"{self.name}[at >> 2u]", self.dtype)
+            return f"fn {self.name}_read(at: u32) -> vec4<f32> {{ return {value}; }}\n"
+        value = load(self.name, self.dtype, self.device, "at")
+        return f"fn {self.name}_read(at: u32) -> f32 {{ return {value}; }}\n"
+
+    def setup(self, n: str) -> Iterator[str]:
+        row = f"{self.first} + {n}_r * {BLOCK}u"
+        if not self.along_steps:
+            at = row if self.last is None else f"min({row}, {self.last} - {BLOCK - 1}u)"
+            yield f"let {n}_p = {self.start} + {at};"
+            return
+        for r in range(BLOCK):
+            at = f"({row} + {r}u)" if self.last is None else f"min({row} + {r}u, {self.last})"
+            yield f"let {n}_p{r} = {self.start} + {at} * {self.row_step}u;"
+
+    def declare(self, n: str) -> Iterator[str]:
+        for r in range(BLOCK):
+            yield f"var {n}_v{r} = vec4<f32>();"
+
+    def load(self, n: str, block: str) -> Iterator[str]:
+        read, first = f"{self.name}_read", f"{BLOCK}u * {block}"
+        for r in range(BLOCK):
+            v = f"{n}_v{r}"
+            if not self.along_steps:
+                yield self._guarded(
+                    f"{v} = {read}({n}_p + ({first} + {r}u) * {self.inner_step}u);", f"{first} + {r}u", v
+                )
+            elif self.wide:
+                yield self._guarded(f"{v} = {read}({n}_p{r} + {first});", first, v)
+            else:
+                for j, lane in enumerate("xyzw"):
+                    k, number = f"({first} + {j}u)", f"{v}.{lane}"
+                    text = f"{number} = {read}({n}_p{r} + {k} * {self.inner_step}u);"
+                    yield self._guarded(text, k, number, "f32")
+
+    def _guarded(self, text: str, step: str, variable: str, kind: str = "vec4<f32>") -> str:
+        """The load, or zeros behind the last step."""
+        return f"if ({step} < {self.inner}u) {{ {text} }} else {{ {variable} = {kind}(); }}" if self.ragged else text
+
+    def vectors(self, n: str) -> Iterator[str]:
+        for r in range(BLOCK):
+            yield f"let v{r} = {n}_v{r};"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed weight; the tile's columns begin at `column0`."""
+
+    name: str
+    weights: Weights
+    last: str | None
+    """The last column, of a quantised weight the last four, that the binding holds; None: every tile is full."""
+    ragged: bool
+
+    along_steps = True
+    functions = ""
+
+    @property
+    def element(self) -> str:
+        return "vec4<u32>" if isinstance(self.weights, Quads) else vector_element(self.weights.dtype)
+
+    @property
+    def blocks(self) -> int:
+        """Of steps that are stored."""
+        w = self.weights
+        return w.units * (2 if isinstance(w, Quads) or w.dtype != "f32" else 1)
+
+    def setup(self, n: str) -> Iterator[str]:
+        w = self.weights
+        if isinstance(w, Quads):
+            quad = f"column0 / {QUAD}u + {n}_r"
+            yield f"let {n}_q = {quad if self.last is None else f'min({quad}, {self.last})'};"
+            yield f"let {n}_p = {n}_q * {w.units * w.words}u;"
+            yield f"let {n}_d = {n}_q * {w.pairs}u;"
+            return
+        for r in range(BLOCK):
+            column = f"column0 + {n}_r * {BLOCK}u + {r}u"
+            at = f"({column})" if self.last is None else f"min({column}, {self.last})"
+            yield f"let {n}_p{r} = {at} * {self.blocks}u;"
+
+    def declare(self, n: str) -> Iterator[str]:
+        if isinstance(self.weights, Quads):
+            yield f"var {n}_w = vec4<u32>(); var {n}_s = vec2<u32>(); var {n}_h = 0u;"
+        else:
+            for r in range(BLOCK):
+                yield f"var {n}_w{r} = {self.element}();"
+
+    def load(self, n: str, block: str) -> Iterator[str]:
+        w = self.weights
+        if self.ragged:
+            yield f"if ({block} < {self.blocks}u) {{"
+        if isinstance(w, Quads):
+            yield f"let {n}_o = {block};"
+            at = f"{n}_o" if w.words == 2 else f"({n}_o >> 4u << 3u) + ({n}_o & 7u)"
+            yield f"{n}_w = {self.name}[{n}_p + {at}];"
+            yield f"let {n}_f = {self.name}_scales[{n}_d + ({n}_o >> 4u)];"
+            yield f"{n}_s = select({n}_f.xy, {n}_f.zw, ({n}_o & 8u) != 0u);"
+            if w.words == 1:
+                yield f"{n}_h = ({n}_o & 8u) << 1u;"
+        else:
+            for r in range(BLOCK):
+                yield f"{n}_w{r} = {self.name}[{n}_p{r} + {block}];"
+        if self.ragged:
+            yield "} else {"
+            if isinstance(w, Quads):
+                yield f"{n}_s = vec2<u32>();"
+            else:
+                for r in range(BLOCK):
+                    yield f"{n}_w{r} = {self.element}();"
+            yield "}"
+
+    def vectors(self, n: str) -> Iterator[str]:
+        w = self.weights
+        for r, lane in enumerate("xyzw"):
+            if not isinstance(w, Quads):
+                yield f"let v{r} = {floats(f'{n}_w{r}', w.dtype)};"
+                continue
+            word, scale = f"{n}_w.{lane}", f"unpack2x16float({n}_s.{'xy'[r // 2]}).{'xy'[r % 2]}"
+            if w.words == 2:
+                yield f"let v{r} = {scale} * q8_numbers({word});"
+            else:
+                yield f"let n{r} = {word} >> {n}_h;"
+                numbers = ", ".join(nibble(f"n{r}", i) for i in range(4))
+                yield f"let v{r} = {scale} * vec4<f32>({numbers});"
