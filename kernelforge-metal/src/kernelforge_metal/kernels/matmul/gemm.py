@@ -13,7 +13,7 @@ from kernelforge_metal.kernels.matmul.geometry import Product, count_of, count_t
 from kernelforge_metal.kernels.matmul.numbers import Q8
 from kernelforge_metal.kernels.matmul.result import Result, stored_columns
 from kernelforge_metal.kernels.matmul.sources import Dense, Packed, Source
-from kernelforge_metal.kernels.matmul.tile import Slab, Tile, sums
+from kernelforge_metal.kernels.matmul.tile import LEFT, Slab, Tile, sums
 from kernelforge_metal.kernels.matmul.weights import QUAD, Piece, Quads, Weights, pieces, weights_of
 from kernelforge_metal.wgsl import BF16, FLAT, IDS, fold
 
@@ -25,15 +25,20 @@ BAND = 8
 """Columns of tiles whose rows of tiles are walked together: what they share of the weight stays in the cache."""
 MAX_SUMS = 128
 """Of a thread: more do not fit the registers."""
+NAMES = ("rows", "columns", "steps", "thread_rows", "thread_columns", "unroll", "prefetch")
 TILES = (
-    (128, 128, 32, 8, 8),
-    (128, 64, 32, 8, 8),
-    (64, 64, 32, 8, 8),
-    (64, 64, 32, 8, 4),
-    (32, 64, 32, 4, 8),
-    (32, 32, 32, 4, 4),
+    (128, 128, 32, 8, 8, 32, 1),
+    (128, 64, 32, 8, 8, 16, 1),
+    (64, 64, 32, 8, 8, 16, 1),
+    (64, 64, 32, 8, 4, 32, 1),
+    (32, 64, 32, 4, 8, 32, 1),
+    (32, 32, 32, 4, 4, 32, 1),
 )
-"""Rows, columns, steps, and a thread's rows and columns, from many threads' work to few's."""
+"""Configs from large tiles to small ones."""
+GATED_TILES = ((64, 64, 16, 8, 8, 16, 1), (64, 64, 32, 8, 4, 32, 1), (32, 32, 32, 4, 4, 32, 1))
+"""With twice the sums and right-hand sides."""
+PROMPT = 512
+"""Rows for which a tile is chosen when any number may come."""
 BUSY = 128
 """Workgroups that a large GPU needs at least."""
 
@@ -48,8 +53,7 @@ def takes_gemm(problem: Problem, device: DeviceInfo) -> Verdict:
 
 
 def gemm_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
-    """`rows` x `columns` is the tile of a workgroup, `thread_rows` x `thread_columns` that of a thread, `steps` the part of the
-    inner dimension in workgroup memory; with `prefetch` its next part is loaded early, into registers."""
+    """See `Tile`."""
     count = len(product_of(problem).rhs)
     threads = device.limit("max-compute-invocations-per-workgroup", 256)
     memory = device.limit("max-compute-workgroup-storage-size", 16384)
@@ -65,7 +69,8 @@ def gemm_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
             ("steps", (16, 32)),
             ("thread_rows", (4, 8, 16)),
             ("thread_columns", (4, 8, 16)),
-            ("prefetch", (0, 1)),
+            ("unroll", (16, 32)),
+            ("prefetch", (0, 1, 2)),
         ),
         (
             ("the device has no such large workgroups", lambda c: tile_of(c).threads <= min(threads, 256)),
@@ -76,6 +81,7 @@ def gemm_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
                 lambda c: count * int(c["thread_rows"]) * int(c["thread_columns"]) <= MAX_SUMS,
             ),
             ("the threads cannot share the loads evenly", shares),
+            ("there are not so many steps", lambda c: int(c["unroll"]) <= int(c["steps"])),
         ),
     )
 
@@ -84,22 +90,20 @@ def gemm_default(problem: Problem, device: DeviceInfo) -> Config:
     """The largest tile of which there are enough, or the smallest."""
     g = product_of(problem)
     space = gemm_space(problem, device)
-    names = [name for name, _ in space.parameters]
-    legal = [c for tile in TILES if (c := dict(zip(names, (*tile, 1), strict=True))) in space]
+    tiles_of = TILES if len(g.rhs) == 1 else GATED_TILES
+    legal = [c for tile in tiles_of if (c := dict(zip(NAMES, tile, strict=True))) in space]
     if not legal:
         return next(iter(space))
 
     def tiles(c: Config) -> int:
-        rows = g.static_rows if g.static_rows is not None else 512
+        rows = g.static_rows if g.static_rows is not None else PROMPT
         return -(-rows // int(c["rows"])) * -(-g.columns // int(c["columns"]))
 
     return next((c for c in legal if tiles(c) >= BUSY), legal[-1])
 
 
 def tile_of(c: Config) -> Tile:
-    names = ("rows", "columns", "steps", "thread_rows", "thread_columns")
-    rows, columns, steps, thread_rows, thread_columns = (int(c[name]) for name in names)
-    return Tile(rows, columns, steps, thread_rows, thread_columns, bool(c["prefetch"]))
+    return Tile(*(int(c[name]) for name in NAMES))
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ class Gemm:
             g.inner,
             self.ragged,
         )
-        return Slab("a", self.tile, self.tile.rows, source)
+        return Slab(LEFT, self.tile, self.tile.rows, source)
 
     def right(self, n: int, piece: Piece) -> Slab:
         g = self.product

@@ -80,15 +80,17 @@ def gemv_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
 
 
 def gemv_default(problem: Problem, device: DeviceInfo) -> Config:
-    """Many threads, so that a thread has little to do one thing after another."""
-    space = gemv_space(problem, device)
+    """As many threads as leave each two words to load of every column; of quantised weights, one."""
     g = product_of(problem)
-    units = weights_of(problem.operand(g.rhs[0]).dtype, g.columns, g.inner).units
-    threads = [int(t) for t in dict(space.parameters)["threads"]]
-    fitting = [t for t in threads if t <= units] or threads[:1]
-    columns = int(dict(space.parameters)["columns"][0])
-    wanted = {"columns": columns, "threads": fitting[-1], "unroll": 2}
-    return wanted if wanted in space else {**wanted, "unroll": 1}
+    parameters = dict(gemv_space(problem, device).parameters)
+    columns, threads = int(parameters["columns"][0]), [int(t) for t in parameters["threads"]]
+    weights = weights_of(problem.operand(g.rhs[0]).dtype, g.columns, g.inner)
+    shares = 1 if isinstance(weights, Quads) else 2
+    fitting = max((t for t in threads if t * shares <= weights.units), default=threads[0])
+    most = max(1, weights.units // fitting)
+    space = gemv_space(problem, device)
+    chosen = [{"columns": columns, "threads": fitting, "unroll": u} for u in (4, 2, 1) if u <= max(most, 1)]
+    return next(c for c in chosen if c in space)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from kernelforge_metal.kernels.matmul.sources import BLOCK, Source
 
+LEFT = "a"
+"""The name of the slab of the left-hand side."""
 LANES = 32
 """Threads that are laid out together in a tile: a subgroup, where it is that wide."""
 
@@ -21,8 +23,11 @@ class Tile:
     steps: int
     thread_rows: int
     thread_columns: int
-    prefetch: bool
-    """The next slab is loaded into registers while this one is multiplied."""
+    unroll: int
+    """Steps that are written out; the others are a loop around them."""
+    prefetch: int
+    """0: a slab is loaded when the one before is done with; 1: into registers before that one is multiplied; 2: the same without
+    a branch around the loads, so that they may be moved among the products: the last slab is loaded twice."""
 
     @property
     def across(self) -> int:
@@ -120,12 +125,17 @@ class Slab:
                 yield f"{self.name}_slab[{n}_at + {s * self.tile.depth * self.stride}u] = {value};"
             yield "}"
 
-    def read(self, step: int, vector: int, place: str) -> str:
-        """Vector `vector` of a thread's, in a step."""
+    def read(self, step: int, vector: int) -> str:
+        """Vector `vector` of a thread's, in a step that is counted from `from_<name>` on."""
         block, s = divmod(step, BLOCK)
-        threads = self.tile.down if place == "ty" else self.tile.across
+        threads = self.tile.down if self.name == LEFT else self.tile.across
         row = s * self.tile.depth + block
-        return f"{self.name}_slab[{place} + {row * self.stride + vector * threads}u]"
+        return f"{self.name}_slab[from_{self.name} + {row * self.stride + vector * threads}u]"
+
+    def begin(self, block: str | None) -> str:
+        """Where a thread reads from block `block` of steps on."""
+        place = "ty" if self.name == LEFT else "tx"
+        return f"let from_{self.name} = {place}{'' if block is None else f' + {block} * {self.stride}u'};"
 
 
 def sums(tile: Tile, left: Slab, rights: Sequence[Slab], slabs: int) -> Iterator[str]:
@@ -151,24 +161,34 @@ def sums(tile: Tile, left: Slab, rights: Sequence[Slab], slabs: int) -> Iterator
     for side in sides:
         yield from side.store()
     yield "workgroupBarrier();"
-    if tile.prefetch:
+    if tile.prefetch == 1:
         yield f"if (slab + 1u < {slabs}u) {{"
         yield from all_sides("(slab + 1u)")
         yield "}"
-    for step in range(tile.steps):
+    elif tile.prefetch == 2:
+        yield f"let next = min(slab + 1u, {slabs - 1}u);"
+        yield from all_sides("next")
+    looped = tile.unroll < tile.steps
+    if looped:
+        yield f"for (var part = 0u; part < {tile.depth}u; part += {tile.unroll // BLOCK}u) {{"
+    for side in sides:
+        yield side.begin("part" if looped else None)
+    for step in range(min(tile.unroll, tile.steps)):
         yield "{"
         yield from _products(tile, left, rights, step)
         yield "}"
-    yield "}"
+    yield "} }" if looped else "}"
 
 
 def _products(tile: Tile, left: Slab, rights: Sequence[Slab], step: int) -> Iterator[str]:
     """One step of a slab: every row of the thread's times every column."""
+    vectors = range(tile.thread_columns // 4)
     for v in range(tile.thread_rows // 4):
-        yield f"let a{v} = {left.read(step, v, 'ty')};"
+        yield f"let a{v} = {left.read(step, v)};"
     for n, right in enumerate(rights):
-        for j in range(tile.thread_columns // 4):
-            yield f"let b{n}_{j} = {right.read(step, j, 'tx')};"
-            for i in range(tile.thread_rows):
+        for j in vectors:
+            yield f"let b{n}_{j} = {right.read(step, j)};"
+        for i in range(tile.thread_rows):
+            for j in vectors:
                 c = f"c{n}_{i}_{j}"
                 yield f"{c} = fma(vec4<f32>(a{i // 4}.{'xyzw'[i % 4]}), b{n}_{j}, {c});"

@@ -1,0 +1,261 @@
+"""Matrix products on a GPU: every variant, weight type, epilogue and layout against the ops' float64 references."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kernelforge.dialects.transformer.matmul import GLU_MATMUL, MATMUL
+from kernelforge.dtype import to_numpy
+from kernelforge.problem import Problem, parse_problem
+from kernelforge.quant import dequantize, quantize
+from kernelforge.session import Session
+from kernelforge.tolerance import expect
+from kernelforge.tune.verify import Workload
+from kernelforge.variant import Accept, Config, DeviceInfo, KernelVariant, Reject
+from kernelforge_metal.kernel import GpuKernel, shader
+from kernelforge_metal.kernels.matmul import VARIANTS
+from kernelforge_metal.kernels.matmul.gemm import NAMES
+from kernelforge_metal.kernels.matmul.weights import Quads, pieces
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+WEIGHTS = ("f32", "f16", "bf16", "q8", "q4")
+BY_NAME: dict[tuple[str, str], KernelVariant] = {(v.op.partition(".")[2], v.name): v for v in VARIANTS}
+
+
+def matmul(lhs: str, rhs: str, bias: str = "_", residual: str = "_", **attrs: Any) -> Problem:
+    """With the result's type inferred."""
+    return _inferred("matmul", MATMUL, f"{lhs}, {rhs}, {bias}, {residual}", attrs)
+
+
+def glu(x: str, weight: str, **attrs: Any) -> Problem:
+    return _inferred("glu_matmul", GLU_MATMUL, f"{x}, {weight}, {weight}", attrs)
+
+
+def _inferred(name: str, op: Any, operands: str, attrs: dict[str, Any]) -> Problem:
+    parsed = parse_problem(f"transformer.{name}({operands}) -> (f32[1]) {{}}")
+    made: Problem = op.problem(parsed.operands, attrs)
+    return made
+
+
+def linear(m: int | str, n: int, k: int, w: str, x: str = "f32", **attrs: Any) -> Problem:
+    return matmul(f"{x}[{m},{k}]", f"{w}[{n},{k}]@const", transpose_rhs=True, **attrs)
+
+
+def verify(session: Session, problem: Problem, variant: str, config: Config | None = None) -> None:
+    work = Workload(session, problem)
+    work.verify(session.compile_problem(problem, constants=work.constants, variant=variant, config=config))
+
+
+LOW = (*((1, 37, 96, w) for w in WEIGHTS), *((3, 12, 1056, w) for w in WEIGHTS))
+"""Few rows: columns that fill no workgroup, and more units than threads."""
+
+
+@pytest.mark.parametrize(("m", "n", "k", "w"), LOW)
+def test_gemv(gpu: Session, m: int, n: int, k: int, w: str) -> None:
+    k += 3 * (not w.startswith("q"))  # no multiple of anything
+    verify(gpu, linear(m, n, k, w), "gemv", {"columns": 4, "threads": 32, "unroll": 2})
+
+
+@pytest.mark.parametrize("w", WEIGHTS)
+def test_gemv_in_workgroup_memory(plain_gpu: Session, w: str) -> None:
+    problem = matmul("f16[2,96]", f"{w}[36,96]@const", "bf16[36]", "f32[2,36]", transpose_rhs=True, epilogue="silu")
+    assert plain_gpu.select(problem).variant.name == "gemv-shared"
+    verify(plain_gpu, problem, "gemv-shared", {"columns": 8, "threads": 64, "unroll": 1})
+
+
+@pytest.mark.parametrize("w", WEIGHTS)
+def test_gated_gemv(gpu: Session, w: str) -> None:
+    verify(gpu, glu("f32[2,128]", f"{w}[21,128]@const", transpose_rhs=True, activation="gelu"), "gemv")
+
+
+SMALL: Config = dict(zip(NAMES, (32, 32, 32, 4, 4, 16, 1), strict=True))
+TALL: Config = dict(zip(NAMES, (32, 32, 16, 8, 4, 16, 0), strict=True))
+BRANCHLESS: Config = dict(zip(NAMES, (32, 32, 16, 4, 8, 16, 2), strict=True))
+
+
+@pytest.mark.parametrize("w", WEIGHTS)
+def test_gemm_with_a_full_epilogue_and_ragged_edges(gpu: Session, w: str) -> None:
+    operands = ("f32[45,96]", f"{w}[74,96]@const", "f32[74]", "f32[45,74]")
+    verify(gpu, matmul(*operands, transpose_rhs=True, epilogue="gelu_tanh"), "gemm", SMALL)
+
+
+@pytest.mark.parametrize("config", [TALL, BRANCHLESS], ids=["not prefetched", "prefetched without a branch"])
+def test_other_tiles(gpu: Session, config: Config) -> None:
+    verify(gpu, linear(70, 70, 96, "f32"), "gemm", config)
+    verify(gpu, linear(70, 72, 128, "q4"), "gemm", config)
+
+
+@pytest.mark.parametrize("w", WEIGHTS)
+def test_gemm_of_16_bit_activations(gpu: Session, w: str) -> None:
+    verify(gpu, linear(33, 40, 64, w, "f16"), "gemm", SMALL)
+    verify(gpu, glu("bf16[9,64]", f"{w}[36,64]@const", transpose_rhs=True), "gemm", SMALL)
+
+
+LAYOUTS = [
+    matmul("f32[19,21]", "f32[21,36]"),
+    matmul("f16[19,21]", "bf16[21,36]"),
+    matmul("f32[21,19]", "f32[22,21]", transpose_lhs=True, transpose_rhs=True),
+    matmul("f32[2,3,9,20]", "f32[2,3,20,12]"),
+    matmul("f32[2,3,9,20]:[1999,640,21,1]", "f16[20,12]@const"),
+    matmul("f32[4,7,8]:[8,99,1]", "f32[24,8]@const", transpose_rhs=True),
+    matmul("f32[20,64]", "f32[64,48]@const"),
+    matmul("f32[20,0]", "f32[0,8]"),
+]
+
+
+@pytest.mark.parametrize("variant", ["gemm", "direct"])
+@pytest.mark.parametrize("problem", LAYOUTS, ids=str)
+def test_layouts(gpu: Session, problem: Problem, variant: str) -> None:
+    if variant == "gemm" and isinstance(BY_NAME["matmul", "gemm"].judge(problem, gpu.device.info), Reject):
+        pytest.skip("the other variant's")
+    verify(gpu, problem, variant, TALL if variant == "gemm" else None)
+
+
+@pytest.mark.parametrize("w", WEIGHTS)
+def test_direct(gpu: Session, w: str) -> None:
+    verify(gpu, matmul("bf16[3,64]", f"{w}[5,64]@const", "f32[5]", transpose_rhs=True, epilogue="gelu"), "direct")
+    verify(gpu, glu("f32[2,64]", f"{w}[5,64]@const", transpose_rhs=True), "direct")
+
+
+@pytest.mark.parametrize("w", ["f16", "q4"])
+def test_any_number_of_rows_with_one_kernel(gpu: Session, w: str) -> None:
+    problem = linear("tokens", 40, 64, w).canonical()
+    op = gpu.registry.ops[problem.op]
+    weight = np.random.default_rng(3).standard_normal((40, 64)).astype(np.float32)
+    constant = quantize(weight, w) if w == "q4" else weight.astype(to_numpy(w))
+    executable = gpu.compile_problem(problem, constants={"rhs": constant}, variant="gemm", config=SMALL)
+    for rows in (1, 31, 70, 2):
+        lhs = np.random.default_rng(rows).standard_normal((rows, 64)).astype(np.float32)
+        (out,) = executable.run({"lhs": lhs})
+        (want,) = expect(problem.with_dims({"?0": rows}), op, [lhs, constant, None, None])
+        assert (abs(np.asarray(out) - want.exact) <= want.allowed).all()
+
+
+@pytest.mark.parametrize("variant", ["gemv", "gemm", "direct"])
+@pytest.mark.parametrize("w", WEIGHTS)
+def test_nan_and_infinity_stay_in_their_row(gpu: Session, w: str, variant: str) -> None:
+    """Rows and columns that a tile reads beside its own, and zeros beyond the last step, must not spread them."""
+    weight = np.random.default_rng(1).standard_normal((12, 96)).astype(np.float32)
+    constant = quantize(weight, w) if w.startswith("q") else weight.astype(to_numpy(w))
+    wide = dequantize(constant) if w.startswith("q") else constant.astype(np.float32)
+    lhs = np.ones((3, 96), np.float32)
+    lhs[0, 95], lhs[1, 7] = np.nan, np.inf
+    config = SMALL if variant == "gemm" else None
+    executable = gpu.compile_problem(linear(3, 12, 96, w), constants={"rhs": constant}, variant=variant, config=config)
+    (out,) = executable.run({"lhs": lhs})
+    got = np.asarray(out)
+    with np.errstate(invalid="ignore"):
+        infinite = np.inf * wide[:, 7]
+    assert np.isnan(got[0]).all()
+    assert np.array_equal(got[1], infinite, equal_nan=True)
+    assert np.allclose(got[2], wide.sum(axis=1), atol=1e-4)
+
+
+def test_a_broken_result_would_be_seen(gpu: Session) -> None:
+    """The checks above compare something: another weight's result is refused."""
+    problem = linear(2, 8, 64, "f32")
+    work, other = Workload(gpu, problem), Workload(gpu, problem)
+    with pytest.raises(Exception, match=r"result 'out' of transformer\.matmul"):
+        work.verify(gpu.compile_problem(problem, constants=other.constants, variant="gemv"))
+
+
+# --- without a device ---
+
+
+def info(*features: str, **limits: int) -> DeviceInfo:
+    named = {name.replace("_", "-"): value for name, value in limits.items()}
+    return DeviceInfo("gpu", "null", "null", frozenset(features), tuple(sorted(named.items())))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.op.partition('.')[2]}-{v.name}")
+def test_shaders_of_all_samples_are_written(variant: KernelVariant) -> None:
+    """With shapes of real models; the default is legal, on devices with everything and with nothing."""
+    op = MATMUL if variant.op.endswith(".matmul") else GLU_MATMUL
+    taken = 0
+    for problem in list(op.samples(random.Random(2)))[::5]:
+        for device in (info("subgroup", "shader-f16", max_compute_workgroup_storage_size=49152), info()):
+            verdict = variant.judge(problem, device)
+            if isinstance(verdict, Reject):
+                assert verdict.reason
+                continue
+            taken += 1
+            kernel = variant.build_kernel(problem, variant.default_config(problem, device), device)
+            assert isinstance(kernel, GpuKernel)
+            for dispatch in kernel.dispatches:
+                text = shader(problem, kernel, dispatch, immediates=True)
+                assert ("subgroupAdd" in text) == (variant.name == "gemv")
+                assert dispatch.grid([1] * len(problem.dims)) >= (1, 1, 1)
+    assert taken > 5
+
+
+def reason(name: str, problem: Problem, device: DeviceInfo) -> str:
+    verdict = BY_NAME[problem.op.partition(".")[2], name].judge(problem, device)
+    assert isinstance(verdict, Reject)
+    return verdict.reason
+
+
+def test_reasons_to_refuse() -> None:
+    one = linear(1, 8, 8, "f32")
+    assert reason("gemv", one, info()) == "the device has no subgroups"
+    assert "at most 8 rows, not 9" in reason("gemv-shared", linear(9, 8, 8, "f32"), info())
+    assert "a known number of rows" in reason("gemv-shared", linear("t", 8, 8, "f32").canonical(), info())
+    assert "a constant right-hand side" in reason("gemv-shared", matmul("f32[1,8]", "f32[8,8]"), info())
+    assert "multiple of four columns" in reason("gemm", linear(9, 7, 8, "f32", "f16"), info())
+    assert "not f64" in reason("direct", matmul("f64[1,8]", "f64[8,8]"), info())
+    assert "same number of elements apart" in reason(
+        "gemm", matmul("f32[2,3,9,20]:[1999,600,20,1]", "f32[2,3,20,12]"), info()
+    )
+    for name in ("gemv-shared", "gemm", "direct"):
+        assert BY_NAME["matmul", name].judge(one, info()) == Accept()
+
+
+@pytest.mark.parametrize("variant", ["gemv", "gemm"])
+@pytest.mark.parametrize("w", WEIGHTS)
+def test_a_weight_larger_than_a_binding_is_read_in_pieces(gpu: Session, w: str, variant: str) -> None:
+    """As embeddings of large vocabularies are: forced by a device that binds little."""
+    problem = matmul("f32[3,64]", f"{w}[300,64]@const", "f32[300]", transpose_rhs=True)
+    known = gpu.device.info
+    column = {"f32": 256, "f16": 128, "bf16": 128, "q8": 64, "q4": 32}[w]
+    limits = {**dict(known.limits), "max-storage-buffer-binding-size": 130 * column}
+    small = dataclasses.replace(known, limits=tuple(sorted(limits.items())))
+    made = BY_NAME["matmul", variant]
+    config = SMALL if variant == "gemm" else {"columns": 4, "threads": 32, "unroll": 1}
+    kernel = made.build_kernel(problem, config, small)
+    assert [dict(d.parameters)["first"] for d in kernel.dispatches] == [0, 128, 256]
+    firsts = [b for d in kernel.dispatches for b in d.bindings if b.name in ("w", "b_w")]
+    assert all(b.start % 256 == 0 and 0 < b.nbytes <= 130 * column for b in firsts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu.device, "_info", small)
+        patch.setattr(gpu.device, "_kernels", {})
+        verify(gpu, problem, variant, config)
+
+
+@pytest.mark.parametrize("w", ["q8", "q4"])
+def test_packed_quantised_weights_have_the_same_numbers(w: str) -> None:
+    """The place of every number and scale as documented, recomputed from the bytes."""
+    weight = quantize(np.random.default_rng(0).standard_normal((6, 96)).astype(np.float32), w)
+    layout = Quads(w, 6, 96)
+    data = layout.packs().pack(weight)
+    words = data[: 16 * layout.quads * layout.units * layout.words].view(np.uint8)
+    scales = data[len(words) :].view(np.float16).reshape(layout.quads, layout.pairs, 2, 4)
+    for column in range(6):
+        for k in range(96):
+            quad, lane, pair, group, octet, j = column // 4, column % 4, k // 64, k % 64 // 32, k % 32 // 4, k % 4
+            if w == "q8":
+                word = (quad * layout.pairs + pair) * 16 + group * 8 + octet
+                number = int(words[16 * word + 4 * lane + j].view(np.int8))
+            else:
+                word = (quad * layout.pairs + pair) * 8 + octet
+                number = int(words[16 * word + 4 * lane + 2 * group + j // 2] >> 4 * (j % 2) & 15) - 8
+            assert number * np.float32(scales[quad, pair, group, lane]) == dequantize(weight)[column, k]
+
+
+def test_pieces_cover_a_weight() -> None:
+    found = list(pieces(Quads("q4", 1000, 64), info(max_storage_buffer_binding_size=300 * 32)))
+    assert [(p.first, p.columns) for p in found] == [(0, 256), (256, 256), (512, 256), (768, 256)]
