@@ -5,14 +5,13 @@ The products of a group are summed exactly, in integers; the sum of a group is s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kernelforge.dtype import ACTIVATION_FORMAT, GROUP, WEIGHT_FORMATS
 from kernelforge.variant import ConfigSpace, Reject
-from kernelforge_cpu.emit import PTR, Pointer
+from kernelforge_cpu.emit import I64, PTR, Pointer
 from kernelforge_cpu.kernel import NativeKernel, Phase
 from kernelforge_cpu.kernels.axes import emit_offsets
 from kernelforge_cpu.kernels.common import new_kernel
@@ -32,7 +31,8 @@ if TYPE_CHECKING:
     from kernelforge_cpu.emit import Builder, Value
     from kernelforge_cpu.kernels.axes import Size
 
-ROWS = (1, 2, 3, 4, 5, 6, 8)
+ROWS = (3, 4, 5, 6)
+BEST_ROWS = 4
 AHEAD = (512, 1024, 2048)
 """Bytes by which weights that come from memory may be prefetched."""
 
@@ -74,40 +74,31 @@ def takes_dotprod(problem: Problem, device: DeviceInfo) -> Verdict:
 
 
 def integer_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
-    """`rows` x `panels` is the register tile, `group` the number of tiles side by side that share one pass over the rows
-    of lhs, `ahead` how far weights are prefetched where they are read once."""
-    g = geometry(problem)
-    rows = static_rows(g)
-    most = ROWS[-1]
-    low = rows is not None and rows <= most
-    panels = (2, 4) if len(g.rhs) == 2 else (1, 2, 4)
-
-    def sums(c: Config) -> int:
-        return int(c["rows"]) * int(c["panels"])
-
+    """`rows` of lhs are multiplied by `group` panels side by side before the next rows; weights that are read once are
+    prefetched `ahead` bytes."""
+    rows = static_rows(geometry(problem))
+    low = rows is not None and rows < ROWS[0]
+    own = () if rows is None or rows > ROWS[-1] else (max(1, rows),)
     return ConfigSpace(
         (
-            ("rows", tuple(r for r in ROWS if not low or r <= max(1, rows or 1))),
-            ("panels", panels),
-            ("group", (1,) if low else (1, 2, 4, 8)),
+            ("rows", own if low else tuple(sorted({*ROWS, *own}))),
+            ("group", (1, 4, 16) if low else (4, 16, 32)),
             ("ahead", AHEAD),
-        ),
-        (("the tile needs more registers than there are", lambda c: sums(c) <= registers(device)),),
+        )
     )
 
 
 def integer_default(problem: Problem, device: DeviceInfo) -> Config:
-    """One pass over the weights for few rows, panel by panel as they lie in memory."""
+    """Few rows: one pass over the weights, panel by panel as they lie in memory. Many: panels that fill half of L2."""
     g = geometry(problem)
-    space = integer_space(problem, device)
-    parameters = {name: [int(v) for v in values] for name, values in space.parameters}
+    groups = [int(v) for v in dict(integer_space(problem, device).parameters)["group"]]
     rows = static_rows(g)
-    panels = parameters["panels"][0]
-    height = 4 if rows is None or rows > ROWS[-1] else max(1, rows)
+    if rows is not None and rows <= ROWS[-1]:
+        return {"rows": max(1, rows), "group": groups[-1], "ahead": 1024}
+    panel = len(g.rhs) * problem.operand(1).bytes_of(int(g.inner) * lanes(device))
     half = device.limit("l2_bytes", UNKNOWN_L2) // 2
-    tile = problem.operand(1).bytes_of(int(g.inner) * lanes(device) * panels)
-    group = max(n for n in parameters["group"] if n == 1 or n * tile <= half)
-    return {"rows": min(height, parameters["rows"][-1]), "panels": panels, "group": group, "ahead": 1024}
+    group = max(n for n in groups if n == groups[0] or n * panel <= half)
+    return {"rows": BEST_ROWS, "group": group, "ahead": 1024}
 
 
 def build_pairs(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
@@ -125,22 +116,28 @@ def build_dotprod(problem: Problem, config: Config, device: DeviceInfo) -> Nativ
 def _build(dot: type[Dot], problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
     k = new_kernel(problem, config, device)
     g = geometry(problem)
-    rows, panels, group, ahead = (int(config[name]) for name in ("rows", "panels", "group", "ahead"))
+    rows, group, ahead = (int(config[name]) for name in ("rows", "group", "ahead"))
     dtype = problem.operand(g.rhs[0]).dtype
-    tile = Tile(rows, panels, 1, k.lanes, 1, registers(device))
+    tile = Tile(rows, len(g.rhs), 1, k.lanes, 1, registers(device))
     layout = Words(dtype, k.lanes, int(g.columns), int(g.inner))
     rhs = [k.buffer(i, "i8") for i in g.rhs]
-    IntegerProduct(k, problem, g, tile, max(1, int(g.inner)), group, rhs, layout, dot(dtype, k.lanes), ahead).emit()
+    IntegerProduct(k, problem, g, tile, int(g.inner), group, rhs, layout, dot(dtype, k.lanes), ahead).emit()
     return NativeKernel((Phase(k.name, shared_parts(problem, g, tile)),), k.text(), dict.fromkeys(g.rhs, layout.pack))
 
 
 @dataclass(frozen=True)
 class IntegerProduct(Product):
-    """The loops of `Product` around tiles of integer products."""
+    """The loops of `Product` around tiles of integer products: a tile of rows times a panel, panel after panel of a group,
+    before the next rows."""
 
     layout: Words
     dot: Dot
     ahead: int
+
+    @property
+    def steps(self) -> int:
+        """The result is written once."""
+        return 1
 
     def operands(self, batch: Value) -> Operands:
         k, g = self.k, self.g
@@ -158,62 +155,71 @@ class IntegerProduct(Product):
         assert not stride.names
         return stride.number // GROUP * GROUP_BYTES
 
-    def emit_tile(
-        self, at: Operands, row: Value, count: Value, panel: Value, end: Value, step: Value, sums: Pointer
-    ) -> None:
-        k, tile = self.k, self.tile
-        lhs = at.lhs.at(row * self.row_bytes)
-        numbers = [panel, *(k.min(panel + i, end - 1) for i in range(1, self.advance))]
-        panels = [p.at(i * self.layout.panel_bytes) for p in at.rhs for i in numbers]
+    def emit_block(self, at: Operands, row0: Value, row1: Value, first: Value, last: Value) -> None:
+        k, tile, low = self.k, self.tile, self.tile.low
+        memory = k.alloca("f32", tile.rows * tile.panels * tile.width * self.group)
+        full = (row1 - row0) // tile.rows
+        rest = row1 - row0 - full * tile.rows
         rows = static_rows(self.g)
         heights = tile.heights(rows)
-        for height in heights:
-            with k.if_(count.eq(height)) if len(heights) > 1 else nullcontext():
-                self.emit_sums(height, lhs, panels, sums, streamed=height < tile.rows or height == rows)
+        with k.for_(first, last, self.group) as side, k.for_(0, full + (rest + (low - 1)) // low) as down:
+            whole = down.i.lt(full)
+            row = row0 + k.select(whole, down.i * tile.rows, full * tile.rows + (down.i - full) * low)
+            count = k.select(whole, k.i64(tile.rows), k.min(low, row1 - row))
+            end = k.min(side.i + self.group, last)
+            for height in heights:
+                with k.if_(count.eq(height)) if len(heights) > 1 else nullcontext():
+                    streamed = height < tile.rows or height == rows
+                    lhs = at.lhs.at(row * self.row_bytes)
+                    for i, rhs in enumerate(at.rhs):
+                        panels = rhs.at(side.i * self.layout.panel_bytes)
+                        sums = memory.at(i * tile.width)
+                        self.emit_panels(height, lhs, panels, end - side.i, sums, streamed=streamed)
+            with k.for_(side.i, end) as across:
+                own = memory.at((across.i - side.i) * (count * (tile.panels * tile.width)))
+                self.emit_epilogue(at, row, count, across.i, end, k.i64(0), own)
 
-    def emit_sums(self, rows: int, lhs: Pointer, panels: Sequence[Pointer], out: Pointer, *, streamed: bool) -> None:
-        """As `tile.emit_products`."""
-        k = self.k
+    def emit_panels(
+        self, rows: int, lhs: Pointer, panels: Pointer, count: Value, out: Pointer, *, streamed: bool
+    ) -> None:
+        """out[panel][row][rhs][:] of `rows` rows and `count` panels, f32; `out` begins at the right-hand side's."""
+        k, tile = self.k, self.tile
+        step = tile.panels * tile.width
 
-        def write(b: Builder, left: Value, sums: Value, *rest: Value) -> list[Value]:
-            x, own = Pointer(b, left.name, "i8"), [Pointer(b, p.name, "i8") for p in rest]
-            for i, found in enumerate(self.sums(b, rows, x, own, streamed)):
-                Pointer(b, sums.name, "f32").store(found, i * self.tile.lanes)
+        def write(b: Builder, left: Value, weights: Value, sums: Value, n: Value) -> list[Value]:
+            x, first, found = Pointer(b, left.name, "i8"), Pointer(b, weights.name, "i8"), Pointer(b, sums.name, "f32")
+            with b.for_(0, n) as loop:
+                own = found.at(loop.i * (rows * step))
+                for r, total in enumerate(self.sums(b, rows, x, first.at(loop.i * self.layout.panel_bytes), streamed)):
+                    own.store(total, r * step)
             return []
 
-        types = [PTR] * (2 + len(panels))
-        k.call(k.function(f"{k.name}_rows{rows}", types, write, inline=False), lhs, out, *panels)
+        function = k.function(f"{k.name}_rows{rows}", (PTR, PTR, PTR, I64), write, inline=False)
+        k.call(function, lhs, panels, out, count)
 
-    def sums(self, k: Builder, rows: int, lhs: Pointer, panels: Sequence[Pointer], streamed: bool) -> list[Value]:
-        """Row by row, the vectors of sums of all panels."""
+    def sums(self, k: Builder, rows: int, lhs: Pointer, panel: Pointer, streamed: bool) -> list[Value]:
+        """Of each row."""
         layout, dot, width = self.layout, self.dot, self.tile.lanes
-        count = rows * len(panels)
-        with k.for_(0, layout.groups, 1, [k.f32(0.0, width)] * count) as loop:
-            left = lhs.at(loop.i * GROUP_BYTES)
-            lefts = [left.at(r * self.row_bytes) for r in range(rows)]
-            values = [p.at(loop.i * layout.group_bytes).at(layout.scale_bytes) for p in panels]
+        vector = WORD * width
+        with k.for_(0, layout.groups, 1, [k.f32(0.0, width)] * rows) as loop:
+            left = [lhs.at(loop.i * GROUP_BYTES).at(r * self.row_bytes) for r in range(rows)]
+            values = panel.at(loop.i * layout.group_bytes).at(layout.scale_bytes)
             if streamed:
-                for start in values:
-                    for line in range(0, layout.group_bytes, LINE):
-                        start.prefetch(self.ahead + line)
-            zeros = [_repeated(k, x.at(ZEROS), width, "i16") for x in lefts]
-            own = [dot.start(k, z) for z in zeros for _ in panels]
+                for line in range(0, layout.group_bytes, LINE):
+                    values.prefetch(self.ahead + line)
+            zeros = [_repeated(k, x.at(ZEROS), width, "i16") for x in left]
+            own = [dot.start(k, z) for z in zeros]
             for word in range(layout.words):
-                factors = [dot.weights(k, start.load(word * width * WORD, WORD * width)) for start in values]
-                for r, x in enumerate(lefts):
-                    for half in range(len(factors[0])):
-                        four = _repeated(k, x.at(VALUES + WORD * word + GROUP // 2 * half), width, "i8")
-                        for i, weights in enumerate(factors, r * len(panels)):
-                            own[i] = dot.step(k, own[i], weights[half], four)
-            scales = [p.of("f16").at(loop.i * width).load_f32(0, width) for p in panels]
+                for half, weights in enumerate(dot.weights(k, values.load(word * vector, vector))):
+                    at = VALUES + WORD * word + GROUP // 2 * half
+                    for r, x in enumerate(left):
+                        own[r] = dot.step(k, own[r], weights, _repeated(k, x.at(at), width, "i8"))
+            scale = panel.of("f16").at(loop.i * width).load_f32(0, width)
             done: list[Value] = []
-            for r, x in enumerate(lefts):
-                scale = k.broadcast(x.of("f32").load(), width)
-                for own_scale in scales:
-                    found = own[len(done)]
-                    assert found is not None
-                    whole = k.convert(dot.finish(k, found, zeros[r]), "f32")
-                    done.append(k.fma(whole, own_scale * scale, loop.values[len(done)]))
+            for x, found, zero, total in zip(left, own, zeros, loop.values, strict=True):
+                assert found is not None
+                whole = k.convert(dot.finish(k, found, zero), "f32")
+                done.append(k.fma(whole, scale * k.broadcast(x.of("f32").load(), width), total))
             loop.yield_(*done)
         return loop.results
 
