@@ -15,7 +15,7 @@ from kernelforge.errors import AssetError, UsageError
 PEER_PYTHON = "KERNELFORGE_PEER_PYTHON"
 """Environment variable: the Python interpreter of an environment with the peers that are not ours to install."""
 
-_START_S = 120.0
+_START_S = 300.0
 """Importing a large library from a cold disk."""
 _ANSWER_S = 600.0
 
