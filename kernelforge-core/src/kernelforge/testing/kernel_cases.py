@@ -237,7 +237,11 @@ def _layouts(made: KernelCases) -> None:
 def restrided(problem: Problem, op: OpDef) -> Iterator[tuple[str, Problem]]:
     """The problem with one operand, then with all, in other layouts."""
     written = {operand for _, operand in op.in_place}
-    able = [i for i, t in enumerate(problem.operands) if t is not None and not t.constant and i not in written]
+    able = [
+        i
+        for i, t in enumerate(problem.operands)
+        if t is not None and not t.constant and not t.quantised and i not in written
+    ]
     for layout in LAYOUTS:
         for chosen in [[i] for i in able] + ([able] if len(able) > 1 else []):
             operands = list(problem.operands)
