@@ -15,6 +15,7 @@ from kernelforge.dtype import FLOATS, epsilon, to_numpy
 from kernelforge.lazy import resolve
 from kernelforge.op import OpDef
 from kernelforge.problem import Attr, Problem, TensorType, parse_tensor_type
+from kernelforge.quant import widened
 from kernelforge.variant import Accept, Config, DeviceInfo, KernelVariant, Verdict
 from kernelforge_cpu import isa
 from kernelforge_cpu.isa import CpuTarget, host_target
@@ -47,8 +48,8 @@ def native(problems: Sequence[Problem], target: CpuTarget, config: Config | None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(isa, "host_target", lambda: target)
         for p in problems:
-            quantised = any(t is not None and t.quantised for t in p.operands)
-            variant = (QUANTISED if quantised else NATIVE)[p.op.partition(".")[2]]
+            op, quantised = p.op.partition(".")[2], any(t is not None and t.quantised for t in p.operands)
+            variant = (QUANTISED if quantised and op in QUANTISED else NATIVE)[op]
             assert variant.judge(p, info) == Accept(), p
             canonical = p.canonical()
             built[p] = variant.build_kernel(canonical, config or variant.default_config(canonical, info), info)
@@ -158,10 +159,7 @@ class Kernels:
 
 def reference(op: OpDef, p: Problem, arrays: Arrays) -> list[Array]:
     """The op's reference in float64, not rounded (in the operands' own types where the op is exact)."""
-    wide = [
-        a if a is None or t is None or op.exact or t.dtype not in FLOATS else a.astype(np.float64)
-        for a, t in zip(arrays, p.operands, strict=True)
-    ]
+    wide = [a if a is None or t is None or op.exact else widened(a) for a, t in zip(arrays, p.operands, strict=True)]
     with np.errstate(all="ignore"):
         return list(resolve(op.reference)(wide, dict(p.attrs)))
 

@@ -12,6 +12,7 @@ from kernel_checks import F32, Array, Arrays, Kernels, device, problem, referenc
 from kernelforge.dialects.transformer.attention import ATTENTION
 from kernelforge.dtype import to_numpy
 from kernelforge.problem import Attr, Problem
+from kernelforge.quant import widened
 from kernelforge.variant import Reject
 from kernelforge_cpu.isa import CpuTarget, host_targets
 from kernelforge_cpu.kernels.attention import build_attention
@@ -34,7 +35,12 @@ CACHED = [
     cached("f32[tokens,4,12]", "f32[3,100,2,12]", lengths="i32[3]", causal=False),
     cached("f32[tokens,3,1]", "f32[2,100,3,1]", lengths="i32[2]", causal=False, window=9),
 ]
+QUANTISED = [
+    cached("f32[tokens,9,64]", "q8[3,200,3,64]"),
+    cached("f16[tokens,4,32]", "q8[3,90,2,32]", window=5),
+]
 ONE_TOKEN = [
+    cached("f32[1,8,96]", "q8[1,400,4,96]", tokens="1"),
     cached("f32[1,2,256]", "bf16[1,100,1,256]", tokens="1"),
     cached("f32[1,6,72]", "f32[1,100,1,72]", tokens="1"),
 ]
@@ -55,7 +61,7 @@ DYNAMIC = problem("attention", "f32[b,t,4,16]", "f32[b,t,2,16]", "f32[b,t,2,16]"
 
 def from_scores(arrays: Arrays, exact: list[Array]) -> list[Array]:
     """A score's error, from a sum of D products, is the relative error of its weight; then a sum over the keys."""
-    q, k, v = (np.nan_to_num(np.asarray(a, np.float64)) for a in arrays[:3])
+    q, k, v = (np.nan_to_num(widened(np.asarray(a))) for a in arrays[:3])
     size, keys = q.shape[-1], k.shape[-3]
     score = np.linalg.norm(q, axis=-1).max(initial=0.0) * np.linalg.norm(k, axis=-1).max(initial=0.0) / math.sqrt(size)
     weight = (size / 4 + 10) * score + 8
@@ -64,10 +70,10 @@ def from_scores(arrays: Arrays, exact: list[Array]) -> list[Array]:
 
 @pytest.fixture(scope="module")
 def kernels() -> Kernels:
-    return Kernels([*CACHED, *ONE_TOKEN, *SPLIT, *DENSE, DYNAMIC])
+    return Kernels([*CACHED, *QUANTISED, *ONE_TOKEN, *SPLIT, *DENSE, DYNAMIC])
 
 
-@pytest.mark.parametrize("p", CACHED, ids=str)
+@pytest.mark.parametrize("p", [*CACHED, *QUANTISED], ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, 2, 19, 100])
 def test_over_a_cache(kernels: Kernels, p: Problem, tokens: int) -> None:
     kernels.check(p, from_scores, {"tokens": tokens})

@@ -9,6 +9,7 @@ from kernel_checks import Array, Kernels, problem, reference
 from kernelforge.dialects.transformer.lookup import ARGMAX
 from kernelforge.dtype import to_numpy
 from kernelforge.problem import Problem
+from kernelforge.quant import quantize
 from kernelforge_cpu.isa import host_targets
 
 EMBEDDINGS = [
@@ -38,6 +39,8 @@ UPDATES = [
         ("bf16", "f32", 9, "2,16", ":[100,16,1]"),
         ("f16", "bf16", 9, "3,20", ":[300,64,1]"),
         ("f16", "f16", 9, "5,1", ":[20,3,7]"),
+        ("q8", "f32", 9, "2,96", ":[200,96,1]"),
+        ("q8", "bf16", 3, "1,32", ""),
     )
 ]
 UPDATES.append(problem("kv_cache_update", "f32[3,20,2,8]:[1000,40,16,1]", "f32[5,2,8]", "i32[5]:[2]", "i32[5]"))
@@ -68,6 +71,22 @@ def test_dynamic_dimensions(kernels: Kernels, tokens: int) -> None:
     kernels.check(DYNAMIC[3], sizes={"rows": tokens})
     kernels.check(DYNAMIC[1], sizes={"tokens": tokens})
     kernels.check(DYNAMIC[2], sizes={"tokens": tokens})
+
+
+def test_rows_of_a_quantised_cache_are_those_of_the_quantiser(kernels: Kernels) -> None:
+    """Zeros, subnormal scales, ties, and numbers of all sizes; NaN and infinity spoil their group alone."""
+    p = UPDATES[5]
+    rng = np.random.default_rng(3)
+    new = (rng.standard_normal((9, 2, 96)) * 10.0 ** rng.uniform(-9, 4, (9, 2, 1))).astype(np.float32)
+    new[0, 0, :32], new[0, 0, 32:64], new[1, 0, :32] = 0.0, 1e-42, np.arange(32) - 15.5
+    new[1, 0, 31] = 127.0
+    cache = quantize(np.zeros((3, 20, 2, 96), np.float32), "q8")
+    positions, slots = np.arange(9, dtype=np.int32), np.ones(9, np.int32)
+    kernels.check(p, arrays=[cache, new, positions, slots])
+    new[2, 1, 40], new[3, 0, 95] = np.nan, -np.inf
+    (got,) = kernels.run(p, [cache, new, positions, slots])
+    spoilt = np.isnan(got["scale"].astype(np.float32))
+    assert np.argwhere(spoilt).tolist() == [[1, 2, 1, 1], [1, 3, 0, 2]]
 
 
 def test_an_update_of_padding_alone_changes_nothing(kernels: Kernels) -> None:

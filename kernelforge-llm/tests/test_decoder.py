@@ -279,6 +279,19 @@ def test_what_the_cache_keeps_is_a_choice(session: Session, oracle: Decoder, kv_
     assert 1e-6 < np.abs(found - wanted).max() / np.abs(wanted).max() < error
 
 
+def test_a_quantised_cache_is_near_and_needs_whole_groups(session: Session, tinypy: Decoder) -> None:
+    decoder = load(session=session, kv_dtype="q8")
+    assert {b.dtype for b in decoder.new_cache().buffers.values()} == {"q8"}
+    ids = list(range(100, 160))
+    wanted, found = tinypy.logits(ids), decoder.logits(ids)
+    assert 1e-6 < np.abs(found - wanted).max() / np.abs(wanted).max() < 2e-2
+    cache = decoder.new_cache()
+    one_by_one = [decoder.feed(cache, [i]) for i in ids[:20]]
+    np.testing.assert_allclose(one_by_one, found[:20], rtol=0, atol=2e-3 * np.abs(found).max())
+    with pytest.raises(UsageError, match="a q8 cache holds heads of a multiple of 32 elements, this model's have 16"):
+        load(LLAMA, session=session, kv_dtype="q8")
+
+
 def test_by_default_the_cache_is_as_exact_as_the_weights() -> None:
     assert [cache_dtype("auto", w) for w in ("native", "f32", "bf16", "f16", "q8", "q4")] == ["f32"] * 3 + ["f16"] * 3
     assert cache_dtype("bf16", "q4") == "bf16"
@@ -287,7 +300,7 @@ def test_by_default_the_cache_is_as_exact_as_the_weights() -> None:
 def test_an_unknown_cache_format_is_refused(numpy_session: Session) -> None:
     with pytest.raises(UsageError, match="unknown cache format 'q3'") as caught:
         load(LLAMA, session=numpy_session, kv_dtype="q3")  # type: ignore[arg-type]  # what is tested
-    assert caught.value.hint == "one of: auto, f32, f16, bf16"
+    assert caught.value.hint == "one of: auto, f32, f16, bf16, q8"
 
 
 def test_a_missing_tensor_is_named(numpy_session: Session, folder: Path) -> None:

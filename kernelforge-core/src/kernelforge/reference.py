@@ -16,7 +16,7 @@ from kernelforge.dtype import from_numpy, to_numpy
 from kernelforge.errors import UsageError
 from kernelforge.explanation import Explanation, explain_plan
 from kernelforge.op import OpDef
-from kernelforge.problem import Problem
+from kernelforge.problem import Problem, TensorType
 from kernelforge.variant import Config, DeviceInfo, KernelVariant
 
 if TYPE_CHECKING:
@@ -173,6 +173,8 @@ class ReferenceExecutable:
             if not memory[value.base].flags.c_contiguous
             else memory[value.base]
         )
+        if value.type.quantised:  # never but whole
+            return base
         flat = base.reshape(-1)[value.offset :]
         shape = value.type.static_shape(dims)
         strides = tuple(s * value.type.itemsize for s in value.type.element_strides())
@@ -211,7 +213,7 @@ class ReferenceDevice:
         return INFO
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> HostBuffer:
-        return HostBuffer(np.zeros(shape, to_numpy(dtype)))
+        return HostBuffer(np.zeros(TensorType(shape, dtype).array_shape(), to_numpy(dtype)))
 
     def compile(self, plan: Plan, constants: TensorSource, catalog: Catalog) -> ReferenceExecutable:
         return ReferenceExecutable(plan, constants, catalog)

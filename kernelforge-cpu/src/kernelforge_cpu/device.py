@@ -6,11 +6,10 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from kernelforge.dtype import to_numpy
 from kernelforge.errors import PluginError, UsageError
 from kernelforge.faults import failed
+from kernelforge.problem import TensorType
 from kernelforge.reference import HostBuffer
 from kernelforge.variant import DeviceInfo, config_key
 from kernelforge_cpu.executable import CpuExecutable, LinkedKernel
@@ -37,8 +36,8 @@ class CpuDevice:
         return self._info
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> HostBuffer:
-        kind = to_numpy(dtype)
-        return HostBuffer(aligned_zeros(int(np.prod(shape)) * kind.itemsize).view(kind).reshape(shape))
+        t = TensorType(shape, dtype)
+        return HostBuffer(aligned_zeros(t.nbytes()).view(to_numpy(dtype)).reshape(t.array_shape()))
 
     def compile(self, plan: Plan, constants: TensorSource, catalog: Catalog) -> CpuExecutable:
         """Build, link and pack. Raises PluginError when a variant builds something that is not a CPU kernel."""

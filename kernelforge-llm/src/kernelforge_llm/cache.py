@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from kernelforge.backend import Buffer, Device
     from kernelforge_llm.config import ModelConfig
 
-CacheFormat = Literal["auto", "f32", "f16", "bf16"]
+CacheFormat = Literal["auto", "f32", "f16", "bf16", "q8"]
 """What keys and values are kept in; "auto": see `cache_dtype`."""
 
 

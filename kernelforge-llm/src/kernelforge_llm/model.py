@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from kernelforge.dtype import QUANTISED, from_numpy, to_numpy
+from kernelforge.dtype import GROUP, QUANTISED, from_numpy, to_numpy
 from kernelforge.errors import UsageError
 from kernelforge.importer import Program
 from kernelforge.plan_cache import cached_module, code_stamp, keep_module, plan_key
@@ -110,6 +110,11 @@ class Model:
             )
         if sequences < 1:
             raise UsageError(f"cannot hold {sequences} sequences", hint="at least 1")
+        if kv_dtype == "q8" and config.head_dim % GROUP:
+            raise UsageError(
+                f"a q8 cache holds heads of a multiple of {GROUP} elements, this model's have {config.head_dim}",
+                hint="choose f16 (--kv-dtype f16)",
+            )
         context = context or min(config.max_position, DEFAULT_CONTEXT)
         code = code_stamp(registry)
         return cls(source, architecture, config, weights, context, sequences, kv_dtype, activations, code)

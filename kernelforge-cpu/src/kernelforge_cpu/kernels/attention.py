@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from kernelforge.variant import ConfigSpace, Reject
 from kernelforge_cpu.kernel import NativeKernel, Phase
 from kernelforge_cpu.kernels.axes import emit_size, size_of, strides_of
+from kernelforge_cpu.kernels.cache import as_plain
 from kernelforge_cpu.kernels.common import new_kernel
 from kernelforge_cpu.kernels.strided import takes_rows
 
@@ -41,7 +42,7 @@ def takes_attention(problem: Problem, device: DeviceInfo) -> Verdict:
         return Reject("takes static numbers of heads and head sizes")
     if isinstance(size, int) and size > MAX_HEAD_DIM:
         return Reject(f"takes heads of at most {MAX_HEAD_DIM} elements, not {size}")
-    return takes_rows(problem, device)
+    return takes_rows(as_plain(problem), device)
 
 
 def attention_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:

@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from kernelforge.dtype import GROUP, QUANTISED
 from kernelforge_cpu.kernels.axes import Size, emit_size, size_of, strides_of
 
 if TYPE_CHECKING:
-    from kernelforge.problem import Dim, Problem
+    from kernelforge.problem import Dim, Problem, TensorType
     from kernelforge_cpu.emit import KernelBuilder, Pointer, Value
 
 BUNDLE_HEADS = 8
@@ -37,10 +38,11 @@ class Access:
         self.heads = max(n for n in range(1, BUNDLE_HEADS + 1) if per_group % n == 0)
         self.bundles = heads // self.heads
         self.bundles_per_group = per_group // self.heads
-        self.q, self.keys, self.values = (k.buffer(i, t.dtype) for i, t in enumerate((q, keys, values)))
-        self.out = k.buffer(6, out.dtype)
+        self.quantised = keys.quantised
+        self.q, self.out = k.buffer(0, q.dtype), k.buffer(6, out.dtype)
+        self.keys, self.values = (k.buffer(i, "i8" if self.quantised else keys.dtype) for i in (1, 2))
         self.q_steps, self.key_steps, self.value_steps, self.out_steps = (
-            self._steps(strides_of(t)) for t in (q, keys, values, out)
+            self._steps(t) for t in (q, keys, values, out)
         )
         self.capacity = self.size(keys.shape[-3])
 
@@ -66,8 +68,12 @@ class Access:
     def size(self, dim: Dim) -> Value:
         return emit_size(self.k, self.problem, size_of(dim))
 
-    def _steps(self, strides: Sequence[Size]) -> list[Value]:
-        """Steps in elements of (slot or sequence, token or key, head); a tensor of rank 3 has one sequence."""
+    def _steps(self, t: TensorType) -> list[Value]:
+        """Steps of (slot or sequence, token or key, head), in elements, in bytes of a quantised tensor; one of rank 3 has
+        one sequence."""
+        strides = strides_of(t)
+        if t.quantised:
+            strides = tuple(Size(t.bytes_of(s.number), s.names) for s in strides)  # but for the last: whole groups
         padded = (*(Size(0),) * (4 - len(strides)), *strides)
         return [emit_size(self.k, self.problem, s) for s in padded[:3]]
 
@@ -97,6 +103,15 @@ class Access:
     def value_row(self, sequence: Value, key: Value, group: Value) -> Pointer:
         steps = self.value_steps
         return self.values.at(sequence * steps[0] + key * steps[1] + group * steps[2])
+
+    def load_row(self, row: Pointer, d: int, width: int) -> Value:
+        """Elements d..d + width of a key or value, as f32; zeros after the head."""
+        if not self.quantised:
+            valid = self.k.i64(self.head_dim - d) if d + width > self.head_dim else None
+            return row.load_f32(d, width, valid=valid)
+        group = row.at(d // GROUP * QUANTISED["q8"])
+        scale = self.k.convert(group.of("f16").load(align=1), "f32")
+        return group.load_f32(2 + d % GROUP, width) * self.k.broadcast(scale, width)
 
     def load_query(self, sequence: Value, token: Value, head: Value, to: Pointer, width: int) -> None:
         """A query to scratch: f32, scaled, zeros to whole vectors of `width`."""

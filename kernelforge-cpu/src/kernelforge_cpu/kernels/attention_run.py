@@ -96,8 +96,7 @@ class Run:
             # Past the end the last key is read again: its memory is there, its scores are hidden.
             rows = [source.at(k.min(first.i + j, keys - 1) * step) for j in range(n)]
             for d in range(0, size, n):
-                valid = k.i64(size - d) if d + n > size else None
-                columns = k.transpose([row.load_f32(d, n, valid=valid) for row in rows])
+                columns = k.transpose([self.access.load_row(row, d, n) for row in rows])
                 for j, column in enumerate(columns[: size - d]):
                     self.keys.at(first.i).store(column, (d + j) * self.key_block)
 
@@ -107,8 +106,7 @@ class Run:
         with k.for_(0, keys) as key:
             row, to = source.at(key.i * step), self.values.at(key.i * self.padded)
             for d in range(0, size, n):
-                valid = k.i64(size - d) if d + n > size else None
-                to.store(row.load_f32(d, n, valid=valid), d)
+                to.store(self.access.load_row(row, d, n), d)
 
     def _tile(self, row: Value, position: Value, rows: Value, limit: Value, first: Value, keys: Value) -> None:
         """The rows from `row` on against the block of `keys` keys that begins at `first`."""

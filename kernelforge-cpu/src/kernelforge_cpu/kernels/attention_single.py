@@ -35,13 +35,15 @@ class Single:
             width //= 2
         if size % width:
             width = max(4, min(k.lanes, 1 << (size - 1).bit_length()))
-        dtype = access.problem.operand(1).dtype
+        dtype = "f32" if access.quantised else access.problem.operand(1).dtype
         self.tile = Tile(heads, key_block, k.lanes, width, size, dtype, access.softcap, access.registers, direct=True)
         self.padded = self.tile.padded
         self.rows = heads * access.bundles
         self.queries = k.alloca("f32", max(1, self.rows) * self.padded)
         self.scores = k.alloca("f32", heads * key_block)
         self.scales = k.alloca("f32", heads)
+        copied = key_block * self.padded if access.quantised else 0
+        self.copies = [k.alloca("f32", copied) for _ in range(2)] if copied else []
         self.firsts, self.ends = (k.alloca("i32", heads) for _ in range(2))
 
     def attend(
@@ -72,15 +74,30 @@ class Single:
         access, k, tile = self.access, self.access.k, self.tile
         group = access.group_of(bundle)
         keys, values = access.key_row(sequence, first, group), access.value_row(sequence, first, group)
-        k.call(tile.scores(k), self.queries.at(row * self.padded), keys, access.key_steps[1], self.scores, count)
+        key_step, value_step = access.key_steps[1], access.value_steps[1]
+        if self.copies:
+            keys, values = (
+                self._widened(*each, count)
+                for each in zip((keys, values), (key_step, value_step), self.copies, strict=True)
+            )
+            key_step = value_step = k.i64(self.padded)
+        k.call(tile.scores(k), self.queries.at(row * self.padded), keys, key_step, self.scores, count)
         weights = (self.scores, sums.top.at(row), sums.total.at(row), self.scales, self.firsts, self.ends, count)
         with k.if_(count.eq(self.key_block)) as whole:
             k.call(tile.softmax(k, masked=False), *weights)
         with whole.else_():
             k.call(tile.softmax(k, masked=True), *weights)
         out = sums.out.at(row * self.padded)
-        step, bounds = access.value_steps[1], (k.i64(0), count, count)
-        k.call(tile.values(k), out, self.scores, values, step, self.scales, *bounds, self.firsts, self.ends)
+        bounds = (k.i64(0), count, count)
+        k.call(tile.values(k), out, self.scores, values, value_step, self.scales, *bounds, self.firsts, self.ends)
+
+    def _widened(self, rows: Pointer, step: Value, copy: Pointer, count: Value) -> Pointer:
+        """`count` rows of a quantised cache as f32 [count, padded]: each is read for several queries."""
+        with self.access.k.for_(0, count) as key:
+            row, to = rows.at(key.i * step), copy.at(key.i * self.padded)
+            for d in range(0, self.padded, self.tile.width):
+                to.store(self.access.load_row(row, d, self.tile.width), d)
+        return copy
 
     def store(self, sums: Sums, bundles: Sequence[Value], sequence: Value, token: Value) -> None:
         """Write the token's results from its sums over all keys."""

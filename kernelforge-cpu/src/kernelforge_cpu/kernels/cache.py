@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from kernelforge.dtype import GROUP, QUANTISED
+from kernelforge.variant import Reject
 from kernelforge_cpu.kernel import NativeKernel, Phase
 from kernelforge_cpu.kernels.axes import ONE, emit_offsets, emit_rows, emit_size, loop_nest, shared, size_of
 from kernelforge_cpu.kernels.common import new_kernel
-from kernelforge_cpu.kernels.strided import tensor
+from kernelforge_cpu.kernels.strided import takes_rows, tensor
 
 if TYPE_CHECKING:
-    from kernelforge.problem import Problem
-    from kernelforge.variant import Config, DeviceInfo
-    from kernelforge_cpu.emit import Value
+    from kernelforge.problem import Problem, TensorType
+    from kernelforge.variant import Config, DeviceInfo, Verdict
+    from kernelforge_cpu.emit import KernelBuilder, Pointer, Value
 
 GRAIN = 32768
 """Elements below which another thread costs more than it saves."""
 
 
+def as_plain(problem: Problem) -> Problem:
+    """The problem with f32 in place of q8: what a kernel that takes both must check besides."""
+
+    def plain(t: TensorType | None) -> TensorType | None:
+        return replace(t, dtype="f32") if t is not None and t.dtype == "q8" else t
+
+    operands = tuple(map(plain, problem.operands))
+    results = tuple(replace(t, dtype="f32") if t.dtype == "q8" else t for t in problem.results)
+    return replace(problem, operands=operands, results=results)
+
+
+def takes_kv_cache_update(problem: Problem, device: DeviceInfo) -> Verdict:
+    cache = problem.operand(0)
+    if cache.quantised and not all(isinstance(d, int) for d in cache.shape[2:]):
+        return Reject("takes a quantised cache with a static number of heads and head size")
+    return takes_rows(as_plain(problem), device)
+
+
 def build_kv_cache_update(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
+    if problem.operand(0).quantised:
+        return _build_quantised(problem, config, device)
     k = new_kernel(problem, config, device)
     shape = problem.operand(1).shape
     cache, new, positions, slots = (tensor(k, problem, i) for i in range(4))
@@ -42,3 +65,44 @@ def build_kv_cache_update(problem: Problem, config: Config, device: DeviceInfo) 
 
                 k.vectorize(0, length, step)
     return NativeKernel((Phase(k.name, shared(problem, size_of(*shape), GRAIN)),), k.text())
+
+
+def _build_quantised(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
+    """Into a q8 cache: groups as `kernelforge.quant.quantize` makes them, bit by bit."""
+    k = new_kernel(problem, config, device)
+    cache_type, shape = problem.operand(0), problem.operand(1).shape
+    heads, size = (int(n) for n in shape[1:])
+    new, positions, slots = (tensor(k, problem, i) for i in (1, 2, 3))
+    steps = [emit_size(k, problem, s) for s in new.strides]
+    row_bytes = cache_type.bytes_of(heads * size)
+    capacity = emit_size(k, problem, size_of(cache_type.shape[1]))
+    with k.for_(*k.share(emit_size(k, problem, size_of(shape[0])))) as token:
+        at, slot = (
+            k.convert(t.pointer.load(token.i * emit_size(k, problem, t.strides[0])), "i64") for t in (positions, slots)
+        )
+        with k.if_(at.ge(0)):
+            row = k.buffer(0, "i8").at((slot * capacity + at) * row_bytes)
+            with k.for_(0, heads) as head, k.for_(0, size // GROUP) as group:
+                source = new.pointer.at(token.i * steps[0] + head.i * steps[1]).at(group.i * GROUP)
+                _emit_group(k, source, row.at((head.i * (size // GROUP) + group.i) * QUANTISED["q8"]))
+    return NativeKernel((Phase(k.name, shared(problem, size_of(*shape), GRAIN)),), k.text())
+
+
+def _emit_group(k: KernelBuilder, source: Pointer, to: Pointer) -> None:
+    """The largest magnitude becomes 127; halves are rounded away from zero. NaN or infinity spoil the scale, and so the
+    group."""
+    lanes = min(k.lanes, 16)
+    x = [source.load_f32(i, lanes) for i in range(0, GROUP, lanes)]
+    largest, odd = k.abs(x[0]), x[0] * 0.0
+    for part in x[1:]:
+        largest, odd = k.max(k.abs(part), largest), odd + part * 0.0
+    scale = k.reduce_max(largest) / 127.0
+    inverse = 1.0 / scale
+    inverse = k.broadcast(k.select(inverse.lt(float("inf")), inverse, 0.0), lanes)
+    spoilt = k.reduce_add(odd)
+    to.of("f16").store(k.convert(k.select(spoilt.eq(0.0), scale, spoilt), "f16"), align=1)
+    for i, part in zip(range(0, GROUP, lanes), x, strict=True):
+        scaled = part * inverse
+        whole = k.unary("trunc", scaled)
+        away = k.select(k.abs(scaled - whole).ge(0.5), k.select(scaled.lt(0.0), k.f32(-1.0, lanes), 1.0), 0.0)
+        to.store(k.convert(k.convert(whole + away, "i32"), "i8"), 2 + i)

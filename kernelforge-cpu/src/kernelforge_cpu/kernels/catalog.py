@@ -48,7 +48,12 @@ VARIANTS = (
     _vectorized(
         "quantize", "quantize:build_quantize", f"{HERE}.quantize:takes_quantize", summary="activations in 8 bits"
     ),
-    _vectorized("kv_cache_update", "cache:build_kv_cache_update", summary="writes the new rows only"),
+    _vectorized(
+        "kv_cache_update",
+        "cache:build_kv_cache_update",
+        f"{HERE}.cache:takes_kv_cache_update",
+        summary="writes the new rows only",
+    ),
     _vectorized("argmax", "argmax:build_argmax", summary="one pass over each row"),
     _vectorized("reshape", "layout:build_reshape", f"{HERE}.layout:takes_reshape", summary="a copy of any layout"),
     _vectorized("transpose", "layout:build_transpose", accept_all, summary="a copy of any layout"),

@@ -18,6 +18,7 @@ from kernelforge.dialects.transformer.checks import (
     shape_text,
     standard_inputs,
     traffic,
+    want_cache,
     want_float,
     want_i32,
     want_rank,
@@ -36,8 +37,9 @@ if TYPE_CHECKING:
 def infer_attention(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ...]:
     q, k, v = (required(operands, i) for i in range(3))
     positions, slots, lengths = (optional(operands, i) for i in range(3, 6))
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        want_float(name, t)
+    want_float("q", q)
+    for name, t in (("k", k), ("v", v)):
+        want_cache(name, t)
     if (positions is None) != (slots is None):
         missing, given = ("positions", "slots") if positions is None else ("slots", "positions")
         raise OpError(f"operand '{missing}' is required with operand '{given}': both belong to attention over a cache")
@@ -153,7 +155,7 @@ def attention_cost(problem: Problem) -> Cost:
         tokens, (slots, capacity, groups, _) = q.static_shape()[0], k.static_shape()
         context = max(1, capacity // 2)
         context = min(context, window) if window else context
-        moved = 2 * min(slots, tokens) * context * groups * size * k.itemsize
+        moved = 2 * min(slots, tokens) * context * k.bytes_of(groups * size)
         return Cost(4 * tokens * context * heads * size, 2 * q.nbytes() + moved + 8 * tokens)
     batch = q.static_shape()[0] if q.rank == 4 else 1
     tokens, keys = q.static_shape()[-3], k.static_shape()[-3]
@@ -254,10 +256,11 @@ def attention_samples(rng: random.Random) -> Iterator[Problem]:
     yield _cached(9, 3, 16, 4, 2, 8, "f32", window=4, scale=0.3)
     yield _cached(9, 3, 16, 4, 4, 8, "f16", softcap=3.0)
     yield _cached(9, 3, 16, 4, 2, 8, "f32", causal=False)
+    yield _cached(9, 3, 16, 4, 2, 32, "q8")
     for model in (TINY, SMALL, LARGE):
         heads = (model.heads, model.kv_heads, model.head_dim)
         for tokens in (1, rng.randrange(2, 16), 64):
-            for dtype in ("f32", "bf16"):
+            for dtype in ("f32", "bf16", "q8"):
                 yield _cached(tokens, 4, 512, *heads, dtype)
         yield _dense(64, 64, *heads, causal=True)
     yield _cached(1, 1, 2048, LARGE.heads, LARGE.kv_heads, LARGE.head_dim, "bf16")

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 DIALECT = "transformer"
 
+CACHE_FORMAT = "q8"
+"""The quantised format that keys and values can be kept in."""
+
 Attrs = Mapping[str, Attr]
 
 
@@ -43,6 +46,12 @@ def want_float(name: str, t: TensorType) -> None:
 def want_weight(name: str, t: TensorType) -> None:
     """Floats, or a quantised format of weights."""
     if t.dtype not in WEIGHT_FORMATS:
+        want_float(name, t)
+
+
+def want_cache(name: str, t: TensorType) -> None:
+    """Floats or q8."""
+    if t.dtype != CACHE_FORMAT:
         want_float(name, t)
 
 

@@ -14,6 +14,7 @@ from kernelforge.dialects.transformer.checks import (
     shape_text,
     standard_inputs,
     traffic,
+    want_cache,
     want_float,
     want_i32,
     want_rank,
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 def infer_kv_cache_update(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ...]:
     cache, new, positions, slots = (required(operands, i) for i in range(4))
-    want_float("cache", cache)
+    want_cache("cache", cache)
     want_rank("cache", cache, 4)
     want_float("new", new)
     want_rank("new", new, 3)
@@ -56,7 +57,11 @@ def infer_kv_cache_update(operands: OperandTypes, attrs: Attrs) -> tuple[TensorT
 
 
 def kv_cache_update_reference(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
-    """cache[slots[t], positions[t]] = new[t] where positions[t] >= 0. Raises UsageError for one outside the cache."""
+    """cache[slots[t], positions[t]] = new[t] where positions[t] >= 0. Raises UsageError for one outside the cache, and for
+    numbers that a quantised cache cannot hold."""
+    from kernelforge.dtype import from_numpy
+    from kernelforge.quant import quantize
+
     cache, new, positions, slots = arrays
     written = positions >= 0
     outside = written & ((positions >= cache.shape[1]) | (slots < 0) | (slots >= cache.shape[0]))
@@ -65,14 +70,15 @@ def kv_cache_update_reference(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]
         place = f"slot {int(slots[t])}, position {int(positions[t])}"
         raise UsageError(f"token {t} goes to {place}, outside a cache of {shape_text(cache.shape)}")
     out = cache.copy()
-    out[slots[written], positions[written]] = new[written].astype(cache.dtype)
+    rows, dtype = new[written], from_numpy(cache.dtype)
+    out[slots[written], positions[written]] = quantize(rows, dtype) if dtype in QUANTISED else rows.astype(cache.dtype)
     return (out,)
 
 
 def kv_cache_update_cost(problem: Problem) -> Cost:
     """Only the new rows move: read once, written once in the cache's type."""
     cache, new = problem.operand(0), problem.operand(1)
-    return Cost(0, new.nbytes() + new.size() * cache.itemsize + 8 * new.static_shape()[0])
+    return Cost(0, new.nbytes() + cache.bytes_of(new.size()) + 8 * new.static_shape()[0])
 
 
 def kv_cache_update_inputs(problem: Problem, rng: np.random.Generator) -> list[Array | None]:
@@ -92,9 +98,10 @@ def kv_cache_update_samples(rng: random.Random) -> Iterator[Problem]:
     yield update(20, 3, 8, 2, 5, "f32")
     for dtype in ACTIVATIONS:
         yield update(rng.randrange(2, 20), 4, 32, 2, 16, dtype)
+    yield update(rng.randrange(2, 20), 4, 32, 2, 96, "q8")
     for model in MODELS:
         for tokens in TOKENS:
-            for dtype in ("f32", "bf16"):
+            for dtype in ("f32", "bf16", "q8"):
                 yield update(tokens, 4, 512, model.kv_heads, model.head_dim, dtype)
 
 
