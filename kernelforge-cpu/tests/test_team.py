@@ -138,6 +138,60 @@ def test_all_threads_take_part(threads: int) -> None:
     del kept
 
 
+def test_a_group_that_is_not_worth_sharing_is_done_by_one_thread(library: Library) -> None:
+    """Steps of one part each, side by side: the thread that finished the step before goes on with them."""
+    seen: list[int] = []
+    kept, address = callback(lambda part, parts: seen.append(threading.get_ident()))
+    out = np.zeros(64, np.int64)
+    functions = [library.address("count"), address, address, address, library.address("count")]
+    steps = table(functions, [[out]] * 5, [64, 1, 1, 1, 64], [True, True, False, False, True])
+    for _ in range(100):
+        get_team(3).run(steps)
+        assert len(set(seen)) == 1
+        assert len(seen) == 3
+        seen.clear()
+    assert out.tolist() == [200] * 64
+    del kept
+
+
+def test_more_threads_than_cores_do_not_wait_for_each_other(library: Library) -> None:
+    """A step that waited for a thread without a core would take a time slice, some milliseconds."""
+    depth = 3000
+    threads = 3 * probe().logical + 1
+    rows = [np.zeros(threads, np.int64) for _ in range(2)]
+    buffers = [[rows[i % 2], rows[1 - i % 2]] for i in range(depth)]
+    steps = table([library.address("chain")] * depth, buffers, [threads] * depth)
+    team = Team(threads)
+    team.run(steps)
+    best = min(_seconds(lambda: team.run(steps)) for _ in range(3))
+    team.close()
+    assert best < depth * 1e-3
+
+
+def _seconds(call: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def test_two_teams_run_at_once(library: Library) -> None:
+    """Two sessions with thread counts of their own, both with more threads than there are cores together."""
+    outs = [np.zeros(9, np.int64) for _ in range(2)]
+    runs = 300
+
+    def work(team: Team, out: Array) -> None:
+        steps = table([library.address("count")] * 5, [[out]] * 5, [9] * 5)
+        for _ in range(runs):
+            team.run(steps)
+
+    callers = [threading.Thread(target=work, args=(get_team(n), out)) for n, out in zip((2, 3), outs, strict=True)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(120)
+    assert [o.tolist() for o in outs] == [[5 * runs] * 9] * 2
+
+
 def test_a_run_inside_a_run_is_done_by_its_thread(library: Library) -> None:
     team = get_team(2)
     out = np.zeros(64, np.int64)

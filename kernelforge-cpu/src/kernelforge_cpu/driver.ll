@@ -91,16 +91,20 @@ out:
   ret void
 }
 
-; The group that starts at step `first`: its end and the number of its parts.
+; The group that starts at step `first`: its end and the number of its parts; at most 1 when no step of it has several,
+; which is what a step has that is not worth sharing.
 define private { i64, i64 } @group(ptr %steps, i64 %first, i64 %last) {
 entry:
   br label %add
 add:
   %i = phi i64 [ %first, %entry ], [ %i1, %test ]
   %total = phi i64 [ 0, %entry ], [ %sum, %test ]
+  %most = phi i64 [ 0, %entry ], [ %most1, %test ]
   %p = getelementptr %step, ptr %steps, i64 %i, i32 3
   %parts = load i64, ptr %p
   %sum = add i64 %total, %parts
+  %larger = icmp sgt i64 %parts, %most
+  %most1 = select i1 %larger, i64 %parts, i64 %most
   %i1 = add i64 %i, 1
   %end = icmp eq i64 %i1, %last
   br i1 %end, label %out, label %test
@@ -110,8 +114,10 @@ test:
   %joins = icmp eq i64 %barrier, 0
   br i1 %joins, label %add, label %out
 out:
+  %several = icmp sgt i64 %most1, 1
+  %count = select i1 %several, i64 %sum, i64 %most1
   %r0 = insertvalue { i64, i64 } poison, i64 %i1, 0
-  %r1 = insertvalue { i64, i64 } %r0, i64 %sum, 1
+  %r1 = insertvalue { i64, i64 } %r0, i64 %count, 1
   ret { i64, i64 } %r1
 }
 
