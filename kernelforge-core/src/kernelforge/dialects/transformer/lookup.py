@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from kernelforge.dialects.transformer.attention import positions_and_slots
 from kernelforge.dialects.transformer.checks import (
+    CACHE_FORMAT,
     DIALECT,
     Attrs,
     required,
@@ -71,7 +72,9 @@ def kv_cache_update_reference(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]
         raise UsageError(f"token {t} goes to {place}, outside a cache of {shape_text(cache.shape)}")
     out = cache.copy()
     rows, dtype = new[written], from_numpy(cache.dtype)
-    out[slots[written], positions[written]] = quantize(rows, dtype) if dtype in QUANTISED else rows.astype(cache.dtype)
+    out[slots[written], positions[written]] = (
+        quantize(rows, dtype) if dtype == CACHE_FORMAT else rows.astype(cache.dtype)
+    )
     return (out,)
 
 
