@@ -147,8 +147,8 @@ class Graph:
         Raises UsageError for a second argument of that name, an unknown dtype or a dimension that is none.
         """
         t = _type(shape, dtype)
-        if t.dtype in WEIGHT_FORMATS:
-            raise UsageError(f"input '{name}' cannot be {dtype}", hint="it is a format of constants")
+        if t.dtype in WEIGHT_FORMATS and not donated:
+            raise UsageError(f"input '{name}' cannot be {dtype}", hint="it is a format of constants and donated caches")
         return self._argument(name, t, {DONATED: ""} if donated else {})
 
     def constant(self, name: str, shape: Sequence[int], dtype: str) -> Tensor:

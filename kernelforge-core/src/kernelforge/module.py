@@ -216,8 +216,11 @@ class _Reader:
             )
         if bad := [n for n in names if n and not n.isidentifier()]:
             raise UsageError(f"argument '{name}': '{bad[0]}' cannot name a dimension")
-        if t.dtype in WEIGHT_FORMATS and not constant:
-            raise UsageError(f"argument '{name}' is {t.dtype} and must be constant", hint="it is a format of weights")
+        if t.dtype in WEIGHT_FORMATS and not constant and DONATED not in attributes:
+            raise UsageError(
+                f"argument '{name}' is {t.dtype} and must be constant or donated",
+                hint="it is a format of weights and caches",
+            )
         shape = list(t.shape)
         for i, dim in zip(dynamic, names, strict=True):
             shape[i] = dim or TOKENS
@@ -250,7 +253,8 @@ class _Reader:
         except OpError as error:
             raise UsageError(f"'{operation.name}' at {location or 'unknown place'}: {error}") from None
         constant = all(t is None or t.constant for t in types)
-        weights = [t.dtype for t in problem.results if t.dtype in WEIGHT_FORMATS]
+        written = dict(op.in_place)  # a cache stays one
+        weights = [t.dtype for i, t in enumerate(problem.results) if t.dtype in WEIGHT_FORMATS and i not in written]
         if not constant and weights:
             where = location or "unknown place"
             raise UsageError(f"'{operation.name}' at {where}: a {weights[0]} result must be computed from constants")
