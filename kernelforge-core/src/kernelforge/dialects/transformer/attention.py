@@ -191,7 +191,7 @@ def attention_work(problem: Problem, arrays: Sequence[Array | None]) -> Cost | N
         int(last[here].max() - first[here].min()) for here in (real & (slots == s) for s in np.unique(slots[real]))
     )
     heads, (groups, size) = q.static_shape()[-2], k.static_shape()[-2:]
-    return Cost(4 * pairs * heads * size, 2 * q.nbytes() + 2 * moved * groups * size * k.itemsize + 8 * len(positions))
+    return Cost(4 * pairs * heads * size, 2 * q.nbytes() + 2 * moved * k.bytes_of(groups * size) + 8 * len(positions))
 
 
 def attention_inputs(problem: Problem, rng: np.random.Generator) -> list[Array | None]:
