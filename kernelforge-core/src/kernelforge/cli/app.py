@@ -38,6 +38,7 @@ FIRST_PARTY_VERBS = {
 GLOBAL_OPTIONS = """\
 global options, before or after the verb:
   --target NAME   where to run: cpu, gpu, reference, or what a plugin adds (default: cpu)
+  --device NAME   which of the target's devices: a name that doctor lists, or for GPUs a part of it
   --threads N     how many threads the target may use
   --json          print one JSON document on stdout, and nothing else
   --plugin NAME   load only this plugin besides core (may be repeated)
@@ -52,7 +53,7 @@ def split_options(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[s
     only when it is joined to it: `--prompt=--json`.
     """
     words: list[str] = []
-    values: dict[str, list[str]] = {"--target": [], "--threads": [], "--plugin": []}
+    values: dict[str, list[str]] = {"--target": [], "--device": [], "--threads": [], "--plugin": []}
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
@@ -145,6 +146,7 @@ def _failed(error: KernelForgeError, out: Output) -> tuple[int, list[dict[str, A
 def _run(given: Sequence[str], out: Output) -> int:
     words, options = split_options(given)
     out.requested_target = options["--target"][-1] if options["--target"] else None
+    out.device = options["--device"][-1] if options["--device"] else None
     out.threads = _thread_count(options["--threads"][-1]) if options["--threads"] else None
     with _only_plugins(options["--plugin"]):
         if options["--plugin"] and words[:1] != ["plugins"]:
@@ -232,7 +234,7 @@ def _run_verb(spec: CommandSpec, arguments: Sequence[str], out: Output) -> int:
     from kernelforge.lazy import resolve
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    epilog = "Global options (--target, --threads, --json, --plugin): see kernelforge --help"
+    epilog = "Global options (--target, --device, --threads, --json, --plugin): see kernelforge --help"
     app.command(name=spec.name, epilog=epilog)(resolve(spec.load))
     command = get_command(app)
     try:

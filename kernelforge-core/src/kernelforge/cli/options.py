@@ -39,7 +39,7 @@ Variant = Annotated[str | None, typer.Option(help="Use this kernel variant.")]
 def open_session(pipeline: str | None = None) -> Session:
     """A session of what the global options say, with the default pipeline of passes or another one; to be closed."""
     out = output.current()
-    return Session(out.target, threads=out.threads, registry=out.registry, pipeline=pipeline)
+    return Session(out.target, device=out.device, threads=out.threads, registry=out.registry, pipeline=pipeline)
 
 
 def write_file(path: Path, text: str) -> None:

@@ -22,7 +22,7 @@ that only exist under TYPE_CHECKING). It
 - prints its result with `out.print`, `out.stream` (pieces, no newline) and `out.table`: stdout, nothing with --json;
 - returns the same result as a dict of plain values: `data` of the JSON envelope (None: whatever is in `out.data`);
 - says everything else with `out.note`, `out.warn` and `out.progress`: stderr;
-- reads the global options from `out.target`, `out.threads`, and the plugins from `out.registry`;
+- reads the global options from `out.target`, `out.device`, `out.threads`, and the plugins from `out.registry`;
 - fails by raising a `KernelForgeError`: its class decides the exit code. A verb that fails with something to show (a
   regression, an interruption) puts that into `out.data` before it raises; KeyboardInterrupt likewise keeps `out.data`.
 
@@ -70,6 +70,7 @@ class Output:
         json: bool = False,
         target: str | None = None,
         threads: int | None = None,
+        device: str | None = None,
     ) -> None:
         self.command = command
         self.json = json
@@ -77,6 +78,8 @@ class Output:
         """What `--target` was given; None when it was not."""
         self.threads = threads
         """What `--threads` was given; None lets the backend decide."""
+        self.device = device
+        """What `--device` was given; None: the target's first."""
         self.data: dict[str, Any] = {}
         """`data` of the envelope; what the verb returns replaces it."""
         self.warnings: list[str] = []

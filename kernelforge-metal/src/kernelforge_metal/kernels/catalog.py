@@ -28,6 +28,15 @@ VARIANTS = (
     _wgsl("softmax", "norms:build_softmax", summary="a workgroup a row, along any axis"),
     _wgsl("rope", "rope:build_rope", f"{HERE}.rope:takes_rope", summary="angles in fixed point"),
     _wgsl("embedding", "lookup:build_embedding", f"{HERE}.lookup:takes_embedding", summary="large tables in pieces"),
+    KernelVariant(
+        "quantised",
+        "transformer.embedding",
+        "gpu",
+        f"{HERE}.quantised_rows:build_quantised",
+        "from a table of 8 or 4 bits, packed as for matrix products",
+        f"{HERE}.quantised_rows:takes_quantised",
+        priority=10,
+    ),
     _wgsl("kv_cache_update", "lookup:build_kv_cache_update", summary="writes the new rows only"),
     _wgsl("argmax", "lookup:build_argmax", summary="several workgroups on long rows"),
     _wgsl(

@@ -1,0 +1,100 @@
+"""embedding from a quantised table, in the layout that matrix products read: the output head is often the same weight."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kernelforge.variant import Accept, Reject
+from kernelforge_metal import wgsl
+from kernelforge_metal.kernel import Binding, Dispatch, GpuKernel
+from kernelforge_metal.kernels.matmul.weights import OCTETS, QUAD, Quads
+from kernelforge_metal.kernels.tensors import DTYPES, count, product_text, tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kernelforge.problem import Problem
+    from kernelforge.variant import Config, DeviceInfo, Verdict
+
+THREADS = 128
+WORD = 16
+"""Bytes of a word of the layout."""
+
+
+def takes_quantised(problem: Problem, device: DeviceInfo) -> Verdict:
+    table, out = problem.operand(0), problem.results[0]
+    if not table.quantised:
+        return Reject(f"takes a table of q8 or q4, not {table.dtype}")
+    if not table.constant or not table.static:
+        return Reject("takes a table that is constant, to be packed")
+    if out.dtype not in DTYPES:
+        return Reject(f"takes {', '.join(DTYPES)} as the result, not {out.dtype}")
+    layout, limit = _layout(problem), _limit(device)
+    if layout.nbytes > limit and layout.scales * WORD % 256:
+        return Reject(f"a table of {layout.nbytes >> 20} MiB cannot be bound in pieces: its scales are not aligned")
+    return Accept()
+
+
+def _limit(device: DeviceInfo) -> int:
+    return device.limit("max-storage-buffer-binding-size", 1 << 27)
+
+
+def _layout(problem: Problem) -> Quads:
+    table = problem.operand(0)
+    rows, width = table.static_shape()
+    return Quads(table.dtype, rows, width)
+
+
+def build_quantised(problem: Problem, config: Config, device: DeviceInfo) -> GpuKernel:
+    """One thread an element; a table larger than a binding may be is looked up in pieces, each by a dispatch of its own."""
+    layout = _layout(problem)
+    ids, out = tensor(problem, 1, "ids_", device), tensor(problem, 2, "out", device)
+    unit = f"(quad * {layout.pairs}u + k / 64u)"
+    if layout.dtype == "q8":
+        word = f"units[({unit} * 2u + group) * {OCTETS}u + octet][column]"
+        value = f"f32(extractBits(bitcast<i32>({word}), (k & 3u) * 8u, 8u))"
+    else:
+        word = f"units[{unit} * {OCTETS}u + octet][column]"
+        value = f"(f32(extractBits({word}, group * 16u + (k & 3u) * 4u, 4u)) - 8.0)"
+    code = f"""{wgsl.IDS}{wgsl.BF16}
+@compute @workgroup_size({THREADS})
+fn main(ids: Ids) {{
+  let i = {wgsl.FLAT} * {THREADS}u + ids.thread;
+  if (i >= {product_text(problem, out.type.shape)}) {{ return; }}
+  let token = i / {layout.inner}u;
+  let row = u32({ids.load(f"token * {ids.type.element_strides()[0]}u")}) - p.first;
+  if (row >= p.rows) {{ return; }}
+  let k = i % {layout.inner}u;
+  let quad = row / {QUAD}u;
+  let column = row % {QUAD}u;
+  let group = (k / 32u) & 1u;
+  let octet = (k % 32u) / 4u;
+  let pair = unpack2x16float(scales[p.scales + {unit}][group * 2u + column / 2u]);
+  let scale = select(pair.x, pair.y, (column & 1u) == 1u);
+  {out.store("i", f"scale * {value}")}
+}}
+"""
+    grid = wgsl.grid(wgsl.blocks(count(problem, out.type.shape), THREADS))
+    dispatches = []
+    for units, scales, parameters in _pieces(layout, _limit(device)):
+        dispatches.append(Dispatch(code, (units, scales, ids.binding, out.binding), grid, parameters))
+    return GpuKernel(tuple(dispatches), packs={0: layout.pack()})
+
+
+def _pieces(layout: Quads, limit: int) -> Iterator[tuple[Binding, Binding, tuple[tuple[str, int], ...]]]:
+    """The bindings of units and scales, and the parameters, of the parts of the table that can be bound at once."""
+    element = "vec4<u32>"
+    if layout.nbytes <= limit:
+        parameters = (("first", 0), ("rows", layout.columns), ("scales", layout.scales))
+        yield Binding("units", 0, element), Binding("scales", 0, element), parameters
+        return
+    unit_bytes, scale_bytes = layout.units * layout.words * WORD, layout.pairs * WORD  # of a quad
+    each = limit // (WORD * unit_bytes) * WORD  # so that every piece starts at a multiple of 256 bytes
+    for first in range(0, layout.quads, each):
+        quads = min(each, layout.quads - first)
+        rows = min(quads * QUAD, layout.columns - first * QUAD)
+        yield (
+            Binding("units", 0, element, first * unit_bytes, quads * unit_bytes),
+            Binding("scales", 0, element, layout.scales * WORD + first * scale_bytes, quads * scale_bytes),
+            (("first", first * QUAD), ("rows", rows), ("scales", 0)),
+        )
