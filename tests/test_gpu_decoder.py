@@ -79,3 +79,10 @@ def test_narrow_weights_give_what_the_reference_gives(gpu: Session, weights: Wei
     assert error(open_decoder(source, gpu, weights=weights, kv_dtype="f32").logits(ids), want) < TOLERANCE
     found = open_decoder(source, gpu, weights=weights).logits(ids)  # keys and values in f16
     assert error(found, want) < 1e-2
+
+
+def test_all_ops_of_a_model_have_kernels(gpu: Session) -> None:
+    decoder = open_decoder(open_source(TINYPY), gpu, weights="q4")
+    explanation = decoder.explain(1, 8, repeats=1)
+    assert [use.op for use in explanation.steps if use.variant == "reference"] == []
+    assert all(use.seconds and use.seconds > 0 for use in explanation.steps)

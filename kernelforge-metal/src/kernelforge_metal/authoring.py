@@ -70,8 +70,8 @@ def kernel(
     """Make a `KernelVariant` of a WGSL file (read when the kernel is built).
 
     `op` is a full name. `dtypes` are the element types that operands and results may have, of f32, f16, bf16 and i32; `attrs`
-    are the attributes that a problem must have. `grid` starts a thread for each element of the first result, or a workgroup for each
-    of its rows. `threads` are the sizes of a workgroup to be tuned over, the default first, `space` more parameters of
+    are the attributes that a problem must have. `grid` starts a thread for each element of the first result, or a workgroup
+    for each of its rows. `threads` are the sizes of a workgroup to be tuned over, the default first, `space` more parameters of
     that kind. `supports` narrows further what is taken. Runtime checks of wgpu stay on: they cost a little, and a slip cannot
     overwrite other memory.
 

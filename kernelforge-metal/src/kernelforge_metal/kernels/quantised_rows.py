@@ -6,19 +6,15 @@ from typing import TYPE_CHECKING
 
 from kernelforge.variant import Accept, Reject
 from kernelforge_metal import wgsl
-from kernelforge_metal.kernel import Binding, Dispatch, GpuKernel
-from kernelforge_metal.kernels.matmul.weights import OCTETS, QUAD, Quads
+from kernelforge_metal.kernel import Dispatch, GpuKernel
+from kernelforge_metal.kernels.matmul.weights import OCTETS, QUAD, Quads, pieces
 from kernelforge_metal.kernels.tensors import DTYPES, count, product_text, tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from kernelforge.problem import Problem
     from kernelforge.variant import Config, DeviceInfo, Verdict
 
 THREADS = 128
-WORD = 16
-"""Bytes of a word of the layout."""
 
 
 def takes_quantised(problem: Problem, device: DeviceInfo) -> Verdict:
@@ -29,14 +25,7 @@ def takes_quantised(problem: Problem, device: DeviceInfo) -> Verdict:
         return Reject("takes a table that is constant, to be packed")
     if out.dtype not in DTYPES:
         return Reject(f"takes {', '.join(DTYPES)} as the result, not {out.dtype}")
-    layout, limit = _layout(problem), _limit(device)
-    if layout.nbytes > limit and layout.scales * WORD % 256:
-        return Reject(f"a table of {layout.nbytes >> 20} MiB cannot be bound in pieces: its scales are not aligned")
     return Accept()
-
-
-def _limit(device: DeviceInfo) -> int:
-    return device.limit("max-storage-buffer-binding-size", 1 << 27)
 
 
 def _layout(problem: Problem) -> Quads:
@@ -69,32 +58,15 @@ fn main(ids: Ids) {{
   let column = row % {QUAD}u;
   let group = (k / 32u) & 1u;
   let octet = (k % 32u) / 4u;
-  let pair = unpack2x16float(scales[p.scales + {unit}][group * 2u + column / 2u]);
+  let pair = unpack2x16float(units_scales[{unit}][group * 2u + column / 2u]);
   let scale = select(pair.x, pair.y, (column & 1u) == 1u);
   {out.store("i", f"scale * {value}")}
 }}
 """
     grid = wgsl.grid(wgsl.blocks(count(problem, out.type.shape), THREADS))
     dispatches = []
-    for units, scales, parameters in _pieces(layout, _limit(device)):
-        dispatches.append(Dispatch(code, (units, scales, ids.binding, out.binding), grid, parameters))
-    return GpuKernel(tuple(dispatches), packs={0: layout.pack()})
-
-
-def _pieces(layout: Quads, limit: int) -> Iterator[tuple[Binding, Binding, tuple[tuple[str, int], ...]]]:
-    """The bindings of units and scales, and the parameters, of the parts of the table that can be bound at once."""
-    element = "vec4<u32>"
-    if layout.nbytes <= limit:
-        parameters = (("first", 0), ("rows", layout.columns), ("scales", layout.scales))
-        yield Binding("units", 0, element), Binding("scales", 0, element), parameters
-        return
-    unit_bytes, scale_bytes = layout.units * layout.words * WORD, layout.pairs * WORD  # of a quad
-    each = limit // (WORD * unit_bytes) * WORD  # so that every piece starts at a multiple of 256 bytes
-    for first in range(0, layout.quads, each):
-        quads = min(each, layout.quads - first)
-        rows = min(quads * QUAD, layout.columns - first * QUAD)
-        yield (
-            Binding("units", 0, element, first * unit_bytes, quads * unit_bytes),
-            Binding("scales", 0, element, layout.scales * WORD + first * scale_bytes, quads * scale_bytes),
-            (("first", first * QUAD), ("rows", rows), ("scales", 0)),
-        )
+    for piece in pieces(layout, device):
+        bindings = (*layout.bindings("units", 0, piece), ids.binding, out.binding)
+        rows = (("first", piece.first), ("rows", min(piece.columns, layout.columns - piece.first)))
+        dispatches.append(Dispatch(code, bindings, grid, rows))
+    return GpuKernel(tuple(dispatches), packs={0: layout.packs()})
