@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from kernelforge.variant import Accept, Reject
 from kernelforge_metal import wgsl
 from kernelforge_metal.kernel import Dispatch, GpuKernel
-from kernelforge_metal.kernels.matmul.weights import OCTETS, QUAD, Quads, pieces
+from kernelforge_metal.kernels.matmul.weights import Quads, pieces
 from kernelforge_metal.kernels.tensors import DTYPES, count, product_text, tensor
 
 if TYPE_CHECKING:
@@ -38,14 +38,7 @@ def build_quantised(problem: Problem, config: Config, device: DeviceInfo) -> Gpu
     """One thread an element; a table larger than a binding may be is looked up in pieces, each by a dispatch of its own."""
     layout = _layout(problem)
     ids, out = tensor(problem, 1, "ids_", device), tensor(problem, 2, "out", device)
-    unit = f"(quad * {layout.pairs}u + k / 64u)"
-    if layout.dtype == "q8":
-        word = f"units[({unit} * 2u + group) * {OCTETS}u + octet][column]"
-        value = f"f32(extractBits(bitcast<i32>({word}), (k & 3u) * 8u, 8u))"
-    else:
-        word = f"units[{unit} * {OCTETS}u + octet][column]"
-        value = f"(f32(extractBits({word}, group * 16u + (k & 3u) * 4u, 4u)) - 8.0)"
-    code = f"""{wgsl.IDS}{wgsl.BF16}
+    code = f"""{wgsl.IDS}{wgsl.BF16}{layout.functions("table")}
 @compute @workgroup_size({THREADS})
 fn main(ids: Ids) {{
   let i = {wgsl.FLAT} * {THREADS}u + ids.thread;
@@ -53,20 +46,13 @@ fn main(ids: Ids) {{
   let token = i / {layout.inner}u;
   let row = u32({ids.load(f"token * {ids.type.element_strides()[0]}u")}) - p.first;
   if (row >= p.rows) {{ return; }}
-  let k = i % {layout.inner}u;
-  let quad = row / {QUAD}u;
-  let column = row % {QUAD}u;
-  let group = (k / 32u) & 1u;
-  let octet = (k % 32u) / 4u;
-  let pair = unpack2x16float(units_scales[{unit}][group * 2u + column / 2u]);
-  let scale = select(pair.x, pair.y, (column & 1u) == 1u);
-  {out.store("i", f"scale * {value}")}
+  {out.store("i", f"table_at(row, i % {layout.inner}u)")}
 }}
 """
     grid = wgsl.grid(wgsl.blocks(count(problem, out.type.shape), THREADS))
     dispatches = []
     for piece in pieces(layout, device):
-        bindings = (*layout.bindings("units", 0, piece), ids.binding, out.binding)
+        bindings = (*layout.bindings("table", 0, piece), ids.binding, out.binding)
         rows = (("first", piece.first), ("rows", min(piece.columns, layout.columns - piece.first)))
         dispatches.append(Dispatch(code, bindings, grid, rows))
     return GpuKernel(tuple(dispatches), packs={0: layout.packs()})
