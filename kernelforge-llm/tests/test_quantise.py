@@ -20,6 +20,7 @@ from kernelforge.session import Session
 from kernelforge_llm.decoder import open_decoder
 from kernelforge_llm.quantise import Recipe, relative_error, write_quantised
 from kernelforge_llm.quantised_folder import PACKED, WEIGHTS, QuantisedFolder
+from kernelforge_llm.scale_search import search_q4
 from kernelforge_llm.source import TINYPY, open_source
 
 HELD_OUT = Path(__file__).parent / "data" / "heldout.txt"
@@ -215,6 +216,22 @@ def test_nothing_of_others_is_replaced_and_nothing_half_written(tmp_path: Path, 
     (tmp_path / "file").touch()
     with pytest.raises(KernelForgeError, match="is a file"):
         write_quantised(open_source(ORACLE), tmp_path / "file", Recipe(), cpu)
+
+
+def test_searched_scales_leave_less_error(cpu: Session, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    special = [np.zeros((1, 64)), np.full((1, 64), -3.5), np.full((1, 64), 1e-30), rng.integers(-8, 8, (4, 64)) * 0.5]
+    x = np.concatenate([rng.standard_normal((500, 64)), *special]).astype(np.float32)
+    found, plain = dequantize(search_q4(x)), dequantize(quantize(x, "q4"))
+    errors = [np.square(x - made).reshape(-1, 32).sum(axis=1) for made in (found, plain)]
+    assert np.mean(errors[0][:1000]) < 0.9 * np.mean(errors[1][:1000])
+    assert (errors[0] <= errors[1] * 1.01 + 1e-12).all()
+    with pytest.raises(UsageError, match="cannot quantise NaN"):
+        search_q4(np.full((1, 32), np.nan, np.float32))
+    written = write_quantised(open_source(ORACLE), tmp_path / "searched", Recipe("q4", search=True), cpu)
+    ggml = write_quantised(open_source(ORACLE), tmp_path / "plain", Recipe("q4"), cpu)
+    pairs = [(a.error, b.error) for a, b in zip(written.tensors, ggml.tensors, strict=True) if a.error and b.error]
+    assert all(a < b for a, b in pairs)
 
 
 def test_relative_error() -> None:

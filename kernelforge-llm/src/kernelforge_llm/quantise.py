@@ -19,6 +19,7 @@ from kernelforge.quant import dequantize, quantize, warn_not_quantised
 from kernelforge_llm.checkpoint import new_folder, write_json, write_tokenizer
 from kernelforge_llm.config import CONFIG_FILE, GENERATION_FILE
 from kernelforge_llm.quantised_folder import PACKED, WEIGHTS, PackedWriter, QuantisedFolder, WeightsWriter
+from kernelforge_llm.scale_search import search_q4
 from kernelforge_llm.source import Source
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class Recipe:
     """Of an output head of its own."""
     skip: str = ""
     """A regular expression: matrices in whose name it is found stay as they are."""
+    search: bool = False
+    """Choose the scales of q4 by least squares (`scale_search`), which takes minutes for a billion numbers."""
     _skip: re.Pattern[str] | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
@@ -91,17 +94,17 @@ def quantised_tensors(tensors: TensorSource, recipe: Recipe) -> Iterator[tuple[Q
             if tensors.shape(name)[-1] % GROUP:
                 left.append(name)
             else:
-                array, error = _quantised(name, array, wanted)
+                array, error = _quantised(name, array, wanted, recipe.search)
         yield Quantised(name, from_numpy(array.dtype), array.nbytes, error), array
     if left:
         warn_not_quantised(left)
 
 
-def _quantised(name: str, array: NDArray[Any], dtype: str) -> tuple[NDArray[Any], float]:
+def _quantised(name: str, array: NDArray[Any], dtype: str, search: bool) -> tuple[NDArray[Any], float]:
     if from_numpy(array.dtype) in WEIGHT_FORMATS:
         array = dequantize(array)
     try:
-        made = quantize(array, dtype)
+        made: NDArray[Any] = search_q4(array) if search and dtype == "q4" else quantize(array, dtype)
     except UsageError as error:
         raise UsageError(f"tensor {name!r}: {error}", hint=error.hint) from None
     rows = slice(None, None, max(1, array.size // SAMPLED))

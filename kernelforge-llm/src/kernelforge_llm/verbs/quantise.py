@@ -32,6 +32,10 @@ def llm_quantize(
         Literal["same", "q8", "q4", "none"], typer.Option(help="Format of an output head of its own; none leaves it.")
     ] = "same",
     skip: Annotated[str, typer.Option(metavar="REGEX", help="Leave matrices in whose name this is found.")] = "",
+    search: Annotated[
+        bool,
+        typer.Option("--search", help="Choose the scales of q4 by least squares: slower to write, nearer numbers."),
+    ] = False,
     text: Annotated[
         Path | None, typer.Option(help="Also measure the perplexity on this text, before and after.")
     ] = None,
@@ -51,7 +55,7 @@ def llm_quantize(
     from kernelforge_llm.source import open_source
 
     out = output.current()
-    recipe = Recipe(weights, embeddings, head, skip)
+    recipe = Recipe(weights, embeddings, head, skip, search)
     source = chosen_source(model, random)
     if content is not None and source.tokenizer is None:
         raise UsageError(f"--text needs a tokenizer, and '{source.name}' has none")
