@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from kernelforge_cpu.kernels.axes import Size
 
 ROWS = (3, 4, 5, 6)
-BEST_ROWS = 4
+BEST_ROWS = {"q4": 3, "q8": 4}
+"""As many as 16 registers hold beside the weights: from there on LLVM's spills cost more than the loads that they save."""
 AHEAD = (512, 1024, 2048)
 """Bytes by which weights that come from memory may be prefetched."""
 
@@ -98,7 +99,8 @@ def integer_default(problem: Problem, device: DeviceInfo) -> Config:
     panel = len(g.rhs) * problem.operand(1).bytes_of(int(g.inner) * lanes(device))
     half = device.limit("l2_bytes", UNKNOWN_L2) // 2
     group = max(n for n in groups if n == groups[0] or n * panel <= half)
-    return {"rows": BEST_ROWS, "group": group, "ahead": 1024}
+    height = ROWS[-1] if registers(device) == 32 else BEST_ROWS[problem.operand(1).dtype]
+    return {"rows": height, "group": group, "ahead": 1024}
 
 
 def build_pairs(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
