@@ -129,7 +129,7 @@ class Memory:
         for i, (name, t) in enumerate(zip(subject.names, subject.run.problem.operands, strict=True)):
             if t is None or t.constant:
                 continue
-            guarded = Guarded(memory_of(t).static_shape(dims), t.dtype)
+            guarded = Guarded(memory_of(t).array_shape(dims), t.dtype)
             self.operands[name] = guarded
             self.inputs[name] = guarded.array
             if i in in_place.values():
@@ -139,7 +139,7 @@ class Memory:
             if i in in_place:
                 self.outputs.append(self.operands[subject.names[in_place[i]]])
             else:
-                self.outputs.append(Guarded(t.static_shape(), t.dtype, poison))
+                self.outputs.append(Guarded(t.array_shape(), t.dtype, poison))
                 self.out[name] = self.outputs[-1].array
 
     def _buffer(self, guarded: Guarded, dtype: str) -> Buffer:

@@ -105,7 +105,7 @@ def other_sizes(bench: Bench, made: KernelCases, problem: Problem) -> None:
         subject, inputs, kept = runs[size]
         assert executable is not None
         out = {
-            name: Guarded(t.static_shape(), t.dtype).array
+            name: Guarded(t.array_shape(), t.dtype).array
             for i, (name, t) in enumerate(zip(subject.result_names, subject.run.static.results, strict=True))
             if i not in dict(subject.op.in_place)
         }
