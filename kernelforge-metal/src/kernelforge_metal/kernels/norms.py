@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 def build_rms_norm(problem: Problem, config: Config, device: DeviceInfo) -> GpuKernel:
     rows = Rows(problem, device, ("x", "weight", "out"))
     x, weight, out = rows.tensors
+    if rows.kept:
+        loads = (
+            f"v_k = {x.load(rows.place(x))}; w_k = {weight.load(rows.place(weight))}; squares = fma(v_k, v_k, squares);"
+        )
+        return _kept(rows, problem, loads, out.store(rows.place(out), "v_k * scale * w_k"))
     body = f"""
   var squares = 0.0;
   {rows.loop(f"let v = {x.load(rows.place(x))}; squares = fma(v, v, squares);")}
@@ -28,11 +33,26 @@ def build_add_rms_norm(problem: Problem, config: Config, device: DeviceInfo) -> 
     rows = Rows(problem, device, ("x", "residual", "weight", "total", "norm"))
     x, residual, weight, total, norm = rows.tensors
     value = f"{x.load(rows.place(x))} + {residual.load(rows.place(residual))}"
+    if rows.kept:
+        loads = f"v_k = {value}; w_k = {weight.load(rows.place(weight))}; squares = fma(v_k, v_k, squares);"
+        stores = f"{total.store(rows.place(total), 'v_k')} {norm.store(rows.place(norm), 'v_k * scale * w_k')}"
+        return _kept(rows, problem, loads, stores)
     body = f"""
   var squares = 0.0;
   {rows.loop(f"let v = {value}; squares = fma(v, v, squares); {total.store(rows.place(total), 'v')}")}
   let scale = 1.0 / sqrt(add_up(squares, ids) / f32({rows.length}) + {_number(problem.attr("eps"))});
   {rows.loop(norm.store(rows.place(norm), f"({value}) * scale * {weight.load(rows.place(weight))}"))}"""
+    return _kernel(rows, body, ("add",))
+
+
+def _kept(rows: Rows, problem: Problem, loads: str, stores: str) -> GpuKernel:
+    """RMS normalisation of short rows: every element is loaded once, before anything waits for the sum."""
+    body = f"""
+  var squares = 0.0;
+  {rows.declare("v", "w")}
+  {rows.each(loads)}
+  let scale = 1.0 / sqrt(add_up(squares, ids) / f32({rows.length}) + {_number(problem.attr("eps"))});
+  {rows.each(stores)}"""
     return _kernel(rows, body, ("add",))
 
 

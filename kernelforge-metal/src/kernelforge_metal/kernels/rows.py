@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from kernelforge.problem import Dim, Problem, TensorType
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from kernelforge.variant import DeviceInfo
 
 MAX_THREADS = 256
+
+MAX_KEPT = 16
+"""Elements of a row that a thread keeps in registers at most."""
 
 
 class Rows:
@@ -54,6 +58,30 @@ class Rows:
     def place(self, t: Tensor) -> str:
         """The offset of element `i` of the row."""
         return self._places[t.name]
+
+    @property
+    def kept(self) -> int:
+        """How many elements of a row a thread has, if they are few enough to stay in registers; else 0."""
+        size = self.problem.operand(0).shape[-1]
+        each = -(-size // self.threads) if isinstance(size, int) else 0
+        return each if each <= MAX_KEPT else 0
+
+    def each(self, statements: str) -> str:
+        """`statements` for each of the `kept` elements of a thread, one after the other: `i` is the element, and names that end
+        in `_k` are of it alone. All loads can be under way at once."""
+        size = self.problem.operand(0).shape[-1]
+        assert isinstance(size, int)
+        lines = []
+        for k in range(self.kept):
+            text = re.sub(r"\bi\b", f"i{k}", re.sub(r"_k\b", f"_{k}", statements))
+            whole = (k + 1) * self.threads <= size
+            lines.append(text if whole else f"if (i{k} < {size}u) {{ {text} }}")
+        return "\n  ".join(lines)
+
+    def declare(self, *names: str) -> str:
+        """Statements before those of `each`: the elements' numbers, and f32 variables for each of them."""
+        lines = [f"let i{k} = ids.thread + {k * self.threads}u;" for k in range(self.kept)]
+        return " ".join([*lines, *(f"var {name}_{k} = 0.0;" for name in names for k in range(self.kept))])
 
     def loop(self, statements: str) -> str:
         """`statements` for each element `i` of the row, shared out among the threads."""
