@@ -33,6 +33,8 @@ AUTHORS = (
     "kernelforge.errors",
     "kernelforge_cpu.authoring",
     "kernelforge_cpu.kernel",
+    "kernelforge_metal.authoring",
+    "kernelforge_metal.kernel",
     "kernelforge_llm.hookspecs",
     "kernelforge_llm.architecture",
 )

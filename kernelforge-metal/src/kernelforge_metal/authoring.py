@@ -107,9 +107,17 @@ def kernel(
     def build(problem: Problem, config: Config, device: DeviceInfo) -> GpuKernel:
         return _build(file, grid, problem, config, device)
 
-    return KernelVariant(
-        file.stem, op, "gpu", build, summary or f"WGSL, {grid} in parallel", takes, fitting, priority=priority
-    )
+    said = summary or f"WGSL, {grid} in parallel"
+    version = _version(file)
+    return KernelVariant(file.stem, op, "gpu", build, said, takes, fitting, priority=priority, version=version)
+
+
+def _version(file: Path) -> str:
+    """Changes with the file: records of another text are not used."""
+    try:
+        return sha256(file.read_bytes()).hexdigest()[:12]
+    except OSError:
+        return "missing"
 
 
 def _build(file: Path, grid: str, problem: Problem, config: Config, device: DeviceInfo) -> GpuKernel:

@@ -36,7 +36,9 @@ MAX_PARAMETERS = 32
 """Words of parameters: 128 bytes of immediates is what every device with immediates has."""
 
 WORDS = {"f32": 1, "u32": 1, "i32": 1, "f16": 0.5}
+"""Scalars of WGSL, and how many words one takes."""
 VECTORS = {f"vec{n}<{scalar}>": n * words for scalar, words in WORDS.items() for n in (2, 4)}
+"""Vectors of WGSL, and how many words one takes."""
 
 
 @dataclass(frozen=True)
