@@ -39,6 +39,7 @@ A kernel that needs more (packed weights, tables, scratch, several dispatches) i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
