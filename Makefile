@@ -15,10 +15,10 @@ endef
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types fmt bench docs clean
+.PHONY: help demo test lint types fmt bench bench-gpu docs clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-7s %s\n", $$1, $$2 }'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-9s %s\n", $$1, $$2 }'
 
 demo: $(SYNCED) ## generate text with the model that comes with the package
 	@printf '\n%s' "$$PROMPT"
@@ -38,6 +38,9 @@ types: $(SYNCED) ## check types
 fmt: $(SYNCED) ## format, and fix what can be fixed
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
+
+bench-gpu: $(SYNCED) ## time the first GPU: reports/gpu.json
+	.venv/bin/python benchmarks/gpu.py
 
 bench: $(SYNCED) ## compare with the peers that are here: reports/index.html
 	.venv/bin/python benchmarks/run.py

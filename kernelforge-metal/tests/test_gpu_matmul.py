@@ -191,7 +191,7 @@ def test_shaders_of_all_samples_are_written(variant: KernelVariant) -> None:
                 text = shader(problem, kernel, dispatch, immediates=True)
                 assert ("subgroupAdd" in text) == (variant.name == "gemv")
                 assert dispatch.grid([1] * len(problem.dims)) >= (1, 1, 1)
-    assert taken > 5
+    assert taken > 3
 
 
 def reason(name: str, problem: Problem, device: DeviceInfo) -> str:

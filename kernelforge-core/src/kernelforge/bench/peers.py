@@ -103,18 +103,30 @@ except Exception as error:
 setup = json.loads(sys.argv[1])
 torch.set_num_threads(setup["threads"])
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+DEVICE = setup["device"]
+if DEVICE == "cuda" and not torch.cuda.is_available():
+    reply(error="torch sees no CUDA device")
+    sys.exit()
 
 def forms(m, n, k, dtype):
-    a, b = torch.randn(m, k).to(DTYPES[dtype]), torch.randn(k, n).to(DTYPES[dtype])
-    out = torch.empty(m, n, dtype=DTYPES[dtype])
+    a, b = (torch.randn(*shape, device=DEVICE).to(DTYPES[dtype]) for shape in ((m, k), (k, n)))
+    out = torch.empty(m, n, dtype=DTYPES[dtype], device=DEVICE)
     yield lambda: torch.matmul(a, b, out=out)
     w = b.t().contiguous()
     yield lambda: torch.nn.functional.linear(a, w)
-    if torch.backends.mkldnn.is_available() and dtype != "f64":
+    if DEVICE == "cpu" and torch.backends.mkldnn.is_available() and dtype != "f64":
         packed = torch.ops.mkldnn._reorder_linear_weight(w, m)
         yield lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], "")
 
 def timed(product, repeats):
+    if DEVICE == "cuda":
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for start, end in pairs:
+            start.record()
+            product()
+            end.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1e3 for start, end in pairs]
     samples = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -145,8 +157,12 @@ class TorchPeer:
     """`torch` in a process of its own, both operands in one dtype: `matmul`, `linear`, or oneDNN with packed weights,
     whichever is quickest."""
 
+    device = "cpu"
+    source = "host-clock"
+
     def __init__(self, threads: int) -> None:
-        self._process = PeerProcess("torch", _TORCH, {"threads": threads, "trials": _TRIALS}, threads)
+        setup = {"threads": threads, "trials": _TRIALS, "device": self.device}
+        self._process = PeerProcess("torch", _TORCH, setup, threads)
         self.version = str(self._process.greeting["version"])
 
     def load(self, m: int, n: int, k: int, dtype: str) -> str:
@@ -154,13 +170,20 @@ class TorchPeer:
         return dtype
 
     def run(self, repeats: int) -> Timing:
-        return Timing(tuple(self._process.ask({"repeats": repeats})["samples"]), "host-clock")
+        return Timing(tuple(self._process.ask({"repeats": repeats})["samples"]), self.source)
 
     def close(self) -> None:
         self._process.close()
 
 
-PEERS: dict[str, Callable[[int], Peer]] = {"numpy": NumpyPeer, "torch": TorchPeer}
+class TorchCudaPeer(TorchPeer):
+    """The same on the first CUDA device, by cuBLAS without TF32, timed by CUDA's events."""
+
+    device = "cuda"
+    source = "cuda-event"
+
+
+PEERS: dict[str, Callable[[int], Peer]] = {"numpy": NumpyPeer, "torch": TorchPeer, "torch-cuda": TorchCudaPeer}
 
 
 def open_peer(name: str, threads: int) -> Peer:
