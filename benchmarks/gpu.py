@@ -26,7 +26,7 @@ LIMIT_S = 900
 def ask(*words: str) -> dict[str, Any]:
     """What a command says, or why it failed."""
     command = [sys.executable, "-m", "kernelforge", "--json", "--target", "gpu", *words]
-    print(" ".join(words), file=sys.stderr, flush=True)
+    sys.stderr.write(" ".join(words) + "\n")
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     try:
         said: dict[str, Any] = json.loads(done.stdout)
@@ -46,13 +46,11 @@ def main() -> None:
         for dtype in DTYPES:
             sizes = ("--m", str(m), "--n", str(n), "--k", str(k), "--dtype", dtype)
             found.append(ask("benchmark-matmul", *sizes, *peers))
-    for weights in WEIGHTS:
-        found.append(
-            ask("llm-bench", "--random", "llama-1b", "--weights", weights, "--prompt-tokens", "512", "--explain")
-        )
+    shape = ("--random", "llama-1b", "--prompt-tokens", "512", "--explain")
+    found += [ask("llm-bench", *shape, "--weights", weights) for weights in WEIGHTS]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(options.out, json.dumps(found, indent=1) + "\n")
-    print(options.out)
+    sys.stdout.write(f"{options.out}\n")
 
 
 if __name__ == "__main__":
