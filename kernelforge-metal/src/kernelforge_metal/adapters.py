@@ -22,7 +22,7 @@ _KINDS = {"DiscreteGPU": "discrete", "IntegratedGPU": "integrated", "CPU": "soft
 SOFTWARE = "software"
 """The kind and the feature of an adapter that computes on the processor: for tests, not for speed."""
 
-FEATURES = ("shader-f16", "subgroup", "timestamp-query", "immediates", "mappable-primary-buffers")
+FEATURES = ("shader-f16", "subgroup", "timestamp-query", "immediates")
 """The abilities that kernels may ask for."""
 
 LIMITS = (

@@ -69,6 +69,8 @@ class Gpu:
         from wgpu.backends.wgpu_native import ffi, lib
 
         self._ffi, self._lib = ffi, lib
+        self._mapped = 0
+        self._map_info = self._map_callback()
         self.lost = False
         self.name = adapter.name
         with self._errors("open the device"):
@@ -167,12 +169,33 @@ class Gpu:
         """Wait for what was submitted; then the first bytes of a buffer made by `readable`."""
         with self._errors("finish its work"):
             size = -(-nbytes // 8) * 8
-            mapping = buffer.map_async("READ_NOSYNC", 0, size)
-            self.device._poll_wait()
-            mapping.sync_wait()
-            data = np.frombuffer(buffer.read_mapped(0, size, copy=False), np.uint8)[:nbytes].copy()
-            buffer.unmap()
+            ffi, lib, handle = self._ffi, self._lib, buffer._internal
+            self._mapped = 0
+            lib.wgpuBufferMapAsync(handle, lib.WGPUMapMode_Read, 0, size, self._map_info)
+            lib.wgpuDevicePoll(self.device._internal, True, ffi.NULL)
+            if self._mapped != lib.WGPUMapAsyncStatus_Success:
+                raise DeviceError(
+                    f"the GPU {self.name} cannot hand over its results: status {self._mapped}", hint="open it again"
+                )
+            pointer = lib.wgpuBufferGetConstMappedRange(handle, 0, size)
+            data = np.frombuffer(ffi.buffer(pointer, size), np.uint8)[:nbytes].copy()
+            lib.wgpuBufferUnmap(handle)
         return data
+
+    def _map_callback(self) -> Any:
+        """What a mapping calls. wgpu-py's own mapping wakes a second thread that polls, too: handing over between the two costs
+        a step of a decoder several milliseconds."""
+        ffi, lib = self._ffi, self._lib
+
+        @ffi.callback("void(WGPUMapAsyncStatus, WGPUStringView, void *, void *)")  # type: ignore[untyped-decorator]
+        def mapped(status: int, message: Any, first: Any, second: Any) -> None:
+            self._mapped = status
+
+        self._callback = mapped  # kept: C holds no reference
+        info = ffi.new("WGPUBufferMapCallbackInfo *")
+        info.mode = lib.WGPUCallbackMode_AllowProcessEvents
+        info.callback = mapped
+        return info[0]
 
     # --- code ---
 
