@@ -37,7 +37,9 @@ def matmul(
     ] = None,
     constant: Constant = True,
     variant: Variant = None,
-    peer: Annotated[list[str] | None, typer.Option(help="Measure beside numpy or torch (may be repeated).")] = None,
+    peer: Annotated[
+        list[str] | None, typer.Option(help="Measure beside numpy, torch or torch-cuda (may be repeated).")
+    ] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Rounds in which all take turns.")] = 7,
 ) -> dict[str, Any]:
     """Verify a matrix product, then time it: latency, GFLOP/s, and the same of peers measured in turn.

@@ -29,6 +29,8 @@ MAX_ROWS = 8
 """With more, tiles in workgroup memory are faster."""
 MAX_SUMS = 32
 """Of a thread: more do not fit the registers beside the words that are under way."""
+MANY_COLUMNS = 4096
+"""From which on a workgroup may take more of them and a large GPU still has enough workgroups."""
 SMALLEST_SUBGROUP = 4
 
 
@@ -80,17 +82,20 @@ def gemv_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
 
 
 def gemv_default(problem: Problem, device: DeviceInfo) -> Config:
-    """As many threads as leave each two words to load of every column; of quantised weights, one."""
+    """As many threads as leave each two words to load of every column, of quantised weights one; more columns of large
+    quantised weights, so that numbers of lhs are read less often."""
     g = product_of(problem)
-    parameters = dict(gemv_space(problem, device).parameters)
+    space = gemv_space(problem, device)
+    parameters = dict(space.parameters)
     columns, threads = int(parameters["columns"][0]), [int(t) for t in parameters["threads"]]
     weights = weights_of(problem.operand(g.rhs[0]).dtype, g.columns, g.inner)
-    shares = 1 if isinstance(weights, Quads) else 2
-    fitting = max((t for t in threads if t * shares <= weights.units), default=threads[0])
-    most = max(1, weights.units // fitting)
-    space = gemv_space(problem, device)
-    chosen = [{"columns": columns, "threads": fitting, "unroll": u} for u in (4, 2, 1) if u <= max(most, 1)]
-    return next(c for c in chosen if c in space)
+    quads = isinstance(weights, Quads)
+    fitting = max((t for t in threads if t * (1 if quads else 2) <= weights.units), default=threads[0])
+    if quads and g.columns >= MANY_COLUMNS and weights.units >= 2 * fitting and len(g.rhs) == 1:
+        columns *= 2
+    most = min(max(1, weights.units // fitting), 4 if quads and columns == QUAD else 2)
+    chosen = [{"columns": c, "threads": fitting, "unroll": u} for c in (columns, QUAD) for u in (4, 2, 1) if u <= most]
+    return next((c for c in chosen if c in space), next(iter(space)))
 
 
 @dataclass(frozen=True)
