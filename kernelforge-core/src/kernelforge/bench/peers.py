@@ -109,8 +109,9 @@ if DEVICE == "cuda" and not torch.cuda.is_available():
     sys.exit()
 
 def forms(m, n, k, dtype):
-    a, b = (torch.randn(*shape, device=DEVICE).to(DTYPES[dtype]) for shape in ((m, k), (k, n)))
-    out = torch.empty(m, n, dtype=DTYPES[dtype], device=DEVICE)
+    place = {} if DEVICE == "cpu" else {"device": DEVICE}
+    a, b = torch.randn(m, k, **place).to(DTYPES[dtype]), torch.randn(k, n, **place).to(DTYPES[dtype])
+    out = torch.empty(m, n, dtype=DTYPES[dtype], **place)
     yield lambda: torch.matmul(a, b, out=out)
     w = b.t().contiguous()
     yield lambda: torch.nn.functional.linear(a, w)
