@@ -23,7 +23,7 @@ class Guarded:
     """A C-contiguous array inside a larger allocation, at an address that is aligned to its elements and no more."""
 
     def __init__(self, shape: Sequence[int], dtype: str, poison: int = POISONS[0]) -> None:
-        """`shape` is static; the array is full of poison bytes."""
+        """`shape` is that of the array, in groups where it is quantised; the array is full of poison bytes."""
         kind = to_numpy(dtype)
         self.nbytes = int(np.prod(shape)) * kind.itemsize
         self.poison = poison
