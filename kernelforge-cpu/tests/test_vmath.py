@@ -18,6 +18,11 @@ from kernelforge_cpu.jit import KERNEL, Library, compile_object, load
 Array = np.ndarray[Any, np.dtype[Any]]
 Write = Callable[[Builder, Value], Value]
 
+
+def within_turns(x: Array) -> Array:
+    return np.where(np.abs(x) <= vmath.TURNS_LIMIT, x, np.nan)
+
+
 SMALLEST_NORMAL = 2.0**-126
 BOUNDS: dict[str, tuple[Write, Callable[[Array], Array], float]] = {
     "exp": (vmath.exp, np.exp, 2.0),
@@ -26,6 +31,8 @@ BOUNDS: dict[str, tuple[Write, Callable[[Array], Array], float]] = {
     "sigmoid": (vmath.sigmoid, lambda x: 1 / (1 + np.exp(-x)), 3.0),
     "silu": (vmath.silu, lambda x: x / (1 + np.exp(-x)), 3.0),
     "erf": (vmath.erf, np.vectorize(math.erf), 2.0),
+    "sin": (vmath.sin, lambda x: np.sin(within_turns(x)), 3.0),
+    "cos": (vmath.cos, lambda x: np.cos(within_turns(x)), 3.0),
 }
 
 
@@ -57,7 +64,11 @@ def sweep() -> Array:
     patterns = np.arange(0, 2**32, 16411, dtype=np.uint64).astype(np.uint32).view(np.float32)
     stretches = [np.linspace(a, b, 40_000, dtype=np.float32) for a, b in ((-105, 90), (-1.5, 1.5), (-6, 6), (-89, -86))]
     special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 88.72283, 88.72284, -103.97, -103.98, -104, 89], np.float32)
-    x = np.concatenate([patterns, *stretches, special])
+    quarters = (np.arange(5217) * (np.pi / 2)).astype(np.float32)  # where sines and cosines are hardest: at their zeros
+    around = [np.nextafter(quarters, np.float32(limit)) for limit in (-np.inf, np.inf)]
+    limits = np.array([8192, np.nextafter(np.float32(8192), np.float32(np.inf))], np.float32)
+    turns = np.concatenate([np.linspace(0, 8192, 60_000, dtype=np.float32), quarters, *around, limits])
+    x = np.concatenate([patterns, *stretches, turns, -turns, special])
     return x[len(x) % 16 :]
 
 
@@ -87,7 +98,7 @@ def test_error_bound(library: Library, sweep: Array, name: str, suffix: str) -> 
     )
 
 
-@pytest.mark.parametrize("name", ["tanh", "erf"])
+@pytest.mark.parametrize("name", ["tanh", "erf", "sin"])
 def test_zeros_keep_their_sign(library: Library, name: str) -> None:
     got = call(library, name, np.array([0.0, -0.0] * 8, np.float32))
     assert np.signbit(got).tolist() == [False, True] * 8

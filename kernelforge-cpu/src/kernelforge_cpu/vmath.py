@@ -1,11 +1,13 @@
 """Elementary functions of f32 vectors (any width) and scalars, as polynomials written into a kernel.
 
 Coefficients are minimax fits (Lawson's algorithm in float64, rounded to f32). Error bounds are against the exact
-value, over all f32 inputs; a NaN gives a NaN. With subnormals on, as the calling threads have them.
+value, over all f32 inputs unless said otherwise; a NaN gives a NaN. With subnormals on, as the calling threads have
+them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from kernelforge_cpu.builder import Builder
@@ -25,6 +27,13 @@ ERFC_LOG = (
     *(1.1284854412078857, 0.63581383228302, 0.10513849556446075),
     *(-0.02281230501830578, 0.0031911288388073444, -0.00021113624097779393),
 )
+
+TURNS_LIMIT = 8192.0
+"""Largest size of an argument of `sin` and `cos`."""
+HALF_PI = (1.5703125, 0.0004839897155761719, -1.6298145055770874e-07, 6.082245818106458e-11, -5.1453114636784356e-14)
+"""Sums to pi/2 within 2^-68. All but the last have 11 bits: n times each is exact for all n below 2^13, also without FMA."""
+SIN = (-0.16666655242443085, 0.008332155644893646, -0.00019514633459039032)
+COS = (0.04166664555668831, -0.0013887309469282627, 2.443241646687966e-05)
 
 
 def polynomial(k: Builder, x: Value, coefficients: Sequence[float]) -> Value:
@@ -88,7 +97,43 @@ def erf(k: Builder, x: Value) -> Value:
     return k.select(k.abs(x).lt(1.0), near, with_sign(k, far, x))
 
 
-def with_sign(k: Builder, magnitude: Value, sign: Value) -> Value:
-    """`magnitude` (not negative) with the sign bit of `sign`."""
+def sin(k: Builder, x: Value) -> Value:
+    """Within 3 ulp for |x| <= 8192, NaN beyond; exact signs of zero."""
+    t = k.abs(x)
+    quarter, r = quarter_turns(k, t)
+    return with_sign(k, k.select(t.le(TURNS_LIMIT), rotated(k, r, quarter), math.nan), x)
+
+
+def cos(k: Builder, x: Value) -> Value:
+    """Within 3 ulp for |x| <= 8192, NaN beyond."""
+    t = k.abs(x)
+    quarter, r = quarter_turns(k, t)
+    return k.select(t.le(TURNS_LIMIT), rotated(k, r, quarter + 1), math.nan)
+
+
+def quarter_turns(k: Builder, t: Value) -> tuple[Value, Value]:
+    """The nearest number of quarter turns (i32, right in its last two bits) and what is left, at most about pi/4.
+
+    Reduction by parts of pi/2 that leave no rounding error until the end (Cody and Waite, "Software Manual for the
+    Elementary Functions", 1980).
+    """
+    shifted = k.fma(t, 2.0 / math.pi, ROUND)
+    n = shifted - ROUND
+    for part in HALF_PI:
+        t = k.fma(n, -part, t)
+    return k.bitcast(shifted, t.type.of("i32")), t
+
+
+def rotated(k: Builder, r: Value, quarter: Value) -> Value:
+    """sin(r + quarter * pi/2) for |r| up to about pi/4."""
+    s = r * r
+    sine = k.fma(r * s, polynomial(k, s, SIN), r)
+    cosine = k.fma(s * s, polynomial(k, s, COS), k.fma(s, -0.5, 1.0))
+    value = k.select((quarter & 1).eq(0), sine, cosine)
+    return k.bitcast(k.bitcast(value, quarter.type) ^ ((quarter & 2) << 30), value.type)
+
+
+def with_sign(k: Builder, value: Value, sign: Value) -> Value:
+    """`value`, negated where `sign` has its sign bit set."""
     bits = k.bitcast(sign, sign.type.of("i32")) & -0x80000000
-    return k.bitcast(k.bitcast(magnitude, bits.type) | bits, magnitude.type)
+    return k.bitcast(k.bitcast(value, bits.type) ^ bits, value.type)
