@@ -260,7 +260,7 @@ def test_a_peer_that_does_not_answer(torch: Path, monkeypatch: pytest.MonkeyPatc
 def test_unknown_peers_are_refused() -> None:
     with pytest.raises(UsageError, match="unknown peer 'jax'") as raised:
         open_peer("jax", 2)
-    assert raised.value.hint == "one of: numpy, torch"
+    assert raised.value.hint == "one of: numpy, torch, torch-cuda"
 
 
 # suite
