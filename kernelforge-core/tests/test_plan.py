@@ -103,6 +103,27 @@ def test_in_place_ops_copy_when_the_old_contents_must_survive(change: Any) -> No
     np.testing.assert_array_equal(inputs["cache"].array, before)
 
 
+QUANTISED_CACHE = """
+func.func @main(%c: tensor<1x16x2x32x!transformer.q8> {kernelforge.name = "cache", kernelforge.donated},
+                %k: tensor<?x2x32xf32> {kernelforge.name = "k"},
+                %p: tensor<?xi32> {kernelforge.name = "positions"}, %s: tensor<?xi32> {kernelforge.name = "slots"})
+    -> (tensor<1x16x2x32x!transformer.q8> {kernelforge.name = "cache_out"}) {
+  %u = "transformer.kv_cache_update"(%c, %k, %p, %s)
+      : (tensor<1x16x2x32x!transformer.q8>, tensor<?x2x32xf32>, tensor<?xi32>, tensor<?xi32>)
+      -> tensor<1x16x2x32x!transformer.q8>
+  return %u : tensor<1x16x2x32x!transformer.q8>
+}
+"""
+
+
+def test_the_old_contents_of_a_quantised_cache_cannot_be_kept() -> None:
+    assert ops(plan_of(QUANTISED_CACHE)) == ["kv_cache_update"]
+    message = r"'cache' \(q8\[1, ?16, ?2, ?32\]\) is read after transformer.kv_cache_update at .* overwrites it"
+    with pytest.raises(UsageError, match=message) as error:
+        plan_of(QUANTISED_CACHE.replace("return %u", "return %c"))
+    assert error.value.hint == "read it before, or read the result of that op instead"
+
+
 def test_dims_fix_dynamic_dimensions_in_every_problem() -> None:
     plan = plan_of(CACHED, dims={"tokens": 1})
     assert plan.dims == ()

@@ -32,7 +32,8 @@ def make_plan(
     """Plan `function` for `target`.
 
     `dims` fixes dynamic dimensions, so that kernels are specialised for them; the others stay dynamic. Raises UsageError
-    for a dimension that the function does not have, or when no kernel takes one of its problems.
+    for a dimension that the function does not have, when no kernel takes one of its problems, or when a quantised cache
+    would have to be copied.
     """
     planner = _Planner(function, ops, choose, dict(dims or {}))
     for index, node in enumerate(function.nodes):
@@ -139,6 +140,12 @@ class _Planner:
         root = self.values[self._root(operand)]
         writable = root.place == "arena" or (root.place == "input" and root.donated)
         if not writable or self._read_later(index, operand, source):
+            if root.type.quantised:
+                raise UsageError(
+                    f"'{root.name}' ({root.type}) is read after {node.op} at {node.location or 'unknown place'} overwrites "
+                    f"it, and {root.type.dtype} cannot be copied: its elements come in groups",
+                    hint="read it before, or read the result of that op instead",
+                )
             copy = self._new(Value(replace(self.values[operand].type, strides=None, constant=False), "arena"))
             self._step(COPY, [operand], [copy], (("dtype", root.type.dtype),), node.location)
             bound[position] = operand = copy
