@@ -84,6 +84,33 @@ class DropsBias(Mutant):
 
 
 @dataclass(frozen=True)
+class DropsResidual(Mutant):
+    def run(self, module: Module) -> None:
+        for body, op in _each(module, "matmul"):
+            if op.operands[3] is not None:
+                operands = [*op.operands[:3], None]
+                body.replace(op, body.create(op.name, operands, op.attrs, before=op, of=[op]))
+
+
+@dataclass(frozen=True)
+class DropsWindow(Mutant):
+    def run(self, module: Module) -> None:
+        for body, op in _each(module, "attention"):
+            if op.attrs["window"]:
+                body.replace(op, body.create(op.name, op.operands, {**op.attrs, "window": 0}, before=op, of=[op]))
+
+
+@dataclass(frozen=True)
+class OtherRope(Mutant):
+    def run(self, module: Module) -> None:
+        """Pairs of neighbours are thought to be halves."""
+        for body, op in _each(module, "rope"):
+            if op.attrs["interleaved"]:
+                attrs = {**op.attrs, "interleaved": False}
+                body.replace(op, body.create(op.name, op.operands, attrs, before=op, of=[op]))
+
+
+@dataclass(frozen=True)
 class OtherEps(Mutant):
     def run(self, module: Module) -> None:
         for body, op in _each(module, "rms_norm"):
@@ -164,6 +191,9 @@ PASSES: list[tuple[type[Mutant], Kind]] = [
     (DropsUse, "wrong-values"),
     (SwapsParts, "wrong-values"),
     (DropsBias, "wrong-values"),
+    (DropsResidual, "wrong-values"),
+    (DropsWindow, "wrong-values"),
+    (OtherRope, "wrong-values"),
     (OtherEps, "wrong-values"),
     (ForgetsRounding, "wrong-values"),
     (OtherGelu, "wrong-values"),
@@ -207,15 +237,31 @@ class Repeats(HonestTuner):
 
 
 class IgnoresConstraints(HonestTuner):
-    def ask(self) -> Config | None:
-        self.left = [{name: self.rng.choice(values) for name, values in self.space.parameters}]
-        return super().ask()
+    def __init__(self, space: ConfigSpace, default: Config, *, trials: int, seed: int = 0) -> None:
+        super().__init__(ConfigSpace(space.parameters), default, trials=trials, seed=seed)
 
 
 class InventsValues(HonestTuner):
     def ask(self) -> Config | None:
         config = super().ask()
         return config and {k: v + 1 if isinstance(v, int) else v for k, v in config.items()}
+
+
+class ProposesFloats(HonestTuner):
+    """As a search in continuous space does that forgets to go back."""
+
+    def ask(self) -> Config | None:
+        config: dict[str, Any] = dict(super().ask() or {})
+        return {k: float(v) if isinstance(v, int) else v for k, v in config.items()} if config else None
+
+
+class KeepsAndChanges(HonestTuner):
+    """Works on in the very config that it is told of."""
+
+    def tell(self, config: Config, median_s: float | None) -> None:
+        assert isinstance(config, dict)
+        config["median_s"] = median_s
+        super().tell(config, median_s)
 
 
 class NoBudget(HonestTuner):
@@ -269,8 +315,10 @@ class WaitsForAnswers(HonestTuner):
 TUNERS: list[tuple[type[HonestTuner], Kind]] = [
     (Repeats, "repeated-config"),
     (WaitsForAnswers, "repeated-config"),
-    (IgnoresConstraints, "repeated-config"),
+    (IgnoresConstraints, "illegal-config"),
     (InventsValues, "illegal-config"),
+    (ProposesFloats, "illegal-config"),
+    (KeepsAndChanges, "input-mutated"),
     (NoBudget, "over-budget"),
     (StopsEarly, "optimum-missed"),
     (StaysNear, "optimum-missed"),

@@ -99,8 +99,8 @@ class ConfigSpace:
         if set(config) != {name for name, _ in self.parameters}:
             return f"has parameters {sorted(config)}, wants {sorted(name for name, _ in self.parameters)}"
         for name, values in self.parameters:
-            if config[name] not in values:
-                return f"{name}={config[name]} is not one of {values}"
+            if (type(config[name]), config[name]) not in [(type(v), v) for v in values]:  # 8.0 and True equal integers
+                return f"{name}={config[name]!r} is not one of {values}"
         for reason, holds in self.constraints:
             if not holds(config):
                 return reason

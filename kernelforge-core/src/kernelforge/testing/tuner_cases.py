@@ -89,7 +89,7 @@ def search(
     bench: Bench, name: str, space: str, landscape: Landscape, *, trials: int, seed: int = 0, batch: int = 1
 ) -> Iterator[tuple[Config, float | None]]:
     """What a tuner tries, with `batch` configs asked for before the first is told. Raises Failure for a config that is
-    illegal or was tried before, and for more than `trials` of them."""
+    illegal, was tried before or is changed when it is told, and for more than `trials` of them."""
     from kernelforge.tune.tuner import Tuner as Protocol
 
     there = SPACES[space]
@@ -113,7 +113,10 @@ def search(
             asked.append(dict(config))
         for config in asked:
             seconds = landscape(config)
-            tuner.tell(config, seconds)
+            told = dict(config)
+            tuner.tell(told, seconds)
+            if told != config:
+                raise Failure("input-mutated", f"tuner '{name}' changes the config that it is told of: {config}")
             yield config, seconds
 
 
