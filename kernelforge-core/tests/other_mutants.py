@@ -251,8 +251,9 @@ class ProposesFloats(HonestTuner):
     """As a search in continuous space does that forgets to go back."""
 
     def ask(self) -> Config | None:
-        config: dict[str, Any] = dict(super().ask() or {})
-        return {k: float(v) if isinstance(v, int) else v for k, v in config.items()} if config else None
+        config = super().ask()
+        floats: dict[str, Any] = {k: float(v) if isinstance(v, int) else v for k, v in (config or {}).items()}
+        return config and floats
 
 
 class KeepsAndChanges(HonestTuner):

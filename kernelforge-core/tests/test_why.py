@@ -130,6 +130,9 @@ def test_a_model_is_all_its_problems(capsys: pytest.CaptureFixture[str]) -> None
         ("transformer.matmul(f32[?0,16],", ("prefill",), 2),
     ]
     assert "prefill" in capsys.readouterr().out
+    assert run(why_verb.why, "matmul", model="toy:two", using=using) == data
+    with pytest.raises(UsageError, match=r"no step of the model 'toy:two' is a transformer\.silu"):
+        run(why_verb.why, "silu", model="toy:two", using=using)
     tuned = run(tune_verb.tune, model="toy:two", using=using)
     assert [p["programs"] for p in tuned["problems"]] == [("decode",), ("prefill",)]
     assert "f32[32,16]" in tuned["problems"][1]["problem"]
@@ -147,7 +150,9 @@ def test_a_model_is_all_its_problems(capsys: pytest.CaptureFixture[str]) -> None
     ("arguments", "message"),
     [
         ({}, "name one of: an op"),
-        ({"op": "matmul", "model": "m"}, "name one of: an op"),
+        ({"problem": "p()", "model": "m"}, "name one of: an op"),
+        ({"op": "matmul", "problem": "p()"}, "name one of: an op"),
+        ({"model": "m", "shape": "3x4"}, "--model excludes --shape"),
         ({"op": "matmul", "m": 3}, "matmul needs its sizes"),
         ({"op": "matmull"}, "unknown op 'matmull'"),
         ({"op": "softmax"}, "softmax needs the shapes of its operands"),

@@ -72,7 +72,7 @@ def run(
         refused = next((outcome.message for outcome in report.outcomes), "")
         raise WrongResultError(
             f"nothing of '{name}' was tested" + (f": {refused}" if refused else ""),
-            hint="it registers nothing that has cases, claims nothing, or the options leave nothing over",
+            hint="it registers nothing that has cases, or claims none of them",
         )
     return out.data
 

@@ -31,7 +31,7 @@ Attribute = Annotated[
     list[str] | None, typer.Option("--attr", metavar="NAME=VALUE", help="Attribute of the op (may be repeated).")
 ]
 ProblemKey = Annotated[str | None, typer.Option("--problem", help="A problem, as `records list` and `why` write it.")]
-Model = Annotated[str | None, typer.Option(help="A model: every problem in it.")]
+Model = Annotated[str | None, typer.Option(help="A model: every problem in it, or those of the op.")]
 Weights = Annotated[str, typer.Option(help="Of a model: native, or the dtype to convert its weights to.")]
 Variant = Annotated[str | None, typer.Option(help="Use this kernel variant.")]
 

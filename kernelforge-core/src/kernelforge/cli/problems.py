@@ -38,7 +38,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Request:
-    """The options of a verb that name problems: exactly one of op, problem and model."""
+    """The options of a verb that name problems: op, problem or model, or a model and the op that is meant of it."""
 
     op: str | None
     sizes: tuple[int | None, int | None, int | None]
@@ -53,12 +53,13 @@ class Request:
 
     def resolve(self, session: Session) -> list[Asked]:
         """The problems. Raises UsageError for options that name none, AssetError for a model that nobody reads."""
-        if sum(given is not None for given in (self.op, self.problem, self.model)) != 1:
+        named = self.model if self.model is not None else self.op
+        if (named is None) == (self.problem is None):
             raise UsageError("name one of: an op (matmul --shape 64x128,128x64), --problem KEY, --model PATH")
         if self.weights != "native" and self.model is None:
             raise UsageError("--weights needs --model")
         if self.model is not None:
-            return model_problems(session, load_model(session.registry, self.model, self.weights))
+            return self._of_model(session, self.model)
         if self.problem is not None:
             return [Asked.of(checked_problem(session.registry, self.problem))]
         assert self.op is not None
@@ -75,6 +76,18 @@ class Request:
                 "matmul needs its sizes", hint="for example --shape 64x128,128x64 or --m 64 --n 64 --k 128"
             )
         return [Asked.of(matmul_problem(session.registry, m, n, k, self.dtype, constant=self.constant))]
+
+    def _of_model(self, session: Session, source: str) -> list[Asked]:
+        """All problems of the model, or those of one op."""
+        if self.shape is not None or self.sizes != (None, None, None):
+            raise UsageError("--model excludes --shape and --m, --n, --k", hint="a model has its own sizes")
+        op = None if self.op is None else find_op(session.registry, self.op).full_name
+        found = model_problems(session, load_model(session.registry, source, self.weights))
+        kept = [asked for asked in found if op in (None, asked.problem.op)]
+        if not kept:
+            there = ", ".join(sorted({asked.problem.op for asked in found}))
+            raise UsageError(f"no step of the model '{source}' is a {op}", hint=f"it has: {there}")
+        return kept
 
 
 def find_op(registry: Registry, name: str) -> OpDef:

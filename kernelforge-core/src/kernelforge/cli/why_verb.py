@@ -36,7 +36,9 @@ _SOURCES = {
 
 
 def why(
-    op: Annotated[str | None, typer.Argument(help="An op, with --shape; matmul also with --m, --n and --k.")] = None,
+    op: Annotated[
+        str | None, typer.Argument(help="An op, with --shape or --model; matmul also with --m, --n and --k.")
+    ] = None,
     shape: Shape = None,
     m: M = None,
     n: N = None,

@@ -21,7 +21,8 @@ def assert_conformant(
     """Run the conformance cases of an installed plugin, as `kernelforge conformance run` does with these options.
 
     Raises AssertionError, which names what failed with the command that repeats it, also when nothing is tested;
-    UsageError for an unknown plugin or level, PluginError for a plugin that is not loaded.
+    UsageError for an unknown plugin or level and for an op or variant that it has no case of; PluginError for a plugin that is
+    not loaded.
     """
     __tracebackhide__ = True
     from kernelforge.registry import default_registry

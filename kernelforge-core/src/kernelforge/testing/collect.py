@@ -27,7 +27,7 @@ def plugin_status(registry: Registry, plugin: str) -> PluginStatus:
     """The status of a loaded plugin. Raises UsageError for an unknown name, PluginError for one that is not loaded."""
     status = lookup("plugin", registry.plugins, plugin)
     if status.state != "loaded":
-        raise PluginError(status.report)
+        raise PluginError(status.report, hint=status.remedy or None)
     return status
 
 
@@ -47,9 +47,10 @@ class Scope:
     """A case's name, or a pattern of them."""
 
     @property
-    def complete(self) -> bool:
-        """Whether nothing is left out but by the level."""
-        return (self.op, self.variant, self.case, self.target) == (None, None, None, None)
+    def narrowing(self) -> str:
+        """The options that leave something out, but for the level; empty when none does."""
+        options = {"target": self.target, "op": self.op, "variant": self.variant, "case": self.case}
+        return " ".join(f"--{name} {value}" for name, value in options.items() if value is not None)
 
     @property
     def upto(self) -> int:

@@ -134,7 +134,8 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; } th, td { border: 1px solid #ccc; padding: .2rem .6rem; text-align: left; }
 th { background: #f4f4f4; } code, pre { font: 13px ui-monospace, monospace; } pre { background: #f4f4f4; padding: .5rem;
-white-space: pre-wrap; } .passed { background: #d9f2d9; } .failed { background: #f8d0d0; } .expected-failure {
+white-space: pre-wrap; } summary, p, pre { overflow-wrap: anywhere; }
+.passed { background: #d9f2d9; } .failed { background: #f8d0d0; } .expected-failure {
 background: #fdf0c0; } .not-claimed { color: #888; } details { margin: .4rem 0; }
 """
 

@@ -91,8 +91,8 @@ class Report:
 def run_plugin(registry: Registry, request: Request, progress: Progress = lambda outcome: None) -> Report:
     """Run the cases that are asked for.
 
-    Raises UsageError for an unknown plugin, level, or case, PluginError for a plugin that is not loaded, whose cases
-    cannot be collected or whose file of expectations is wrong.
+    Raises UsageError for an unknown plugin or level and for options that no case has, PluginError for a plugin that is not
+    loaded, whose cases cannot be collected or whose file of expectations is wrong.
     """
     if request.level not in LEVELS:
         raise UsageError(f"there is no level {request.level}", hint=f"from {min(LEVELS)} to {max(LEVELS)}")
@@ -101,10 +101,10 @@ def run_plugin(registry: Registry, request: Request, progress: Progress = lambda
     announced = expectations(request.plugin)
     with Bench(registry, threads=request.threads, factors=announced.factors) as bench:
         cases = collect(bench, request)
-        if request.case is not None and not cases:
+        if not cases and (asked := request.narrowing):
             raise UsageError(
-                f"plugin '{request.plugin}' has no case '{request.case}'",
-                hint=f"kernelforge conformance list {request.plugin}",
+                f"plugin '{request.plugin}' has no case with {asked}",
+                hint=f"kernelforge conformance list {request.plugin} --level {request.level}",
             )
 
         def done(outcome: Outcome) -> Outcome:
@@ -117,7 +117,7 @@ def run_plugin(registry: Registry, request: Request, progress: Progress = lambda
             outcomes = _run_apart(cases, setup, request, done)
         else:
             outcomes = {case.id: done(run_case(case, bench)) for case in cases}
-    everything = request.complete and request.level == max(LEVELS)
+    everything = not request.narrowing and request.level == max(LEVELS)
     unused = announced.unused([case.id for case in cases]) if everything else []
     return Report(
         status.name,
