@@ -94,7 +94,7 @@ class CpuDevice:
         built = {key: self._build(step, catalog) for key, step in fresh.items()}
         texts = list(dict.fromkeys(k.mlir for k in built.values() if isinstance(k, NativeKernel) and k.mlir))
         try:
-            library = load_objects(texts) if texts else None
+            library = load_objects(texts, threads=self._info.threads) if texts else None
         except Exception:
             self._blame(fresh, built, catalog)
             raise

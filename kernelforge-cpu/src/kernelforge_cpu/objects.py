@@ -10,7 +10,7 @@ import hashlib
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -50,32 +50,46 @@ class Stats:
 STATS = Stats()
 
 
-def load_objects(texts: Sequence[str], target: CpuTarget | None = None) -> jit.Library:
-    """One library of all kernels in these MLIR modules (default target: the host), from the cache or compiled now.
+def load_objects(texts: Sequence[str], target: CpuTarget | None = None, *, threads: int = 1) -> jit.Library:
+    """One library of all kernels in these MLIR modules (default target: the host), from the cache or compiled now, in up
+    to `threads` processes.
 
     Raises UsageError with the diagnostics of a text that does not compile.
     """
     target = target or host_target()
-    return jit.load([fetch(text, target, lambda t=text: jit.compile_object(t, cpu=target)) for text in texts])  # type: ignore[misc]  # bound per text
+    files = {text: folder() / f"{key(text, target)}.o" for text in texts}
+    codes = {text: code for text, file in files.items() if (code := _cached(file)) is not None}
+    start = time.perf_counter()
+
+    def keep(text: str, code: bytes) -> None:
+        codes[text] = code
+        STATS.compiled += 1
+        _write(files[text], code)
+
+    if missing := files.keys() - codes.keys():
+        from kernelforge_cpu.helpers import compile_each
+
+        compile_each(missing, target, keep, threads=threads)
+        STATS.compile_s += time.perf_counter() - start
+    return jit.load([codes[text] for text in texts])
 
 
 def load_llvm(ir_text: str) -> jit.Library:
     """The same for one module of LLVM IR, for the host."""
-    return jit.load([fetch(ir_text, host_target(), lambda: jit.compile_llvm(ir_text, host_target()))])
+    file = folder() / f"{key(ir_text, host_target())}.o"
+    code = _cached(file)
+    if code is None:
+        start = time.perf_counter()
+        code = jit.compile_llvm(ir_text, host_target())
+        STATS.compiled += 1
+        STATS.compile_s += time.perf_counter() - start
+        _write(file, code)
+    return jit.load([code])
 
 
-def fetch(text: str, target: CpuTarget, build: Callable[[], bytes]) -> bytes:
-    """The object of `text` for `target`."""
-    file = folder() / f"{key(text, target)}.o"
+def _cached(file: Path) -> bytes | None:
     code = _read(file)
-    if code is not None:
-        STATS.hits += 1
-        return code
-    start = time.perf_counter()
-    code = build()
-    STATS.compiled += 1
-    STATS.compile_s += time.perf_counter() - start
-    _write(file, code)
+    STATS.hits += code is not None
     return code
 
 
