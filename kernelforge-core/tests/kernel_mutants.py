@@ -232,6 +232,13 @@ def wrong_for_one_row(call: Call) -> None:
         call.results[0][..., -1] = 0
 
 
+def one_matrix_for_all(call: Call) -> None:
+    """Of a batch of right matrices, the first is taken for all."""
+    rhs = call.operand(1)
+    batched = rhs.ndim == 3 and not call.problem.operand(1).quantised
+    call.write(call.evaluate({1: np.broadcast_to(rhs[:1], rhs.shape)} if batched else {}))
+
+
 def lost_tail(call: Call) -> None:
     """Sums over whole vectors of 8 only."""
     axis = -2 if call.problem.attr("transpose_lhs") else -1
@@ -428,6 +435,7 @@ MUTANTS: list[tuple[str, str, Kernel, Kind]] = [
     ("f16-sums", "matmul", f16_sums, "wrong-values"),
     ("bf16-operands", "matmul", bf16_products, "wrong-values"),
     ("wrong-for-one-row", "matmul", wrong_for_one_row, "wrong-values"),
+    ("one-matrix-for-all", "matmul", one_matrix_for_all, "wrong-values"),
     ("lost-tail", "matmul", lost_tail, "wrong-values"),
     ("mutates-input", "matmul", mutates, "input-mutated"),
     ("by-pointer", "silu", by_pointer, "wrong-values"),

@@ -36,14 +36,14 @@ def _whole_groups(size: int, dtype: str) -> int:
 
 def _matmul(op: OpDef, c: Choice) -> Problem:
     x, w = _types(c)
-    batch: tuple[int, ...] = {"none": (), "shared": (2,), "own": (2, 3)}[c["batch"]]
+    batch: tuple[int, ...] = {"none": (), "shared": (2,), "own": (3,), "nested": (2, 3)}[c["batch"]]
     m, n, k = c["m"], c["n"], _whole_groups(c["k"], w)
     constant = c["constant"] or w in ("q8", "q4")
     lhs = (*batch, k, m) if c["transpose_lhs"] else (*batch, m, k)
     rhs = (n, k) if c["transpose_rhs"] else (k, n)
     operands = [
         TensorType(lhs, x),
-        TensorType((*batch, *rhs) if c["batch"] == "own" else rhs, w, constant=constant),
+        TensorType(rhs if c["batch"] == "shared" else (*batch, *rhs), w, constant=constant),
         TensorType((n,), "f32" if w in ("q8", "q4") else w, constant=c["constant"]) if c["bias"] else None,
         TensorType((*batch, m, n), "f32" if x == "q8a" else x) if c["residual"] else None,
     ]
@@ -60,7 +60,7 @@ MATMUL = Family(
         "epilogue": ("none", "silu", "gelu", "gelu_tanh"),
         "bias": (False, True),
         "residual": (False, True),
-        "batch": ("none", "shared", "own"),
+        "batch": ("none", "shared", "own", "nested"),
     },
     _matmul,
     {"m": SIZES, "n": (17, 1, 2, 3, 7, 31, 33, 64, 129), "k": (33, 1, 2, 3, 7, 16, 31, 64, 127, 300)},
