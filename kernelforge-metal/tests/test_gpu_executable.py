@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
-from kernelforge.errors import DeviceError, KernelForgeError, PluginError, UsageError
+from kernelforge.errors import DeviceError, KernelForgeError, KernelForgeWarning, PluginError, UsageError
 from kernelforge.graph import Graph
 from kernelforge.hookspecs import hookimpl
 from kernelforge.plugins import load_registry
 from kernelforge.problem import Problem, parse_problem
 from kernelforge.session import Session
+from kernelforge.tune.verify import Workload
 from kernelforge.variant import Config, DeviceInfo, KernelVariant
 from kernelforge_metal.buffer import GpuBuffer
 from kernelforge_metal.device import GpuDevice
 from kernelforge_metal.executable import GpuExecutable
 from kernelforge_metal.kernel import Binding, Dispatch, GpuKernel
+
+pytestmark = pytest.mark.filterwarnings("ignore:no GPU kernel takes")
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -135,6 +139,16 @@ def test_buffers_hold_what_is_written(session: Session) -> None:
     np.testing.assert_array_equal(buffer.numpy(), numbers(3, 5).astype(np.float16))
     with pytest.raises(UsageError, match=r"cannot write float32\[3, 5\] into a f16\[3, 5\] buffer"):
         buffer.write(numbers(3, 5))
+    assert session.device.allocate((2, 64), "q8").shape == (2, 2)  # groups
+
+
+def test_quantised_activations_run_on_the_host(session: Session) -> None:
+    work = Workload(session, parse_problem('transformer.quantize(f32[3,64]) -> (q8a[3,64]) {format="q8a"}'))
+    work.verify(session.compile_problem(work.problem))
+    attrs = '{epilogue="none", transpose_lhs=false, transpose_rhs=true}'
+    product = parse_problem(f"transformer.matmul(q8a[3,64], q8[5,64]@const, _, _) -> (f32[3,5]) {attrs}")
+    work = Workload(session, product)
+    work.verify(session.compile_problem(product, constants=work.constants))
 
 
 # Memory.
@@ -220,6 +234,20 @@ def test_ops_without_a_kernel_run_on_the_host_between_those_that_have_one(sessio
     assert executable.measure({"x": x_array}, repeats=2).source == "host-clock"
     explanation = executable.explain({"x": x_array}, repeats=1)
     assert all(use.seconds and use.seconds > 0 for use in explanation.steps)
+
+
+def test_what_runs_on_the_host_is_said_once(session: Session) -> None:
+    device = session.device
+    assert isinstance(device, GpuDevice)
+    device._on_host.clear()
+    problem = parse_problem("transformer.add(f64[3], f64[3]) -> (f64[3]) {}")
+    with pytest.warns(
+        KernelForgeWarning, match=r"no GPU kernel takes all of transformer\.add: these steps run on the host"
+    ):
+        session.compile_problem(problem)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        session.compile_problem(problem)
 
 
 def test_equal_constants_are_on_the_device_once(session: Session) -> None:

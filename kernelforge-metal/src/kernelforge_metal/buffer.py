@@ -8,6 +8,7 @@ import numpy as np
 
 from kernelforge.dtype import to_numpy
 from kernelforge.errors import UsageError
+from kernelforge.problem import TensorType
 from kernelforge_metal.native import Region
 
 if TYPE_CHECKING:
@@ -20,8 +21,9 @@ class GpuBuffer:
     """See `kernelforge.backend.Buffer`."""
 
     def __init__(self, gpu: Gpu, shape: tuple[int, ...], dtype: str) -> None:
-        self._gpu, self._shape, self._dtype = gpu, shape, dtype
-        self._nbytes = int(np.prod(shape)) * to_numpy(dtype).itemsize
+        t = TensorType(shape, dtype)
+        self._gpu, self._shape, self._dtype = gpu, t.array_shape(), dtype
+        self._nbytes = t.nbytes()
         self.memory = gpu.allocate(self._nbytes, f"a {dtype}{list(shape)} buffer")
 
     @property

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kernelforge.errors import DeviceError, PluginError, UsageError
+from kernelforge.errors import DeviceError, KernelForgeWarning, PluginError, UsageError
 from kernelforge.faults import failed
 from kernelforge.variant import DeviceInfo, config_key
 from kernelforge_metal.buffer import GpuBuffer
@@ -38,6 +39,7 @@ class GpuDevice:
         self._info, self._gpu = info, gpu
         self._kernels: dict[tuple[str, str, str, tuple[tuple[int, int], ...]], CompiledKernel] = {}
         self._stores: dict[int, ConstantStore] = {}
+        self._on_host: set[str] = set()
 
     @property
     def info(self) -> DeviceInfo:
@@ -51,6 +53,7 @@ class GpuDevice:
         not compile; DeviceError when the constants do not fit."""
         store = self._store(constants)
         kernels = [self._compiled(step, plan, catalog) for step in plan.steps]
+        self._say_what_runs_on_the_host(plan, kernels)
         regions: dict[tuple[int, int], Region] = {}
         arrays: dict[tuple[int, int], object] = {}
         for i, (step, compiled) in enumerate(zip(plan.steps, kernels, strict=True)):
@@ -63,6 +66,15 @@ class GpuDevice:
                 else:
                     regions[i, k] = store.get(constant, compiled.kernel.packs.get(k), constants, catalog.ops)
         return GpuExecutable(plan, kernels, regions, arrays, self._gpu, catalog)
+
+    def _say_what_runs_on_the_host(self, plan: Plan, kernels: Sequence[CompiledKernel]) -> None:
+        """Warn of each op once: its operands and results go over the bus, and the GPU waits."""
+        pairs = zip(plan.steps, kernels, strict=True)
+        ops = {step.problem.op for step, compiled in pairs if isinstance(compiled.kernel, HostKernel)} - self._on_host
+        if ops:
+            text = f"no GPU kernel takes all of {', '.join(sorted(ops))}: these steps run on the host, slowly"
+            warnings.warn(KernelForgeWarning(f"{text}; `kernelforge why --target gpu` says why"), stacklevel=4)
+        self._on_host |= ops
 
     def _store(self, source: TensorSource) -> ConstantStore:
         """The packed constants of `source`, dropped with it."""

@@ -327,6 +327,8 @@ class GpuExecutable:
 def strided(memory: Array, value: Any, dims: Mapping[str, int]) -> Array:
     """The array of a plan's value in the memory of its root."""
     flat, t = memory.reshape(-1), value.type
+    if t.quantised:  # it has no views
+        return memory
     if t.strides is None:
         return flat[value.offset : value.offset + t.size(dims)].reshape(t.array_shape(dims))
     strides = tuple(s * flat.dtype.itemsize for s in t.strides)

@@ -57,11 +57,11 @@ def check_inputs(plan: Plan, inputs: Mapping[str, Array | Buffer]) -> Given:
             raise UsageError(f"input '{value.name}' has dtype {dtype}, wants {value.type.dtype}")
         fits = len(shape) == value.type.rank
         if fits:
-            for have, want in zip(shape, value.type.shape, strict=True):
+            for have, want in zip(shape, value.type.array_dims, strict=True):
                 fits &= have == (given.dims.setdefault(want, have) if isinstance(want, str) else want)
         if not fits:
             raise UsageError(
-                f"input '{value.name}' has shape {shape}, wants {list(value.type.shape)}{_sizes(given.dims)}"
+                f"input '{value.name}' has shape {shape}, wants {list(value.type.array_dims)}{_sizes(given.dims)}"
             )
     return given
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kernelforge.dtype import to_numpy
-from kernelforge.errors import UsageError
 from kernelforge_metal.kernel import HostKernel, size_of
 from kernelforge_metal.native import Region
 
@@ -99,7 +98,7 @@ class Layout:
     def outputs(self, dims: Mapping[str, int]) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
         """Shape and dtype of each output that is read back, by name."""
         values = [self._plan.values[i] for i in self._output_ids]
-        return {v.name: (v.type.static_shape(dims), to_numpy(v.type.dtype)) for v in values}
+        return {v.name: (v.type.array_shape(dims), to_numpy(v.type.dtype)) for v in values}
 
     def send(self, arrays: Mapping[int, Array]) -> None:
         """Write the inputs. A strided array is made contiguous."""
@@ -139,14 +138,12 @@ class Layout:
         for i in self._output_ids:
             t = self._plan.values[i].type
             start = self._outputs[i]
-            made[i] = data[start : start + t.nbytes(dims)].view(to_numpy(t.dtype)).reshape(t.static_shape(dims))
+            made[i] = data[start : start + t.nbytes(dims)].view(to_numpy(t.dtype)).reshape(t.array_shape(dims))
         return made
 
     def array(self, root: int, given: Given) -> Array:
         """The memory of a value that is no view, read back."""
         t = self._plan.values[root].type
-        if t.quantised:
-            raise UsageError(f"a {t.dtype} value is read back from the GPU")
         region = self.region(root, given)
         data = self._gpu.download(Region(region.buffer, region.offset, t.nbytes(given.dims)))
-        return data.view(to_numpy(t.dtype)).reshape(t.static_shape(given.dims))
+        return data.view(to_numpy(t.dtype)).reshape(t.array_shape(given.dims))

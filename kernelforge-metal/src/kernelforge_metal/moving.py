@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from kernelforge.dtype import ITEMSIZE
 from kernelforge.errors import PluginError
 from kernelforge_metal import wgsl
 from kernelforge_metal.kernel import VECTORS, Binding, Dispatch, GpuKernel, Size
@@ -31,7 +30,7 @@ def misplaced(kernel: GpuKernel, problem: Problem, offsets: Mapping[int, int]) -
             if b.index not in offsets:
                 continue
             t = problem.operand(b.index) if b.index < operands else problem.results[b.index - operands]
-            if offsets[b.index] * ITEMSIZE[t.dtype] % b.alignment == 0:
+            if offsets[b.index] * t.itemsize % b.alignment == 0:
                 continue
             if b.index < operands:
                 found.add(b.index)
