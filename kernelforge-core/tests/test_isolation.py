@@ -123,7 +123,9 @@ def test_strict_mode_ends_with_what_is_broken(site: Site) -> None:
 
 LOUD = """
 import os, subprocess, sys
+import atexit
 print("said by print")
+atexit.register(print, "said at exit")
 os.write(1, b"said by write\\n")
 subprocess.run([sys.executable, "-c", "print('said by a child')"])
 """
@@ -135,6 +137,7 @@ def test_chatter_of_an_import_stays_out_of_the_result(site: Site) -> None:
     ran = site.run("passes", "list", "--json")
     assert ran.stdout.count("\n") == 1
     assert all(f"said by {what}" in ran.stderr for what in ("print", "write", "a child"))
+    assert "said at exit" in ran.stderr
     text = site.run("passes", "list")
     assert "said by print" in text.stderr
     assert "said by print" not in text.stdout

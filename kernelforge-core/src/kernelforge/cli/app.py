@@ -104,10 +104,14 @@ def console_script() -> None:
     for stream in (sys.stdout, sys.stderr):
         # Generated text may hold characters that a console's code page lacks.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a TextIOWrapper in a started process
-    if wants_json(sys.argv[1:]):
+    json = wants_json(sys.argv[1:])
+    if json:
         _reserve_stdout()
     gc.set_threshold(*GC_THRESHOLD)
-    sys.exit(main())
+    code = main()
+    if json:
+        sys.stdout = sys.stderr  # the document is out: what code of plugins prints at exit is none of it
+    sys.exit(code)
 
 
 def _reserve_stdout() -> None:
