@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from kernel_checks import DEFS, NATIVE, module, native, problem
 
-from kernelforge_cpu.isa import LEVELS
-from kernelforge_cpu.jit import compile_object
+from kernelforge_cpu.isa import LEVELS, CpuTarget
+from kernelforge_cpu.jit import assembly, compile_object
 
 PROBLEMS = [
     problem("attention", "bf16[t,4,20]", "f16[2,64,2,20]", "f16[2,64,2,20]", "i32[t]", "i32[t]", window=9, softcap=2.0),
@@ -52,3 +54,72 @@ def test_code_for_every_level(level: str) -> None:
     target = LEVELS[level]
     code = compile_object(module(native(PROBLEMS, target)), cpu=target)
     assert len(code) > 10_000
+
+
+ROW = {"add", "mul", "sqrt", "div"}
+"""What is done once for a row: a mean, its root, a reciprocal."""
+COUNTED = {
+    problem("silu", "f32[t,64]"): set(),
+    problem("gelu", "f32[t,64]"): set(),
+    problem("add", "f32[t,64]", "f32[64]"): set(),
+    problem("mul", "f32[t,64]", "f32[64]"): set(),
+    problem("rope", "f32[t,3,64]", "i32[t]", max_position=32): set(),
+    problem("rms_norm", "f32[t,64]", "f32[64]"): ROW,
+    problem("layer_norm", "f32[t,64]", "f32[64]"): ROW,
+    problem("add_rms_norm", "f32[t,64]", "f32[t,64]", "f32[64]"): ROW,
+    problem("softmax", "f32[t,64]"): {"add", "div"},
+    problem("quantize", "f32[t,64]", format="q8a"): {"div"},  # the scale of a group
+    problem("attention", "f32[64,4,64]", "f16[2,64,2,64]", "f16[2,64,2,64]", "i32[64]", "i32[64]"): {
+        *("add", "sub", "mul", "fma")  # how much a row's sum shrinks under its new maximum
+    },
+}
+"""Problems whose rows are whole vectors at every level, and the arithmetic of single f32 numbers in their code."""
+UNFUSED = {"add", "mul", "quantize"}
+"""Ops that have no product to add to."""
+
+
+def arithmetic(code: str, target: CpuTarget) -> tuple[list[str], list[str]]:
+    """The f32 arithmetic of some assembly: on full vectors and on single numbers. Sums across a vector are of neither."""
+    packed: list[str] = []
+    single: list[str] = []
+    width = {4: "xmm", 8: "ymm", 16: "zmm"}[target.lanes]
+    for line in code.splitlines():
+        if target.arch == "aarch64":
+            found = re.match(r"\tf(n?m(?:add|sub)|ml[as]|add|sub|mul|div|sqrt)(?:\.4s)?\t", line)
+            alone, full = ".4s" not in line, True
+        else:
+            found = re.match(r"\tv?(fn?m(?:add|sub)\d+|add|sub|mul|div|sqrt)([ps])s\t", line)
+            alone, full = found is not None and found[2] == "s", width in line
+        if found is not None and (alone or full):
+            name = "fma" if re.match(r"f?n?m(?:add|sub|l[as]$)", found[1]) else found[1]
+            (single if alone else packed).append(name)
+    return packed, single
+
+
+def innermost_loops(code: str) -> list[str]:
+    """From a label to a jump back to it, with no such loop inside."""
+    lines, labels, found = code.splitlines(), dict[str, int](), list[tuple[int, int]]()
+    for i, line in enumerate(lines):
+        if label := re.match(r"([.\w$]+):", line):
+            labels[label[1]] = i
+        jump = re.match(r"\t(?:j\w+|b(?:\.\w+)?|cbn?z|tbn?z)\t(?:.*, )?([.\w$]+)\s*$", line)
+        if jump and labels.get(jump[1], i) < i:
+            found.append((labels[jump[1]], i))
+    inner = [a for a in found if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in found)]
+    return ["\n".join(lines[start : end + 1]) for start, end in inner]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_instructions_of_every_level(level: str) -> None:
+    """Rows are computed by vectors of the level's full width, fused where it can; what is done once for a row is not."""
+    target = LEVELS[level]
+    for p, kernel in native(list(COUNTED), target).items():
+        op, code = p.op.partition(".")[2], assembly(kernel.mlir, cpu=target)
+        packed, single = arithmetic(code, target)
+        assert set(single) <= COUNTED[p], f"{op}: {single}"
+        assert 4 <= len(packed) >= 2 * len(single), f"{op}: {len(packed)} vector instructions, {single}"
+        assert ("fma" in packed) == (level != "x86-64-v2" and op not in UNFUSED), op
+        assert not re.search(r"\t(?:call\w*|blr?)\t.*(?:exp|tanh|erf|sqrt|fma)", code), f"{op}: calls a function"
+        if op == "attention":
+            products = [arithmetic(loop, target) for loop in innermost_loops(code)]
+            assert any(len(vector) >= 32 and not alone for vector, alone in products), products
