@@ -6,6 +6,7 @@ A plan is data. It holds no kernel, no array and no pointer, so that it can be p
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -100,18 +101,18 @@ class Plan:
         """
         sizes = {v: -(-self.values[v].type.nbytes(dims) // alignment) * alignment for v in self.lifetimes}
         offsets: dict[int, int] = {}
-        placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last
+        placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last; in order
         for value in sorted(sizes, key=lambda v: (-sizes[v], v)):
             first, last = self.lifetimes[value]
             offset = 0
-            for begin, end, other_first, other_last in sorted(placed):
+            for begin, end, other_first, other_last in placed:
                 if other_first > last or other_last < first:
                     continue
                 if offset + sizes[value] <= begin:
                     break
                 offset = max(offset, end)
             offsets[value] = offset
-            placed.append((offset, offset + sizes[value], first, last))
+            insort(placed, (offset, offset + sizes[value], first, last))
         return ArenaLayout(offsets, max((end for _, end, _, _ in placed), default=0))
 
 
