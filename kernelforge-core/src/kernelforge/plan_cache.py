@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -34,6 +34,7 @@ MAX_FILES = 256
 """The oldest plans beyond this number are deleted; one is some hundred kilobytes."""
 
 
+_tensor_type = lru_cache(maxsize=1024)(parse_tensor_type)  # a model's layers are alike
 _REF = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
@@ -189,7 +190,7 @@ def _value_in(entry: list[Any], table: list[Constant]) -> Value:
     text, place, name, base, offset, constant, donated = entry
     if place not in ("input", "constant", "arena", "output", "view"):
         raise ValueError(f"unknown place {place!r}")
-    t = parse_tensor_type(text)
+    t = _tensor_type(text)
     return Value(t, place, name, base, offset, None if constant is None else table[constant], donated)
 
 
@@ -208,6 +209,6 @@ def _constant_out(constant: Constant, known: dict[str, int], table: list[Any]) -
 
 def _constant_in(entry: Mapping[str, Any], table: list[Constant]) -> Constant:
     if "name" in entry:
-        return Named(entry["name"], parse_tensor_type(entry["type"]))
+        return Named(entry["name"], _tensor_type(entry["type"]))
     operands = tuple(None if i is None else table[i] for i in entry["operands"])
     return Folded(parse_problem(entry["problem"]), operands, entry["result"])
