@@ -24,6 +24,8 @@ from kernelforge.variant import Config, ConfigSpace, DeviceInfo, KernelVariant, 
 DYNAMIC_SIZES = 3
 """Sizes that a problem with a dynamic dimension is run at."""
 MOST_CONFIGS = 24
+FEW_CONFIGS = 8
+"""So many are run on each of the plain problems; of more, each on one of them, as each is compiled anew."""
 MOST_TILE = 600
 MOST_TURNS = 8
 """Sets of sizes tried for a choice of factors until one is claimed."""
@@ -195,8 +197,9 @@ def _values(made: KernelCases) -> None:
         if large is not None:
             made.add(2, label, made.run(large))
     plain = [*islice(made.plain_problems(dynamic=False), 2), *islice(made.plain_problems(dynamic=True), 1)]
-    for problem in plain:
-        for config in some_configs(made.variant.config_space(problem, made.info)):
+    for turn, problem in enumerate(plain):
+        configs = some_configs(made.variant.config_space(problem, made.info))
+        for config in configs if len(configs) <= FEW_CONFIGS else configs[turn :: len(plain)]:
             for sizes in made.sizes_for(problem, 1, count=2):
                 label = ".".join(f"{k}{v}" for k, v in config.items())
                 made.add(2, label, replace(made.run(problem, sizes), config=config))
