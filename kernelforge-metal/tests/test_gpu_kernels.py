@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from kernelforge.dialects.transformer import OPS
-from kernelforge.problem import Problem
+from kernelforge.problem import Problem, parse_problem
 from kernelforge.session import Session
 from kernelforge.tune.verify import Workload
 from kernelforge.variant import Accept, DeviceInfo, KernelVariant, Reject
@@ -75,8 +75,6 @@ def test_reasons_to_refuse() -> None:
     kernels = {(v.op.partition(".")[2], v.name): v for v in VARIANTS}
 
     def reason(op: str, name: str, text: str, *features: str, **limits: int) -> str:
-        from kernelforge.problem import parse_problem
-
         verdict = kernels[op, name].judge(parse_problem(text), device(*features, **limits))
         assert isinstance(verdict, Reject)
         return verdict.reason
@@ -90,11 +88,18 @@ def test_reasons_to_refuse() -> None:
 
 
 def test_a_table_larger_than_a_binding_is_looked_up_in_pieces(gpu: Session) -> None:
-    from kernelforge.problem import parse_problem
-
     problem = parse_problem('transformer.embedding(f32[1100,64]@const, i32[9]) -> (f32[9,64]) {dtype="f32"}')
     variant = next(v for v in VARIANTS if v.op == problem.op and v.name == "wgsl")
     info = device(max_storage_buffer_binding_size=512 * 64 * 4)
     kernel = built(variant, problem, info)
     tables = [d.bindings[0] for d in kernel.dispatches]
     assert [(t.start, t.nbytes) for t in tables] == [(0, 131072), (131072, 131072), (262144, 19456)]
+
+
+def test_a_window_without_causality_sees_all_later_keys(gpu: Session) -> None:
+    attrs = "{causal=false, scale=0.0, softcap=0.0, window=1}"
+    shapes = "f32[2,2,16], f32[2,300,1,16], f32[2,300,1,16], i32[2], i32[2], i32[2]"
+    problem = parse_problem(f"transformer.attention({shapes}) -> (f32[2,2,16]) {attrs}")
+    for name in ("split", "tile", "wgsl"):
+        for _ in range(3):  # positions and lengths are drawn
+            Workload(gpu, problem).verify(gpu.compile_problem(problem, variant=name))

@@ -59,7 +59,8 @@ def split_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
 def build_split(problem: Problem, config: Config, device: DeviceInfo) -> GpuKernel:
     a = Attention(problem, device)
     chunk, size, tokens = int(config["chunk"]), a.size, a.tokens[0]
-    capacity, window = a.capacity, int(a.number("window"))
+    # A window bounds what a query sees on one side; the other end is its own position only if attention is causal.
+    capacity, window = a.capacity, int(a.number("window")) if problem.attr("causal") else 0
     assert isinstance(capacity, int)
     assert isinstance(tokens, int)
     repeat, quads = a.heads // a.groups, size // 4
