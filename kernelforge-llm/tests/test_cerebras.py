@@ -255,5 +255,5 @@ def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KernelForgeError, match="cannot be reached") as caught:
         complete("x", api_key=KEY, api_base=base, timeout=5)
     assert caught.value.hint == "check the address and the connection"
-    with pytest.raises(KernelForgeError, match="cannot be reached"):
+    with pytest.raises(UsageError, match="must begin with https:// or http:// and name a host"):
         complete("x", api_key=KEY, api_base="http://127.0.0.1:port/v1")

@@ -70,7 +70,7 @@ def test_tinypy_with_its_tokenizer(tmp_path: Path) -> None:
 def test_weights_are_converted_from_quantised_ones(tmp_path: Path) -> None:
     session = Session("cpu", threads=2)
     source = open_source(write_model(ORACLES[0], tmp_path / "m.gguf", "q4"))
-    as_stored = open_decoder(source, session).logits(IDS)
+    as_stored = open_decoder(source, session, activations="f32", kv_dtype="f32").logits(IDS)
     widened = open_decoder(source, session, weights="f32").logits(IDS)
     np.testing.assert_allclose(widened, as_stored, atol=1e-4 * abs(as_stored).max())
     again = open_decoder(source, session, weights="q8").logits(IDS)
