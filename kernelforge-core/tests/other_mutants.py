@@ -576,6 +576,38 @@ class OpensOnce(MutantBackend):
         return made
 
 
+def _forgotten(after_close: Callable[[MutantExecutable], tuple[Array | Buffer, ...]]) -> type[MutantDevice]:
+    """A device whose executables do something else once it was closed."""
+
+    class Device(MutantDevice):
+        def compile(self, plan: Plan, constants: TensorSource, catalog: Catalog) -> MutantExecutable:
+            made = super().compile(plan, constants, catalog)
+            run = made.run
+            self.open = True
+
+            def checked(inputs: Inputs, out: Out = None) -> tuple[Array | Buffer, ...]:
+                return run(inputs, out) if self.open else after_close(made)
+
+            vars(made)["run"] = checked
+            return made
+
+        def close(self) -> None:
+            self.open = False
+
+    return Device
+
+
+def _stale(executable: MutantExecutable) -> tuple[Array | Buffer, ...]:
+    values = executable.plan.values
+    return tuple(
+        np.zeros(values[i].type.static_shape(), to_numpy(values[i].type.dtype)) for i in executable.plan.outputs
+    )
+
+
+def _raises(executable: MutantExecutable) -> tuple[Array | Buffer, ...]:
+    raise AttributeError("'NoneType' object has no attribute 'queue'")
+
+
 def _backend(device: type[MutantDevice]) -> type[MutantBackend]:
     return type("Backend", (MutantBackend,), {"device": device})
 
@@ -594,4 +626,6 @@ BACKENDS: list[tuple[str, type[MutantBackend], Kind]] = [
     ("copies-buffers", _backend(_device(_copies_buffers)), "error"),
     ("two-samples", _backend(_device(measure=_two_samples)), "error"),
     ("opens-once", OpensOnce, "error"),
+    ("zeros-once-closed", _backend(_forgotten(_stale)), "wrong-values"),
+    ("breaks-once-closed", _backend(_forgotten(_raises)), "error"),
 ]

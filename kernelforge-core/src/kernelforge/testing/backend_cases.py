@@ -1,4 +1,5 @@
-"""Cases of backends: devices, buffers, transfers, refusals, several steps in one plan, and opening again."""
+"""Cases of backends: devices, buffers, transfers, refusals, several steps in one plan, devices that are gone, and opening
+again."""
 
 from __future__ import annotations
 
@@ -53,6 +54,7 @@ def backend_cases(registry: Registry, plugin: str) -> list[Case]:
         add(2, "measure", check_measure)
         add(3, "no-llvm-or-text", check_emit)
         add(6, "open-again", check_open_again)
+        add(6, "lost-device", check_lost_device)
         for level, seeds in PROGRAMS.items():
             for seed in seeds:
                 add(level, f"program-{seed}", check_program, seed=seed)
@@ -265,6 +267,36 @@ def check_open_again(bench: Bench, target: str) -> None:
             _right(own.run({"a": a, "b": b}), a + b, "on a device that was opened again")
         session.close()
         _right(executable.run({"a": a, "b": b}), a + b, "while another session is closed")
+
+
+def check_lost_device(bench: Bench, target: str) -> None:
+    """What was made on a device that is gone still gives what is right or refuses in words, and the process goes on with
+    another device."""
+    executable, a, b = _sum(bench, target)
+    t = TensorType((5, 3), "f32")
+    session = Session(target, threads=1, registry=bench.registry, records=NO_RECORDS, pipeline="")
+    own = session.compile_problem(bench.registry.ops[ADD].problem([t, t], {}))
+    buffer = session.device.allocate((5, 3), "f32")
+    buffer.write(a)
+    session.close()
+    uses: tuple[tuple[str, Callable[[], object]], ...] = (
+        ("a run", lambda: _right(own.run({"a": a, "b": b}), a + b, "on a device that is gone")),
+        ("reading a buffer", lambda: _holds(buffer, a, "a buffer of a device that is gone")),
+        ("writing a buffer", lambda: buffer.write(b)),
+        ("a measurement", lambda: own.measure({"a": a, "b": b}, repeats=1)),
+    )
+    for what, use in uses:
+        try:
+            use()
+        except Failure:
+            raise
+        except KernelForgeError as error:
+            if not str(error):
+                raise Failure("error", f"the refusal of {what} on a device that is gone says nothing") from None
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            raise Failure("error", f"{what} on a device that is gone raises {text}, must work or be refused") from None
+    _right(executable.run({"a": a, "b": b}), a + b, "beside a device that is gone")
 
 
 def check_program(bench: Bench, target: str, seed: int) -> None:
