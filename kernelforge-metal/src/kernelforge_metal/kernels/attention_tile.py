@@ -101,6 +101,15 @@ def build_tile(problem: Problem, config: Config, device: DeviceInfo) -> GpuKerne
         + ";"
         for d in registers
     )
+    shrunk = " ".join(f"o{d} *= shrink;" for d in registers)
+    # A key that this row does not see may have a value of NaN, which no weight of 0 takes away.
+    one_by_one = "\n        ".join(
+        f"if (seen{j}) {{ "
+        + " ".join(f"o{d} += w{j} * values[(j + {j}u) * {quads}u + first + {d}u];" for d in registers)
+        + " }"
+        for j in range(at_once)
+    )
+    all_seen = " && ".join(f"seen{j}" for j in range(at_once))
     stores = "\n  ".join(
         out.store(
             f"to + (first + {d}u) * 4u + {c}u", f"select(0.0, o{d}.{'xyzw'[c]} / total, total > 0.0 || is_nan(total))"
@@ -199,7 +208,12 @@ fn main(ids: Ids) {{
       let shrink = exp(top - higher);
       {weights}
       total = total * shrink + {total};
+      if ({all_seen}) {{
       {updates}
+      }} else {{
+        {shrunk}
+        {one_by_one}
+      }}
       top = higher;
     }}
   }}
