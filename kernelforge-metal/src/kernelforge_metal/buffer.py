@@ -39,7 +39,8 @@ class GpuBuffer:
         return Region(self.memory, 0, self.memory.size)
 
     def numpy(self) -> Array:
-        data = self._gpu.download(Region(self.memory, 0, self._nbytes))
+        with self._gpu.lock:
+            data = self._gpu.download(Region(self.memory, 0, self._nbytes))
         return data.view(to_numpy(self._dtype)).reshape(self._shape)
 
     def write(self, array: Array) -> None:
@@ -48,4 +49,5 @@ class GpuBuffer:
                 f"cannot write {array.dtype}{list(array.shape)} into a {self._dtype}{list(self._shape)} buffer"
             )
         if array.size:
-            self._gpu.upload(self.memory, 0, np.ascontiguousarray(array))
+            with self._gpu.lock:
+                self._gpu.upload(self.memory, 0, np.ascontiguousarray(array))

@@ -76,47 +76,52 @@ class GpuExecutable:
     def run(
         self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array] | None = None
     ) -> tuple[Array | Buffer, ...]:
-        given = self._take(inputs)
-        targets = self._targets(given, out)
-        self._send(given)
-        self._execute(given)
-        return self._results(given, targets)
+        with self._gpu.lock:
+            given = self._take(inputs)
+            targets = self._targets(given, out)
+            self._send(given)
+            self._execute(given)
+            return self._results(given, targets)
 
     def bind(
         self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array] | None = None
     ) -> Callable[[], tuple[Array | Buffer, ...]]:
-        given = self._take(inputs)
+        with self._gpu.lock:
+            given = self._take(inputs)
         targets = self._targets(given, out)
         for name, spec in self._layout.outputs(given.dims).items():
             targets.setdefault(name, np.empty(*spec))
 
         def call() -> tuple[Array | Buffer, ...]:
-            self._resize(given.dims)
-            self._send(given)
-            self._execute(given)
-            return self._results(given, targets)
+            with self._gpu.lock:
+                self._resize(given.dims)
+                self._send(given)
+                self._execute(given)
+                return self._results(given, targets)
 
         return call
 
     def measure(self, inputs: Mapping[str, Array | Buffer], *, repeats: int) -> Timing:
-        given = self._take(inputs)
-        self._send(given)
-        segments = self._commands(given).segments
-        if all(isinstance(s, list) for s in segments):
-            commands = [c for s in segments if isinstance(s, list) for c in s]
-            return measure(self._gpu, commands, self._uniform_group, repeats)
-        return measure_on_host(lambda: self._execute(given), self._gpu.wait, repeats)
+        with self._gpu.lock:
+            given = self._take(inputs)
+            self._send(given)
+            segments = self._commands(given).segments
+            if all(isinstance(s, list) for s in segments):
+                commands = [c for s in segments if isinstance(s, list) for c in s]
+                return measure(self._gpu, commands, self._uniform_group, repeats)
+            return measure_on_host(lambda: self._execute(given), self._gpu.wait, repeats)
 
     def explain(self, inputs: Mapping[str, Array | Buffer] | None = None, *, repeats: int = 9) -> Explanation:
         if inputs is None:
             return explain_plan(self._plan, self._catalog)
-        given = self._take(inputs)
-        self._send(given)
-        steps: list[list[Command] | Callable[[], None]] = []
-        for i, commands in enumerate(self._commands(given).steps):
-            host = isinstance(self._kernels[i].kernel, HostKernel)
-            steps.append(partial(self._run_on_host, i, given) if host else commands)
-        seconds = step_seconds(self._gpu, steps, self._uniform_group, repeats)
+        with self._gpu.lock:
+            given = self._take(inputs)
+            self._send(given)
+            steps: list[list[Command] | Callable[[], None]] = []
+            for i, commands in enumerate(self._commands(given).steps):
+                host = isinstance(self._kernels[i].kernel, HostKernel)
+                steps.append(partial(self._run_on_host, i, given) if host else commands)
+            seconds = step_seconds(self._gpu, steps, self._uniform_group, repeats)
         return explain_plan(self._plan, self._catalog, given.dims, seconds)
 
     # --- inputs and outputs ---

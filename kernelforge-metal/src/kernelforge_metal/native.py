@@ -10,6 +10,7 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,6 +70,9 @@ class Gpu:
         from wgpu.backends.wgpu_native import ffi, lib
 
         self._ffi, self._lib = ffi, lib
+        self.lock = (
+            RLock()
+        )  # one run or transfer at a time: they share a queue, and a poll ends the mappings of all threads
         self._mapped = 0
         self._map_info = self._map_callback()
         self.lost = False
