@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 from kernelforge.dialects.transformer.lookup import ARGMAX, EMBEDDING, KV_CACHE_UPDATE
-from kernelforge.dtype import from_numpy
+from kernelforge.dialects.transformer.rope import ROPE
+from kernelforge.dialects.transformer.rope_cache import ROPE_CACHE_UPDATE
+from kernelforge.dtype import from_numpy, to_numpy
 from kernelforge.errors import UsageError
 from kernelforge.op import OpDef
 from kernelforge.problem import Attr, TensorType
+from kernelforge.quant import quantize
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -58,6 +61,60 @@ def test_cache_update_outside_the_cache_is_refused(position: int, slot: int) -> 
 
 def test_cache_update_is_in_place() -> None:
     assert KV_CACHE_UPDATE.in_place == ((0, 0),)
+
+
+ROTATED: dict[str, Attr] = {"max_position": 5, "theta": 100.0, "interleaved": True}
+
+
+def step(dtype: str) -> list[Array]:
+    """q, k, v, both caches, positions, slots."""
+    q, k, v = normal(4, 4, 32), normal(4, 2, 32, seed=1), normal(4, 2, 32, seed=2)
+    filled = [normal(3, 5, 2, 32, seed=seed) for seed in (3, 4)]
+    caches = [quantize(c, dtype) if dtype == "q8" else c.astype(to_numpy(dtype)) for c in filled]
+    return [q, k, v, *caches, ints(0, 4, -1, 2), ints(2, 0, 99, 2)]
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8"])
+def test_rope_and_cache_updates_in_one(dtype: str) -> None:
+    q, k, v, keys, values, positions, slots = arrays = step(dtype)
+    types = [TensorType((3, 5, 2, 32) if i in (3, 4) else a.shape, from_numpy(a.dtype)) for i, a in enumerate(arrays)]
+    problem = ROPE_CACHE_UPDATE.problem(types, ROTATED)
+    before = [a.copy() for a in arrays]
+    rotated, new_keys, new_values = ROPE_CACHE_UPDATE.evaluate(problem, arrays)
+    for a, b in zip(arrays, before, strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(rotated, run(ROPE, q, positions, **ROTATED))
+    for made, cache, new in ((new_keys, keys, run(ROPE, k, positions, **ROTATED)), (new_values, values, v)):
+        cache_type = TensorType((3, 5, 2, 32), dtype)
+        update = KV_CACHE_UPDATE.problem([cache_type, types[1], types[5], types[6]], {})
+        np.testing.assert_array_equal(made, KV_CACHE_UPDATE.evaluate(update, [cache, new, positions, slots])[0])
+
+
+def test_what_an_update_leaves_of_a_quantised_cache_keeps_its_bits() -> None:
+    arrays = step("q8")
+    keys = arrays[3]
+    keys["values"][1] = 3  # a group that its numbers would not be quantised to
+    keys["scale"][1, 0, 0] = np.nan
+    types = [TensorType((3, 5, 2, 32) if i in (3, 4) else a.shape, from_numpy(a.dtype)) for i, a in enumerate(arrays)]
+    made = ROPE_CACHE_UPDATE.evaluate(ROPE_CACHE_UPDATE.problem(types, ROTATED), arrays)[1]
+    assert made[1].tobytes() == keys[1].tobytes()
+    assert made[0, 4].tobytes() != keys[0, 4].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("position", "slot", "message"),
+    [
+        (5, 0, "position 5 is not below max_position 5"),
+        (4, 3, r"token 1 goes to slot 3, position 4, outside a cache of \[3,5,2,32\]"),
+        (0, -1, "token 1 goes to slot -1, position 0, outside"),
+    ],
+)
+def test_rope_and_cache_updates_outside_the_cache_are_refused(position: int, slot: int, message: str) -> None:
+    arrays = step("f32")
+    arrays[5][1], arrays[6][1] = position, slot
+    problem = ROPE_CACHE_UPDATE.problem([TensorType(a.shape, from_numpy(a.dtype)) for a in arrays], ROTATED)
+    with pytest.raises(UsageError, match=message):
+        ROPE_CACHE_UPDATE.evaluate(problem, arrays)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])

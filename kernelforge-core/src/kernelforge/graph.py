@@ -19,7 +19,17 @@ from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING
 
-from kernelforge.dialects.transformer import attention, elementwise, layout, lookup, matmul, norms, quantisation, rope
+from kernelforge.dialects.transformer import (
+    attention,
+    elementwise,
+    layout,
+    lookup,
+    matmul,
+    norms,
+    quantisation,
+    rope,
+    rope_cache,
+)
 from kernelforge.dtype import WEIGHT_FORMATS
 from kernelforge.errors import UsageError
 from kernelforge.module import CONSTANT, DIMS, DONATED, NAME, TOKENS
@@ -378,6 +388,43 @@ class Graph:
     def kv_cache_update(self, cache: Tensor, new: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         """cache [S, C, G, D] with new [T, G, D] written at (slots [T], positions [T])."""
         return self._one(lookup.KV_CACHE_UPDATE, cache, new, positions, slots)
+
+    def rope_cache_update(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        *,
+        max_position: int,
+        theta: float = 10000.0,
+        rotary_dim: int = 0,
+        interleaved: bool = False,
+        scaling: str = "none",
+        factor: float = 1.0,
+        low_freq_factor: float = 1.0,
+        high_freq_factor: float = 4.0,
+        original_max_position: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, H, D], rotated; both caches [S, C, G, D], with k [T, G, D], rotated, and v [T, G, D] written at (slots [T],
+        positions [T])."""
+        attrs: dict[str, Attr] = {
+            "max_position": max_position,
+            "theta": theta,
+            "rotary_dim": rotary_dim,
+            "interleaved": interleaved,
+            "scaling": scaling,
+            "factor": factor,
+            "low_freq_factor": low_freq_factor,
+            "high_freq_factor": high_freq_factor,
+            "original_max_position": original_max_position,
+        }
+        operands = (q, k, v, key_cache, value_cache, positions, slots)
+        rotated, keys, values = self._add(rope_cache.ROPE_CACHE_UPDATE, operands, attrs)
+        return rotated, keys, values
 
     def argmax(self, x: Tensor) -> Tensor:
         """Index of the largest element along the last axis, i32."""

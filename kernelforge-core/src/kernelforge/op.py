@@ -219,14 +219,21 @@ class OpDef:
             return tuple(np.asarray(o) for o in resolve(function)(wide, dict(problem.attrs)))
 
     def evaluate(self, problem: Problem, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
-        """As `compute`, with the results rounded once to their types."""
+        """As `compute`, with the results rounded once to their types; what is overwritten keeps its bits elsewhere."""
         import numpy as np
 
         from kernelforge.dtype import to_numpy
+        from kernelforge.quant import requantize
 
-        outputs = self.compute(problem, arrays)
-        with np.errstate(all="ignore"):
-            return tuple(o.astype(to_numpy(t.dtype), order="C") for o, t in zip(outputs, problem.results, strict=True))
+        outputs, written = self.compute(problem, arrays), dict(self.in_place)
+        made = []
+        for i, (o, t) in enumerate(zip(outputs, problem.results, strict=True)):
+            if t.quantised and o.dtype.names is None:
+                made.append(requantize(o, t.dtype, arrays[written[i]] if i in written else None))
+            else:
+                with np.errstate(all="ignore"):
+                    made.append(o.astype(to_numpy(t.dtype), order="C"))
+        return tuple(made)
 
     def make_inputs(self, problem: Problem, rng: np.random.Generator) -> list[Array | None]:
         """Valid inputs for a static problem: the op's own, else normal floats and integers in 0..7."""

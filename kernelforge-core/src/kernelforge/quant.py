@@ -76,6 +76,16 @@ def dequantize(groups: Array) -> Array:
     return out.reshape(*groups.shape[:-1], groups.shape[-1] * GROUP)
 
 
+def requantize(array: Array, dtype: str, groups: Array | None) -> Array:
+    """As `quantize`; the groups of `groups`, if it is given, stay where `array` has their numbers."""
+    if groups is None:
+        return quantize(array, dtype)
+    made, wanted, have = groups.copy(), array.reshape(-1, GROUP), dequantize(groups).reshape(-1, GROUP)
+    changed = ~((wanted == have) | (np.isnan(wanted) & np.isnan(have))).all(axis=1)
+    made.reshape(-1)[changed] = quantize(wanted[changed], dtype)[:, 0]
+    return made
+
+
 def widened(array: Array) -> Array:
     """Floats and quantised numbers as float64, others as they are."""
     dtype = from_numpy(array.dtype)
@@ -129,7 +139,12 @@ def _to_q8a(x: Array, out: Array) -> None:
     values[~usable] = 0
     out["scale"] = np.where(np.isfinite(largest), scale, np.float32(np.nan))
     out["values"] = values
-    out["zeros"] = 8 * values.reshape(-1, GROUP // 4, 2, 2).sum(axis=(1, 3))
+    out["zeros"] = offsets(values)
+
+
+def offsets(values: Array) -> Array:
+    """Eight times the sums that a group of `q8a` keeps beside its values: [..., 32] gives [..., 2]."""
+    return np.asarray(8 * values.reshape(*values.shape[:-1], GROUP // 4, 2, 2).sum(axis=(-3, -1), dtype=np.int32))
 
 
 def _inverse(scale: Array) -> Array:

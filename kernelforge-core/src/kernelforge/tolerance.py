@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from kernelforge.dtype import FLOATS, QUANTISED, epsilon, to_numpy
+from kernelforge.dtype import ACTIVATION_FORMAT, FLOATS, GROUP, QUANTISED, epsilon, to_numpy
 from kernelforge.errors import WrongResultError
 from kernelforge.op import OpDef
 from kernelforge.problem import Problem
-from kernelforge.quant import widened
+from kernelforge.quant import dequantize, offsets, widened
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
@@ -35,8 +35,20 @@ _STEP = 2.0**-30
 """Relative change of the operands by which the condition is found: small enough to be linear, large beside 2^-53."""
 _TRIALS = 5
 
-_SMALLEST = {"f64": 2.0**-1022, "f32": 2.0**-126, "bf16": 2.0**-126, "f16": 2.0**-24}
-"""Results may be off by this much: subnormal numbers may be flushed to zero, but for those of f16."""
+_SMALLEST = {
+    "f64": 2.0**-1022,
+    "f32": 2.0**-126,
+    "bf16": 2.0**-126,
+    "f16": 2.0**-24,
+    "q8": 127 * 2.0**-24,
+    "q8a": 127 * 2.0**-126,
+}
+"""Results may be off by this much: subnormal numbers may be flushed to zero, but for those of f16. Of quantised ones the
+scales are such numbers."""
+
+_STEPS = {"q8": 0.55 / 127 + 2.0**-11, "q8a": 0.55 / 127}
+"""How far the numbers of a group may be off by the rounding of its values and its scale, relative to the largest of them:
+half a step, and a tenth of that for a kernel whose own numbers are a little larger or smaller."""
 
 MismatchKind = Literal["wrong-shape", "wrong-dtype", "wrong-values"]
 
@@ -62,13 +74,14 @@ class Roundings:
 def roundings(problem: Problem, op: OpDef, index: int) -> Roundings:
     """Of result `index` of a static problem."""
     dtype = problem.results[index].dtype
-    if op.exact or dtype not in FLOATS:
+    if op.exact or dtype not in (*FLOATS, *_STEPS):
         return Roundings(0.0, 0.0)
     elements = sum(t.size() for t in problem.results)
     rows = [t.static_shape()[-1] for t in problem.operands if t is not None and t.rank]
     length = max(2, op.problem_cost(problem).flops // max(elements, 1), *rows)
     accumulated = epsilon("f64") if dtype == "f64" else epsilon("f32")
-    return Roundings(_RESULT_ROUNDINGS * epsilon(dtype), _SUM_ROUNDINGS * accumulated * math.sqrt(length))
+    rounding = _STEPS[dtype] if dtype in _STEPS else _RESULT_ROUNDINGS * epsilon(dtype)
+    return Roundings(rounding, _SUM_ROUNDINGS * accumulated * math.sqrt(length))
 
 
 def tolerance(problem: Problem, op: OpDef) -> float:
@@ -99,6 +112,8 @@ def expect(problem: Problem, op: OpDef, arrays: Sequence[Array | None], *, facto
     found = []
     for e, m, c, t in zip(exact, models, terms, problem.results, strict=True):
         size = np.abs(np.where(np.isfinite(e), e, 0.0))
+        if t.quantised and m.result:
+            size = np.repeat(size.reshape(*size.shape[:-1], -1, GROUP).max(axis=-1, initial=0.0), GROUP, axis=-1)
         smallest = _SMALLEST[t.dtype] if m.result else 0.0
         found.append(Expected(e, factor * (m.result * size + m.sums * c) + smallest))
     return tuple(found)
@@ -132,10 +147,13 @@ def _moved(x: Any, rng: np.random.Generator) -> Any:
 
 def compare(got: Array, exact: Array, allowed: Array | float, dtype: str, what: str) -> float:
     """The largest error, relative to the largest magnitude of the exact result. NaN and infinity must be where they
-    belong; where nothing is allowed, bits must agree.
+    belong; where nothing is allowed, bits must agree. `exact` of a quantised result holds groups, which must agree, or
+    the numbers that they were made from.
 
     Raises Mismatch, beginning with `what`, for another shape, dtype or value.
     """
+    if dtype in QUANTISED and exact.dtype.names is None:
+        return _compare_numbers(got, exact, allowed, dtype, what)
     if got.shape != exact.shape or got.dtype != to_numpy(dtype):
         have, want = f"{got.dtype}{list(got.shape)}", f"{to_numpy(dtype)}{list(exact.shape)}"
         kind: MismatchKind = "wrong-shape" if got.shape != exact.shape else "wrong-dtype"
@@ -171,6 +189,19 @@ def compare(got: Array, exact: Array, allowed: Array | float, dtype: str, what: 
             f"({int((excess > 0).sum())} of {excess.size} elements)",
         )
     return float(np.max(np.where(close, 0.0, difference), initial=0.0)) / scale
+
+
+def _compare_numbers(got: Array, exact: Array, allowed: Array | float, dtype: str, what: str) -> float:
+    groups = exact.reshape(*exact.shape[:-1], -1, GROUP)
+    if got.shape != groups.shape[:-1] or got.dtype != to_numpy(dtype):
+        message = f"{what} is {got.dtype}{list(got.shape)}, the reference gives {dtype}{list(exact.shape)}"
+        raise Mismatch("wrong-shape", message)
+    if dtype == ACTIVATION_FORMAT:
+        if not np.array_equal(got["zeros"], offsets(got["values"])):
+            raise Mismatch("wrong-values", f"{what} has a group whose sums are not those of its values")
+        spoilt = ~np.isfinite(groups).all(axis=-1, keepdims=True)
+        exact = np.where(spoilt, np.nan, groups).reshape(exact.shape)
+    return compare(dequantize(got), exact, allowed, "f32", what)
 
 
 def _refuse(odd: Array, values: Array, truth: Array, what: str) -> None:

@@ -134,7 +134,7 @@ class Memory:
             self.inputs[name] = guarded.array
             if i in in_place.values():
                 self.donated.add(name)
-                self.inputs[name] = self._buffer(guarded, t.dtype)
+                self.inputs[name] = self._buffer(guarded, memory_of(t).static_shape(dims), t.dtype)
         for i, (name, t) in enumerate(zip(subject.result_names, static.results, strict=True)):
             if i in in_place:
                 self.outputs.append(self.operands[subject.names[in_place[i]]])
@@ -142,9 +142,9 @@ class Memory:
                 self.outputs.append(Guarded(t.array_shape(), t.dtype, poison))
                 self.out[name] = self.outputs[-1].array
 
-    def _buffer(self, guarded: Guarded, dtype: str) -> Buffer:
+    def _buffer(self, guarded: Guarded, shape: tuple[int, ...], dtype: str) -> Buffer:
         """For what is updated in place: the guarded memory itself where the device's memory is the host's."""
-        allocated = self.subject.session().device.allocate(guarded.array.shape, dtype)
+        allocated = self.subject.session().device.allocate(shape, dtype)
         return HostBuffer(guarded.array) if isinstance(allocated, HostBuffer) else allocated
 
     def load(self, arrays: Arrays) -> None:

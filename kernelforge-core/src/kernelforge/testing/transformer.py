@@ -323,9 +323,35 @@ def _kv_cache_update(op: OpDef, c: Choice) -> Problem:
 
 
 KV_CACHE_UPDATE = Family(
-    {"dtype": (*WEIGHTED, "bf16*f32"), "head_dim": (64, 32, 80, 128, 5)},
+    {"dtype": (*WEIGHTED, "bf16*f32", "f32*q8", "f16*q8"), "head_dim": (64, 32, 80, 128, 5)},
     _kv_cache_update,
     {"tokens": SIZES, "groups": (2, 1, 3), "slots": (3, 1, 2), "capacity": (40, 1, 7)},
+    dynamic="tokens",
+    zero=("tokens",),
+)
+
+
+def _rope_cache_update(op: OpDef, c: Choice) -> Problem:
+    x, cache = _types(c)
+    size, places = c["head_dim"], TensorType((c["tokens"],), "i32")
+    rotary: int = {"all": 0, "part": size // 4 * 2}[c["rotary"]]
+    new = TensorType((c["tokens"], c["groups"], size), x)
+    memory = TensorType((c["slots"], c["capacity"], c["groups"], size), cache)
+    q = TensorType((c["tokens"], c["groups"] * c["queries"], size), x)
+    attrs = {"rotary_dim": rotary, "interleaved": c["interleaved"], "theta": 500.0, "max_position": 1024}
+    return op.problem([q, new, new, memory, memory, places, places], {**attrs, **_SCALINGS[c["scaling"]]})
+
+
+ROPE_CACHE_UPDATE = Family(
+    {
+        "dtype": (*WEIGHTED, "bf16*f32", "f32*q8", "f16*q8"),
+        "interleaved": (False, True),
+        "rotary": ("all", "part"),
+        "scaling": ("none", "linear", "llama3"),
+        "head_dim": (64, 32, 4, 6, 80, 96, 128),
+    },
+    _rope_cache_update,
+    {"tokens": SIZES, "groups": (2, 1, 3), "queries": (3, 1, 2), "slots": (3, 1, 2), "capacity": (40, 1, 7)},
     dynamic="tokens",
     zero=("tokens",),
 )
@@ -402,6 +428,7 @@ FAMILIES = {
         "cast": CAST,
         "embedding": EMBEDDING,
         "kv_cache_update": KV_CACHE_UPDATE,
+        "rope_cache_update": ROPE_CACHE_UPDATE,
         "argmax": ARGMAX,
         "reshape": _moving("reshape", shape=("rows", "flat", "split")),
         "transpose": _moving("transpose", perm=("reversed", "swapped", "last")),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kernelforge.dtype import FLOATS, to_numpy
+from kernelforge.dtype import FLOATS, WEIGHT_FORMATS, to_numpy
 from kernelforge.testing.families import family_of
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def value_names(op: OpDef, problem: Problem) -> tuple[str, ...]:
     floats = [t for t in problem.operands if t is not None and t.dtype in FLOATS]
     if not floats:
         return ("normal",)
-    if op.exact and any(t.dtype not in FLOATS for t in problem.results):
+    if any(t.dtype not in FLOATS if op.exact else t.dtype in WEIGHT_FORMATS for t in problem.results):
         return ("normal", "zeros", "ties")  # what has no integer has no defined one either
     return ("normal", *ALL, *FIRST, *family_of(op).values)
 

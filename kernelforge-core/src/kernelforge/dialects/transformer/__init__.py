@@ -14,6 +14,7 @@ from kernelforge.dialects.transformer.matmul import GLU_MATMUL, MATMUL
 from kernelforge.dialects.transformer.norms import ADD_RMS_NORM, LAYER_NORM, RMS_NORM, SOFTMAX
 from kernelforge.dialects.transformer.quantisation import DEQUANTIZE, QUANTIZE
 from kernelforge.dialects.transformer.rope import ROPE
+from kernelforge.dialects.transformer.rope_cache import ROPE_CACHE_UPDATE
 
 OPS = (
     MATMUL,
@@ -31,6 +32,7 @@ OPS = (
     CAST,
     EMBEDDING,
     KV_CACHE_UPDATE,
+    ROPE_CACHE_UPDATE,
     ARGMAX,
     RESHAPE,
     TRANSPOSE,

@@ -45,15 +45,23 @@ if TYPE_CHECKING:
     from kernelforge.dialects.transformer.checks import Array, Arrays
 
 
+def check_update(
+    cache_name: str, cache: TensorType, name: str, new: TensorType, positions: TensorType, slots: TensorType
+) -> None:
+    """`new` has rows of `cache`, each with a place in it."""
+    want_cache(cache_name, cache)
+    want_rank(cache_name, cache, 4)
+    want_float(name, new)
+    want_rank(name, new, 3)
+    wanted = (new.shape[0], *cache.shape[2:])
+    want_shape(name, new, wanted, f"tokens, then heads and head size of operand '{cache_name}'")
+    want_i32("positions", positions, new.shape[:1], f"one for each token of operand '{name}'")
+    want_i32("slots", slots, new.shape[:1], f"one for each token of operand '{name}'")
+
+
 def infer_kv_cache_update(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ...]:
     cache, new, positions, slots = (required(operands, i) for i in range(4))
-    want_cache("cache", cache)
-    want_rank("cache", cache, 4)
-    want_float("new", new)
-    want_rank("new", new, 3)
-    want_shape("new", new, (new.shape[0], *cache.shape[2:]), "tokens, then heads and head size of operand 'cache'")
-    want_i32("positions", positions, new.shape[:1], "one for each token of operand 'new'")
-    want_i32("slots", slots, new.shape[:1], "one for each token of operand 'new'")
+    check_update("cache", cache, "new", new, positions, slots)
     return (TensorType(cache.shape, cache.dtype),)
 
 

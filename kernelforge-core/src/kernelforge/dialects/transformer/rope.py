@@ -35,21 +35,21 @@ def rotated_size(head_size: int, attrs: Attrs) -> int:
     return int_attr(attrs, "rotary_dim") or head_size
 
 
-def infer_rope(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ...]:
-    x, positions = required(operands, 0), required(operands, 1)
-    want_float("x", x)
-    want_rank("x", x, 3)
-    want_i32("positions", positions, x.shape[:1], "one for each token of operand 'x'")
-    for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "max_position"):
-        if not float_attr(attrs, name) > 0:
-            raise OpError(f"attribute '{name}' is {attrs[name]}, must be positive")
+def check_rope(name: str, x: TensorType, positions: TensorType, attrs: Attrs) -> None:
+    """`x` is a tensor of heads that these attributes rotate by these positions."""
+    want_float(name, x)
+    want_rank(name, x, 3)
+    want_i32("positions", positions, x.shape[:1], f"one for each token of operand '{name}'")
+    for attr in ("theta", "factor", "low_freq_factor", "high_freq_factor", "max_position"):
+        if not float_attr(attrs, attr) > 0:
+            raise OpError(f"attribute '{attr}' is {attrs[attr]}, must be positive")
     size = x.shape[-1]
     if isinstance(size, int):
         rotary = rotated_size(size, attrs)
         if rotary % 2 or not 0 <= rotary <= size:
             raise OpError(
                 f"attribute 'rotary_dim' is {attrs['rotary_dim']}: an even number of the {size} elements of a head of "
-                "operand 'x' is rotated"
+                f"operand '{name}' is rotated"
             )
     if attrs["scaling"] == "llama3":
         if int_attr(attrs, "original_max_position") <= 0:
@@ -59,6 +59,11 @@ def infer_rope(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ...]:
                 f"attribute 'high_freq_factor' is {attrs['high_freq_factor']}, must be above low_freq_factor, "
                 f"{attrs['low_freq_factor']}"
             )
+
+
+def infer_rope(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ...]:
+    x = required(operands, 0)
+    check_rope("x", x, required(operands, 1), attrs)
     return (TensorType(x.shape, x.dtype),)
 
 
@@ -140,22 +145,24 @@ def rope_samples(rng: random.Random) -> Iterator[Problem]:
                 yield make(ROPE, f32(tokens, heads, model.head_dim), i32(tokens), max_position=2048)
 
 
+ATTRIBUTES = (
+    Attribute("theta", "float", 10000.0, doc="base of the frequencies"),
+    Attribute("rotary_dim", "int", 0, doc="leading elements of a head that are rotated; 0: all"),
+    Attribute("interleaved", "bool", False, doc="pairs are neighbours; else half a head apart"),
+    Attribute("scaling", "str", "none", ("none", "linear", "llama3"), "how frequencies are stretched"),
+    Attribute("factor", "float", 1.0, doc="of the stretching"),
+    Attribute("low_freq_factor", "float", 1.0, doc="llama3: fewer turns than this are stretched whole"),
+    Attribute("high_freq_factor", "float", 4.0, doc="llama3: more turns than this are not stretched"),
+    Attribute("original_max_position", "int", 0, doc="llama3: length in which turns are counted"),
+    Attribute("max_position", "int", doc="positions are below this"),
+)
+
 ROPE = OpDef(
     name="rope",
     summary="rotate pairs of each head's elements by position times frequency",
     operands=(Operand("x"), Operand("positions")),
     results=("out",),
-    attributes=(
-        Attribute("theta", "float", 10000.0, doc="base of the frequencies"),
-        Attribute("rotary_dim", "int", 0, doc="leading elements of a head that are rotated; 0: all"),
-        Attribute("interleaved", "bool", False, doc="pairs are neighbours; else half a head apart"),
-        Attribute("scaling", "str", "none", ("none", "linear", "llama3"), "how frequencies are stretched"),
-        Attribute("factor", "float", 1.0, doc="of the stretching"),
-        Attribute("low_freq_factor", "float", 1.0, doc="llama3: fewer turns than this are stretched whole"),
-        Attribute("high_freq_factor", "float", 4.0, doc="llama3: more turns than this are not stretched"),
-        Attribute("original_max_position", "int", 0, doc="llama3: length in which turns are counted"),
-        Attribute("max_position", "int", doc="positions are below this"),
-    ),
+    attributes=ATTRIBUTES,
     infer=infer_rope,
     reference=rope_reference,
     sample=rope_samples,
