@@ -6,9 +6,10 @@ import operator
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,12 +103,24 @@ class _Step(NamedTuple):
     """Which of its outputs they are."""
 
 
+class _Bound(NamedTuple):
+    """The step for one token on the memory of one cache: what each call reads is written into these arrays."""
+
+    token: NDArray[np.int32]
+    position: NDArray[np.int32]
+    slot: NDArray[np.int32]
+    call: Callable[[], tuple[NDArray[Any] | Buffer, ...]]
+
+
+Numbers = Sequence[int] | NDArray[np.int32]
+
+
 def _inputs(
-    cache: KVCache, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], rows: Sequence[int]
+    cache: KVCache, tokens: Numbers, positions: Numbers, slots: Numbers, rows: Numbers
 ) -> dict[str, NDArray[Any] | Buffer]:
     """Of a step: for each token its id, position and slot of the cache; the rows whose logits are wanted."""
     numbers = {"tokens": tokens, "positions": positions, "slots": slots, "rows": rows}
-    return {**{name: np.array(values, np.int32) for name, values in numbers.items()}, **cache.buffers}
+    return {**{name: np.asarray(values, np.int32) for name, values in numbers.items()}, **cache.buffers}
 
 
 class Decoder:
@@ -120,6 +133,7 @@ class Decoder:
         self.tokenizer = model.source.tokenizer
         self.compile_s = 0.0
         """Seconds spent compiling so far; each of the two steps is compiled when it is first needed."""
+        self._bound: WeakKeyDictionary[KVCache, _Bound] = WeakKeyDictionary()
 
     @cached_property
     def _one(self) -> _Step:
@@ -203,9 +217,20 @@ class Decoder:
         slots: Sequence[int],
         rows: Sequence[int],
     ) -> Logits:
-        compiled = self._one if len(tokens) == 1 else self._many
+        if len(tokens) == 1:
+            return self._run_one(cache, tokens[0], positions[0], slots[0])
+        compiled = self._many
         inputs = _inputs(cache, tokens, positions, slots, rows)
         return cast("Logits", compiled.executable.run(inputs)[compiled.logits])
+
+    def _run_one(self, cache: KVCache, token: int, position: int, slot: int) -> Logits:
+        compiled, bound = self._one, self._bound.get(cache)
+        if bound is None:
+            tokens, positions, slots = (np.zeros(1, np.int32) for _ in range(3))
+            call = compiled.executable.bind(_inputs(cache, tokens, positions, slots, (0,)))
+            bound = self._bound[cache] = _Bound(tokens, positions, slots, call)
+        bound.token[0], bound.position[0], bound.slot[0] = token, position, slot
+        return cast("Logits", bound.call()[compiled.logits]).copy()  # the next call overwrites them
 
     def explain(self, tokens: int = 1, depth: int = 0, *, repeats: int = 9) -> Explanation:
         """What runs a step of `tokens` tokens with `depth` positions in the cache, and its share of the step's time.
