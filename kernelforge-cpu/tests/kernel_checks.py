@@ -11,7 +11,7 @@ import pytest
 from numpy.lib.stride_tricks import as_strided
 
 from kernelforge.dialects.transformer import OPS
-from kernelforge.dtype import FLOATS, epsilon, to_numpy
+from kernelforge.dtype import FLOATS, epsilon, from_numpy, to_numpy
 from kernelforge.lazy import resolve
 from kernelforge.op import OpDef
 from kernelforge.problem import Attr, Problem, TensorType, parse_tensor_type
@@ -103,7 +103,7 @@ class Kernels:
     def __init__(
         self, problems: Sequence[Problem], target: CpuTarget | None = None, config: Config | None = None
     ) -> None:
-        target = target or host_target()
+        self.target = target = target or host_target()
         self.kernels = native(problems, target, config)
         self.library = load([compile_object(module(self.kernels), cpu=target)])
 
@@ -111,10 +111,14 @@ class Kernels:
         """The results; asserts that operands are unchanged and that nothing is written outside the results."""
         kernel, static = self.kernels[p], p.with_dims(sizes or {})
         in_place = dict(DEFS[p.op.partition(".")[2]].in_place)
-        operands = [None if t is None else Memory(t) for t in static.operands]
-        for memory, array in zip(operands, arrays, strict=True):
-            if memory is not None and array is not None:
-                memory.fill(array)
+        operands: list[Memory | None] = []
+        for i, (t, array) in enumerate(zip(static.operands, arrays, strict=True)):
+            if t is not None and array is not None and i in kernel.packs:
+                array = np.ascontiguousarray(kernel.packs[i].pack(array)).reshape(-1)
+                t = TensorType(array.shape, "i8" if array.dtype == np.uint8 else from_numpy(array.dtype))
+            operands.append(None if t is None else Memory(t))
+            if operands[-1] is not None and array is not None:
+                operands[-1].fill(array)
         results: list[Memory] = []
         for i, t in enumerate(static.results):
             shared = operands[in_place[i]] if i in in_place else None

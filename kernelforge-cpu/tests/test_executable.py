@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kernelforge.bench.dispatch import measure_dispatch
+from kernelforge.constant import ArraySource
 from kernelforge.errors import PluginError, UsageError
 from kernelforge.graph import Graph
 from kernelforge.hookspecs import hookimpl
@@ -279,3 +280,41 @@ def test_text_that_does_not_compile_names_its_plugin(session: Session) -> None:
         session.compile_problem(problem, variant="torn")
     with pytest.raises(PluginError, match=r"variant 'cpu/transformer\.silu/unfit' of Plugin .* built int"):
         session.compile_problem(problem, variant="unfit")
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "q4"])
+def test_a_table_that_is_also_the_head_is_kept_once(session: Session, dtype: str) -> None:
+    """The lookup reads what the product packed; without the product, the table as it is."""
+    g = Graph()
+    table = g.constant("table", (77, 64), "f32")
+    table = table if dtype == "f32" else g.quantize(table, dtype) if dtype == "q4" else g.cast(table, dtype)
+    found = g.embedding(table, g.input("ids", ("tokens",), "i32"), dtype="f32")
+    g.output(found, "found")
+    g.output(g.matmul(found, table, transpose_rhs=True), "scores")
+    source, ids = ArraySource({"table": numbers(77, 64)}), np.array([76, 0, 31], np.int32)
+    executable = session.compile(g.text(), constants=source)
+    lookup = executable.plan.steps[0]
+    assert lookup.config_source == "shared-layout"
+    store = session.device._store(source)  # type: ignore[attr-defined]
+    assert [layout for _, layout in store._arrays] == [lookup.config["layout"]]
+    exact = Session("reference", registry=session.registry).compile(g.text(), constants=source).run({"ids": ids})
+    for got, want in zip(executable.run({"ids": ids}), exact, strict=True):
+        assert isinstance(got, np.ndarray)
+        assert isinstance(want, np.ndarray)
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+
+
+def test_a_kernel_that_packs_otherwise_than_it_tells_is_an_error() -> None:
+    def told(problem: Problem, config: Config, device: DeviceInfo) -> dict[int, str]:
+        return {1: "panels"}
+
+    class Liar:
+        @hookimpl
+        def kernelforge_kernels(self) -> list[KernelVariant]:
+            return [KernelVariant("liar", "transformer.add", "cpu", slow_silu, layouts=told, priority=1000)]
+
+    registry = load_registry(allow=["core", "cpu"], extra_plugins=[Liar()])
+    with Session("cpu", registry=registry, records=NO_RECORDS) as opened, pytest.raises(PluginError) as raised:
+        opened.compile_problem(ADD)
+    assert "'cpu/transformer.add/liar'" in str(raised.value)
+    assert "packs {}, its layouts say {1: 'panels'}" in str(raised.value)

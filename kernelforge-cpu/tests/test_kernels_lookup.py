@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kernel_checks import Array, Kernels, problem, reference
+from kernel_checks import DEFS, NATIVE, QUANTISED, Array, Kernels, device, problem, reference
 
 from kernelforge.dialects.transformer.lookup import ARGMAX
 from kernelforge.dtype import to_numpy
@@ -63,6 +63,25 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
 @pytest.mark.parametrize("p", [*EMBEDDINGS, *UPDATES, *ARGMAXES], ids=str)
 def test_equals_reference(kernels: Kernels, p: Problem) -> None:
     kernels.check(p)
+
+
+@pytest.mark.parametrize("table", ["f32[67,19]", "f16[67,19]", "bf16[67,19]", "q8[67,64]", "q4[67,64]"])
+def test_rows_of_packed_tables(kernels: Kernels, table: str) -> None:
+    """Exactly those of the plain table, in every layout that products of the table may have."""
+    p = problem("embedding", f"{table}@const", "i32[rows]", dtype="f32")
+    info = device(kernels.target)
+    space = (QUANTISED if table[0] == "q" else NATIVE)["embedding"].config_space(p.canonical(), info)
+    assert len(list(space)) == 4
+    for config in space:
+        built = Kernels([p], kernels.target, config)
+        assert (config["layout"] == "rows") != bool(built.kernels[p].packs)
+        built.check(p, sizes={"rows": 67}, arrays=[*every_row(p)], parts=(1, 3))
+
+
+def every_row(p: Problem) -> list[Array]:
+    table, _ = DEFS["embedding"].make_inputs(p.with_dims({"rows": 67}), np.random.default_rng(7))
+    assert table is not None
+    return [table, np.arange(67, dtype=np.int32)[::-1].copy()]
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 60])

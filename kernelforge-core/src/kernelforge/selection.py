@@ -17,7 +17,8 @@ from kernelforge.faults import failed, leave_out
 from kernelforge.problem import Problem
 from kernelforge.variant import Accept, Config, DeviceInfo, KernelVariant, Reject, Verdict, config_key
 
-ConfigSource = Literal["record", "nearest-record", "default", "given"]
+ConfigSource = Literal["record", "nearest-record", "default", "given", "shared-layout"]
+"""Where a config comes from; "shared-layout": changed so that a constant is kept once (`kernelforge.layouts`)."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from kernelforge.constant import ArraySource, Named
 from kernelforge.errors import UsageError
+from kernelforge.layouts import share_layouts
 from kernelforge.module import Function, Module
 from kernelforge.passes import DEFAULT, Pipeline
 from kernelforge.plan import Plan, Step, Value
@@ -124,7 +125,8 @@ class Session:
             return kept
         function = self._function(module)
         plan = make_plan(function, self.registry.ops, self.select, target=self.target, dims=dims, max_dims=max_dims)
-        if key is not None and not self._plugins_failed:
+        plan, sound = share_layouts(plan, self.registry, self.device.info)
+        if key is not None and sound and not self._plugins_failed:
             keep_plan(key, plan)
         return plan
 

@@ -138,6 +138,10 @@ class KernelVariant:
     """`(problem, device_info) -> ConfigSpace`."""
     default: Ref | None = None
     """`(problem, device_info) -> Config` of the space; None: the first legal config."""
+    layouts: Ref | None = None
+    """`(problem, config, device_info) -> Mapping[int, str]`: the layouts that constant operands are packed into, by index;
+    those that it does not name are read as they are. Names as the backend keys packed constants by. A plan shares the
+    copies of kernels that tell (`kernelforge.layouts`); None: not told."""
     priority: int = 0
     """Order among accepting variants when no measurement decides: highest first."""
     version: str = "1"
@@ -179,6 +183,16 @@ class KernelVariant:
         if (reason := space.violation(config)) is not None:
             raise PluginError(f"variant '{self.key}': its default config {config_key(config)} is illegal: {reason}")
         return config
+
+    def packed_layouts(self, problem: Problem, config: Config, device: DeviceInfo) -> Mapping[int, str]:
+        """`layouts`, checked: anything but layout names by operand index is a PluginError that names the variant. Empty
+        when it is not told."""
+        found = {} if self.layouts is None else resolve(self.layouts)(problem, config, device)
+        if not isinstance(found, Mapping) or not all(
+            isinstance(k, int) and isinstance(v, str) for k, v in found.items()
+        ):
+            raise PluginError(f"variant '{self.key}': layouts returned {found!r}, wants names by operand index")
+        return found
 
     def build_kernel(self, problem: Problem, config: Config, device: DeviceInfo) -> Any:
         """The kernel, in the backend's form. Raises UsageError for a config that is not in the space, PluginError when

@@ -19,6 +19,7 @@ from kernelforge_cpu.store import ConstantStore, aligned_zeros
 if TYPE_CHECKING:
     from kernelforge.backend import Catalog, TensorSource
     from kernelforge.plan import Plan, Step
+    from kernelforge.variant import KernelVariant
     from kernelforge_cpu.store import Array
     from kernelforge_cpu.team import Team
 
@@ -84,7 +85,18 @@ class CpuDevice:
                 f"variant '{variant.key}' of {variant.provenance} built {type(kernel).__name__}",
                 hint="a CPU variant's build returns kernelforge_cpu.kernel.NativeKernel or PythonKernel",
             )
+        if variant.layouts is not None:
+            self._check_layouts(variant, step, kernel)
         return kernel
+
+    def _check_layouts(self, variant: KernelVariant, step: Step, kernel: NativeKernel | PythonKernel) -> None:
+        """Raises PluginError when the kernel packs otherwise than its variant told the plan."""
+        packs = kernel.packs if isinstance(kernel, NativeKernel) else {}
+        have, told = {i: p.key for i, p in packs.items()}, variant.packed_layouts(step.problem, step.config, self._info)
+        if have != told:
+            raise PluginError(
+                f"variant '{variant.key}' of {variant.provenance} packs {have}, its layouts say {dict(told)}"
+            )
 
     def _link(self, steps: Sequence[Step], catalog: Catalog) -> list[LinkedKernel]:
         """Kernels of all steps; those that are new are compiled or loaded from the object cache, all together."""

@@ -15,6 +15,7 @@ from kernelforge.cli.options import Weights, open_session
 from kernelforge.cli.problems import load_model
 from kernelforge.errors import UsageError
 from kernelforge.importer import Program
+from kernelforge.layouts import share_layouts
 from kernelforge.module import Function, Module
 from kernelforge.passes import Pipeline
 from kernelforge.plan import Plan, Step
@@ -107,7 +108,8 @@ def _numbered_plan(session: Session, program: Program, function: Function) -> Pl
     nodes = tuple(replace(node, location=f"#{i}") for i, node in enumerate(function.nodes))
     numbered = replace(function, nodes=nodes)
     options: dict[str, Any] = {"target": session.target, "dims": program.dims, "max_dims": program.max_dims}
-    return make_plan(numbered, session.registry.ops, session.select, **options)
+    plan = make_plan(numbered, session.registry.ops, session.select, **options)
+    return share_layouts(plan, session.registry, session.device.info)[0]
 
 
 def annotate(module: Module, function: Function, plan: Plan) -> None:

@@ -32,6 +32,7 @@ _SOURCES = {
     "nearest-record": "measured on a similar problem",
     "default": "the variant's own choice",
     "given": "given",
+    "shared-layout": "shares a constant's layout with another step",
 }
 
 

@@ -35,7 +35,17 @@ VARIANTS = (
     _vectorized("add", "elementwise:build_add", FLOATS, summary="any layout and broadcasting"),
     _vectorized("mul", "elementwise:build_mul", FLOATS, summary="any layout and broadcasting"),
     _vectorized("cast", "elementwise:build_cast", f"{HERE}.elementwise:takes_cast", summary="any layout"),
-    _vectorized("embedding", "embedding:build_embedding", summary="tokens in parallel"),
+    KernelVariant(
+        "vectorized",
+        "transformer.embedding",
+        "cpu",
+        f"{HERE}.embedding:build_embedding",
+        "tokens in parallel",
+        ROWS,
+        f"{HERE}.embedding:embedding_space",
+        layouts=f"{HERE}.embedding:table_layout",
+        priority=10,
+    ),
     KernelVariant(
         "quantised",
         "transformer.embedding",
@@ -43,6 +53,8 @@ VARIANTS = (
         f"{HERE}.embedding:build_quantised",
         "tokens in parallel, from a table of 8 or 4 bits",
         f"{HERE}.embedding:takes_quantised",
+        f"{HERE}.embedding:embedding_space",
+        layouts=f"{HERE}.embedding:table_layout",
         priority=10,
     ),
     _vectorized(

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kernelforge.dtype import GROUP
-from kernelforge.variant import Accept, Reject
+from kernelforge.variant import Accept, ConfigSpace, Reject
 from kernelforge_cpu.kernel import NativeKernel, Phase
 from kernelforge_cpu.kernels.axes import emit_size, shared, size_of
 from kernelforge_cpu.kernels.common import new_kernel
+from kernelforge_cpu.kernels.packed_rows import emit_row, row_layouts, row_pack
 from kernelforge_cpu.kernels.strided import FLOATS, contiguous_rows, tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from kernelforge.problem import Problem
     from kernelforge.variant import Config, DeviceInfo, Verdict
     from kernelforge_cpu.emit import Value
@@ -19,8 +22,39 @@ if TYPE_CHECKING:
 GRAIN = 32768
 """Elements below which another thread costs more than it saves."""
 
+ROWS = "rows"
+"""The layout of a table that is not packed."""
+
+
+def embedding_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
+    """`layout`: how the table lies. A packed one is for a table that is packed anyway, for the output head."""
+    table = problem.operand(0)
+    packed = row_layouts(table, device) if table.constant and table.static else {}
+    return ConfigSpace((("layout", (ROWS, *packed)),))
+
+
+def table_layout(problem: Problem, config: Config, device: DeviceInfo) -> Mapping[int, str]:
+    """See `KernelVariant.layouts`."""
+    return {} if config["layout"] == ROWS else {0: str(config["layout"])}
+
+
+def build_packed(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
+    """From a table as products read it."""
+    k = new_kernel(problem, config, device)
+    table, shape = problem.operand(0), problem.results[0].shape
+    layout = row_layouts(table, device)[str(config["layout"])]
+    ids, out = (tensor(k, problem, i) for i in (1, 2))
+    steps = [emit_size(k, problem, t.strides[0]) for t in (ids, out)]
+    with k.for_(*k.share(emit_size(k, problem, size_of(shape[0])))) as token:
+        row = k.convert(ids.pointer.load(token.i * steps[0]), "i64")
+        emit_row(k, layout, k.buffer(0, "i8"), row, int(table.shape[1]), out.pointer.at(token.i * steps[1]))
+    parts = shared(problem, size_of(*shape), GRAIN)
+    return NativeKernel((Phase(k.name, parts),), k.text(), {0: row_pack(layout)})
+
 
 def build_embedding(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
+    if config["layout"] != ROWS:
+        return build_packed(problem, config, device)
     k = new_kernel(problem, config, device)
     shape = problem.results[0].shape
     table, ids, out = (tensor(k, problem, i) for i in range(3))
@@ -47,6 +81,8 @@ def takes_quantised(problem: Problem, device: DeviceInfo) -> Verdict:
 
 def build_quantised(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
     """Reads the groups as `kernelforge.quant` lays them out: a row lies together."""
+    if config["layout"] != ROWS:
+        return build_packed(problem, config, device)
     k = new_kernel(problem, config, device)
     table, shape = problem.operand(0), problem.results[0].shape
     columns, half = int(table.shape[1]), GROUP // 2

@@ -17,6 +17,7 @@ VARIANTS = (
             supports=f"{HERE}.vectorized:takes_matmul",
             space=f"{HERE}.config:matmul_space",
             default=f"{HERE}.config:matmul_default",
+            layouts=f"{HERE}.layouts:panels",
             priority=10,
         )
         for op, summary in (
@@ -34,6 +35,7 @@ VARIANTS = (
             supports=f"{HERE}.quantised:takes_quantised",
             space=f"{HERE}.quantised:quantised_space",
             default=f"{HERE}.quantised:quantised_default",
+            layouts=f"{HERE}.layouts:groups",
             priority=10,
         )
         for op, summary in (
@@ -51,6 +53,7 @@ VARIANTS = (
             supports=f"{HERE}.integer:takes_{kind}",
             space=f"{HERE}.integer:integer_space",
             default=f"{HERE}.integer:integer_default",
+            layouts=f"{HERE}.layouts:words",
             priority=priority,
             arithmetic="int8",
         )

@@ -65,9 +65,14 @@ class Groups:
         return self.scales + 2 * self.panels * self.groups * self.width
 
     @property
+    def name(self) -> str:
+        """The layout's."""
+        return f"groups{self.width}:{self.dtype}"
+
+    @property
     def pack(self) -> Pack:
         """The layout of a constant [columns, inner]."""
-        return Pack(f"groups{self.width}:{self.dtype}", self.packed, lambda _: self.nbytes)
+        return Pack(self.name, self.packed, lambda _: self.nbytes)
 
     def packed(self, weight: Array) -> Array:
         """Groups [columns, inner / 32] (see `kernelforge.quant`) as bytes; columns that are not there are zeros."""

@@ -51,12 +51,15 @@ class Panels:
         pair, second = column // (2 * self.lanes), column // self.lanes % 2
         return pair * (2 * self.lanes) + column % self.lanes // QUAD * (2 * QUAD) + second * QUAD + column % QUAD
 
+    def name(self, transposed: bool) -> str:
+        """The layout's, of a constant of shape [..., K, N] ([..., N, K] if transposed)."""
+        order = f"x{self.lanes}" if self.interleaved else ""
+        return f"panel{self.width}{order}{'t' if transposed else ''}:{self.dtype}"
+
     def pack(self, transposed: bool) -> Pack:
         """The layout of a constant of shape [..., K, N] ([..., N, K] if transposed)."""
-        order = f"x{self.lanes}" if self.interleaved else ""
-        key = f"panel{self.width}{order}{'t' if transposed else ''}:{self.dtype}"
         return Pack(
-            key,
+            self.name(transposed),
             lambda array: pack_panels(array if transposed else array.swapaxes(-1, -2), self),
             partial(self.nbytes, transposed),
         )

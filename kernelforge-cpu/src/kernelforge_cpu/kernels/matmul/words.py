@@ -61,9 +61,14 @@ class Words:
         return self.scale_bytes + self.groups * self.group_bytes
 
     @property
+    def name(self) -> str:
+        """The layout's."""
+        return f"words{self.width}:{self.dtype}"
+
+    @property
     def pack(self) -> Pack:
         """The layout of a constant [columns, inner]."""
-        return Pack(f"words{self.width}:{self.dtype}", self.packed, lambda _: self.panels * self.panel_bytes)
+        return Pack(self.name, self.packed, lambda _: self.panels * self.panel_bytes)
 
     def packed(self, weight: Array) -> Array:
         """Groups [columns, inner / 32] (see `kernelforge.quant`) as bytes; columns that are not there are zeros."""
