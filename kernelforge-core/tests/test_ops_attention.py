@@ -135,6 +135,17 @@ def test_hidden_keys_may_hold_anything() -> None:
     np.testing.assert_array_equal(attend(q, keys, values, p, s, window=2), want)
 
 
+def test_rows_that_do_not_see_a_key_do_not_see_its_nan() -> None:
+    keys, values = normal(1, 6, 1, 4, seed=1), normal(1, 6, 1, 4, seed=2)
+    q, p, s = normal(3, 2, 4), ints(2, 3, 4), ints(0, 0, 0)
+    want = attend(q, keys, values, p, s)
+    values[0, 3, 0, 1] = np.nan
+    out = attend(q, keys, values, p, s)
+    assert np.isnan(out[1:, :, 1]).all()
+    out[1:, :, 1] = want[1:, :, 1]
+    np.testing.assert_allclose(out, want, rtol=1e-12)
+
+
 def test_large_scores_do_not_overflow() -> None:
     k, v = np.full((2, 1, 4), 500.0), normal(2, 1, 4)
     np.testing.assert_allclose(attend(np.full((2, 1, 4), 500.0), k, v)[1, 0], v[:, 0].mean(axis=0), rtol=1e-12)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from kernelforge.dialects.transformer import OPS
@@ -103,3 +104,24 @@ def test_a_window_without_causality_sees_all_later_keys(gpu: Session) -> None:
     for name in ("split", "tile", "wgsl"):
         for _ in range(3):  # positions and lengths are drawn
             Workload(gpu, problem).verify(gpu.compile_problem(problem, variant=name))
+
+
+@pytest.mark.parametrize("name", ["split", "tile", "wgsl"])
+def test_nan_reaches_the_rows_that_see_it_and_no_other(gpu: Session, name: str) -> None:
+    attrs = "{causal=true, scale=0.0, softcap=0.0, window=0}"
+    shapes = "f32[3,4,16], f32[1,9,2,16], f32[1,9,2,16], i32[3], i32[3], _"
+    problem = parse_problem(f"transformer.attention({shapes}) -> (f32[3,4,16]) {attrs}")
+    rng = np.random.default_rng(0)
+    arrays = {
+        n: rng.standard_normal(s, np.float32) for n, s in (("q", (3, 4, 16)), *((n, (1, 9, 2, 16)) for n in "kv"))
+    }
+    arrays |= {"positions": np.array([2, 3, 4], np.int32), "slots": np.zeros(3, np.int32)}
+    executable = gpu.compile_problem(problem, variant=name)
+    whole = np.asarray(executable.run(arrays)[0])
+    arrays["v"][0, 3, 0, 5] = np.nan  # of the heads 0 and 1
+    arrays["k"][0, 4, 1, 0] = np.nan  # of the heads 2 and 3
+    spoilt = np.zeros((3, 4, 16), bool)
+    spoilt[1:, :2, 5] = spoilt[2:, 2:] = True
+    found = np.asarray(executable.run(arrays)[0])
+    np.testing.assert_array_equal(np.isnan(found), spoilt)
+    np.testing.assert_allclose(found[~spoilt], whole[~spoilt], rtol=1e-5)

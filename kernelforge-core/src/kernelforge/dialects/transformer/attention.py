@@ -139,9 +139,12 @@ def _attend(q: Array, k: Array, v: Array, positions: Array, limit: Array, attrs:
     weights = np.where(visible, np.exp(scores - np.where(np.isneginf(top), 0.0, top)), 0.0)
     total = weights.sum(axis=-1, keepdims=True)
     weights = weights / np.where(total == 0.0, 1.0, total)
-    # A hidden key's value may be NaN (memory not yet written): 0 * NaN must not reach the sum.
-    seen = visible.any(axis=0)
-    out = weights[..., seen] @ v[seen].transpose(1, 0, 2)[:, None]  # [G, H/G, T, D]
+    values = v.transpose(1, 0, 2)[:, None]  # [G, 1, L, D]
+    if np.isfinite(v).all():
+        out = weights @ values  # [G, H/G, T, D]
+    else:  # 0 * NaN is NaN: what a row does not see (memory not yet written, say) stays out of its sum
+        rows = [weights[:, :, t : t + 1, seen] @ values[:, :, seen] for t, seen in enumerate(visible)]
+        out = np.concatenate(rows, axis=2) if rows else weights @ values
     return np.asarray(out.transpose(2, 0, 1, 3).reshape(q.shape))
 
 
