@@ -18,7 +18,9 @@ from kernelforge.errors import AssetError, UsageError
 from kernelforge.registry import default_registry
 from kernelforge.scaffold import KINDS, LONGEST, Scaffold
 
-KIND = pytest.mark.parametrize("kind", KINDS)
+PACKAGES: dict[str, tuple[str, str | None]] = {**{kind: (kind, None) for kind in KINDS}, "gpu": ("kernel", "gpu")}
+"""What is written: the last word of its name, its kind, and its target."""
+PACKAGE = pytest.mark.parametrize("package", PACKAGES)
 
 
 def run(*command: str | Path, cwd: Path, path: Path | None = None) -> None:
@@ -32,10 +34,11 @@ def run(*command: str | Path, cwd: Path, path: Path | None = None) -> None:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a package of every kind."""
+    """A folder with a package of every kind, and a kernel for every target."""
     folder = tmp_path_factory.mktemp("written")
-    for kind in KINDS:
-        assert main(["plugins", "new", f"own-{kind}", "--kind", kind, "--folder", str(folder)]) == 0
+    for package, (kind, target) in PACKAGES.items():
+        options = ("--target", target) if target is not None else ()
+        assert main(["plugins", "new", f"own-{package}", "--kind", kind, "--folder", str(folder), *options]) == 0
     return folder
 
 
@@ -51,12 +54,12 @@ def installed(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_they_pass_their_own_tests(written: Path, installed: Path, tmp_path: Path) -> None:
     options = ("-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", written, "-W", "error")
     tests = sorted(written.glob("*/tests"))
-    assert len(tests) == len(KINDS)
+    assert len(tests) == len(PACKAGES)
     run(sys.executable, "-m", "pytest", *options, *tests, cwd=tmp_path, path=installed)
 
 
 def test_they_are_loaded(written: Path, installed: Path, tmp_path: Path) -> None:
-    names = [f"own-{kind}" for kind in KINDS]
+    names = [f"own-{package}" for package in PACKAGES]
     run(sys.executable, "-m", "kernelforge", "plugins", "check", *names, cwd=tmp_path, path=installed)
 
 
@@ -68,34 +71,34 @@ def test_their_types_are_right(written: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["x", "a" * LONGEST])
-@KIND
-def test_their_style_is_right(kind: str, name: str, tmp_path: Path) -> None:
-    Scaffold(name, kind).write(tmp_path)
+@PACKAGE
+def test_their_style_is_right(package: str, name: str, tmp_path: Path) -> None:
+    Scaffold(name, *PACKAGES[package]).write(tmp_path)
     for command in (["check", "--no-cache"], ["format", "--no-cache", "--check"]):
         run(sys.executable, "-m", "ruff", *command, ".", cwd=tmp_path / f"kernelforge-{name}")
 
 
-@KIND
-def test_what_is_written(kind: str, written: Path) -> None:
-    root = written / f"kernelforge-own-{kind}"
+@PACKAGE
+def test_what_is_written(package: str, written: Path) -> None:
+    root = written / f"kernelforge-own-{package}"
     files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
-    package = f"kernelforge_own_{kind}"
+    module = f"kernelforge_own_{package}"
     assert files >= {
         ".github/workflows/ci.yml",
         ".gitignore",
         "README.md",
         "pyproject.toml",
-        f"src/{package}/__init__.py",
-        f"src/{package}/plugin.py",
-        f"src/{package}/py.typed",
-        f"tests/test_own_{kind}.py",
+        f"src/{module}/__init__.py",
+        f"src/{module}/plugin.py",
+        f"src/{module}/py.typed",
+        f"tests/test_own_{package}.py",
     }
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    assert project["entry-points"] == {"kernelforge": {f"own-{kind}": f"{package}.plugin"}}
+    assert project["entry-points"] == {"kernelforge": {f"own-{package}": f"{module}.plugin"}}
     assert project["dependencies"][0] == "kernelforge-core>=0.1,<0.2"
     workflow = (root / ".github" / "workflows" / "ci.yml").read_text()
     assert "python-version: ${{ matrix.python }}" in workflow
-    for verb in re.findall(rf"uv run kernelforge (.*) own-{kind}", workflow):
+    for verb in re.findall(rf"uv run kernelforge (.*) own-{package}", workflow):
         assert verb in default_registry().commands
     assert not any("$" in path.read_text() for path in root.rglob("*.py"))
 
@@ -144,6 +147,33 @@ def test_an_unknown_kind() -> None:
     with pytest.raises(UsageError, match="unknown kind of plugin 'kernels'") as caught:
         Scaffold("mine", "kernels")
     assert caught.value.hint == f"one of: {', '.join(KINDS)}"
+
+
+def test_a_gpu_kernel_is_a_wgsl_file_and_a_few_lines(written: Path) -> None:
+    root = written / "kernelforge-own-gpu"
+    assert (root / "src" / "kernelforge_own_gpu" / "own_gpu.wgsl").is_file()
+    text = (root / "src" / "kernelforge_own_gpu" / "plugin.py").read_text()
+    assert len([line for line in text.splitlines() if line]) <= 15
+    assert (
+        "kernelforge-metal>=0.1,<0.2" in tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
+    )
+    assert "mesa-vulkan-drivers" in (root / ".github" / "workflows" / "ci.yml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "reason"),
+    [
+        ("pass", "gpu", "a plugin of kind 'pass' is not written for one target"),
+        ("kernel", "reference", "no kernel can be written for target 'reference'\nhint: one of: cpu, gpu"),
+    ],
+)
+def test_targets_that_cannot_be(
+    kind: str, target: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--kind", kind, "--target", target, "--folder", str(tmp_path)]
+    assert main(["plugins", "new", "mine", *options]) == 2
+    assert reason in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

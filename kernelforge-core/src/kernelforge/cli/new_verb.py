@@ -17,9 +17,12 @@ def new(
     kind: Annotated[str, typer.Option(help=f"What it adds: {', '.join(KINDS)}.")],
     folder: Annotated[Path, typer.Option(help="Where its folder, kernelforge-NAME, is made.")] = Path(),
 ) -> dict[str, Any]:
-    """Write a package with a plugin that works: code, tests, README and CI, ready to be installed and changed."""
+    """Write a package with a plugin that works: code, tests, README and CI, ready to be installed and changed.
+
+    A kernel is written for `--target cpu` (in Python) or `--target gpu` (in WGSL).
+    """
     out = output.current()
-    scaffold = Scaffold(name, kind)
+    scaffold = Scaffold(name, kind, out.requested_target)
     _check_free(scaffold)
     files = scaffold.write(folder)
     root = folder / scaffold.distribution
@@ -32,7 +35,7 @@ def new(
 
 def _check_free(scaffold: Scaffold) -> None:
     """Raises UsageError when a plugin of that name, or what it would register, is there already."""
-    hook = KINDS[scaffold.kind].hook
+    hook = scaffold.made.hook
     for status in output.current().registry.plugins.values():
         if status.name == scaffold.name:
             raise UsageError(f"{status} is installed already", hint="choose another name")

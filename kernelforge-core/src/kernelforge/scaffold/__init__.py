@@ -1,6 +1,7 @@
 """What `kernelforge plugins new` writes: a package of each kind, from the templates beside this file.
 
-A template is a `string.Template`; `common/` is part of every package, `<kind>/` has its modules and `test.py`.
+A template is a `string.Template`, and so is its file's name; `common/` is part of every package, `<kind>/` has its modules and
+`test.py`.
 """
 
 from __future__ import annotations
@@ -32,15 +33,35 @@ class Kind:
     summary: str
     needs: tuple[str, ...] = ()
     """Distributions besides kernelforge-core."""
+    setup: str = ""
+    """Steps of the workflow before the tests."""
 
 
-KINDS: Mapping[str, Kind] = {
-    "kernel": Kind(
+SOFTWARE_GPU = """\
+      - name: Install a software Vulkan driver
+        if: runner.os == 'Linux'
+        run: sudo apt-get update && sudo apt-get install -y --no-install-recommends mesa-vulkan-drivers libvulkan1
+"""
+
+KERNELS: Mapping[str, Kind] = {
+    "cpu": Kind(
         "kernelforge_kernels",
         "cpu/transformer.silu/$identifier",
         "A kernel for KernelForge's cpu target.",
         ("kernelforge-cpu",),
     ),
+    "gpu": Kind(
+        "kernelforge_kernels",
+        "gpu/transformer.silu/$identifier",
+        "A kernel for KernelForge's gpu target.",
+        ("kernelforge-metal",),
+        SOFTWARE_GPU,
+    ),
+}
+"""By target; the templates of all but the default one, the first, are in `kernel-TARGET/`."""
+
+KINDS: Mapping[str, Kind] = {
+    "kernel": KERNELS["cpu"],
     "pass": Kind("kernelforge_passes", "$name", "A compiler pass for KernelForge."),
     "dialect": Kind("kernelforge_dialects", "$identifier", "A dialect for KernelForge."),
     "tuner": Kind("kernelforge_tuners", "$name", "A search strategy for KernelForge's autotuning."),
@@ -57,15 +78,26 @@ KINDS: Mapping[str, Kind] = {
 
 @dataclass(frozen=True)
 class Scaffold:
-    """A package to be written. Raises UsageError for an unknown kind, or a name that a package cannot have."""
+    """A package to be written. Raises UsageError for an unknown kind or target, or a name that a package cannot have."""
 
     name: str
     """Kebab-case; the distribution is kernelforge-NAME, the import name kernelforge_NAME, the entry point NAME."""
     kind: str
+    target: str | None = None
+    """What a kernel is for: one of KERNELS, None for its first. Other kinds have none."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UsageError(f"unknown kind of plugin '{self.kind}'", hint=f"one of: {', '.join(KINDS)}")
+        if self.target is not None and self.kind != "kernel":
+            raise UsageError(
+                f"a plugin of kind '{self.kind}' is not written for one target",
+                hint="leave out --target, or choose --kind kernel",
+            )
+        if self.target is not None and self.target not in KERNELS:
+            raise UsageError(
+                f"no kernel can be written for target '{self.target}'", hint=f"one of: {', '.join(KERNELS)}"
+            )
         if not NAME.fullmatch(self.name):
             raise UsageError(
                 f"'{self.name}' cannot name a plugin", hint="lower-case words joined by hyphens, such as fast-silu"
@@ -81,13 +113,18 @@ class Scaffold:
         return f"kernelforge-{self.name}"
 
     @property
+    def made(self) -> Kind:
+        """What packages like it have in common."""
+        return KERNELS[self.target] if self.target is not None else KINDS[self.kind]
+
+    @property
     def registers(self) -> str:
         """The name of what it registers, which must be free."""
-        return Template(KINDS[self.kind].registers).substitute(self._values)
+        return Template(self.made.registers).substitute(self._values)
 
     @property
     def _values(self) -> Mapping[str, str]:
-        kind = KINDS[self.kind]
+        kind = self.made
         identifier = self.name.replace("-", "_")
         major, minor = __version__.split(".")[:2]
         core = f">={major}.{minor},<{major}.{int(minor) + 1}"
@@ -99,12 +136,14 @@ class Scaffold:
             "package": f"kernelforge_{identifier}",
             "summary": kind.summary,
             "dependencies": "\n".join(f'    "{needed}{core}",' for needed in ("kernelforge-core", *kind.needs)),
+            "setup": kind.setup,
         }
 
     def texts(self) -> dict[str, str]:
         """Every file of the package: its path in the folder, and what it holds."""
         values = self._values
         code = f"src/{values['package']}"
+        folder = self.kind if self.made is KINDS[self.kind] else f"{self.kind}-{self.target}"
         found = {
             ".github/workflows/ci.yml": _template("common", "ci.yml"),
             ".gitignore": _template("common", "gitignore"),
@@ -112,8 +151,8 @@ class Scaffold:
             "pyproject.toml": _template("common", "pyproject.toml"),
             f"{code}/__init__.py": _template("common", "init.py"),
             f"{code}/py.typed": Template(""),
-            f"tests/test_{values['identifier']}.py": _template(self.kind, "test.py"),
-            **{f"{code}/{module}": _template(self.kind, module) for module in _modules(self.kind)},
+            f"tests/test_{values['identifier']}.py": _template(folder, "test.py"),
+            **{f"{code}/{Template(file).substitute(values)}": _template(folder, file) for file in _modules(folder)},
         }
         return {path: found[path].substitute(values) for path in sorted(found)}
 
@@ -136,11 +175,11 @@ class Scaffold:
         return written
 
 
-def _template(kind: str, name: str) -> Template:
-    return Template((files(__name__) / kind / f"{name}{SUFFIX}").read_text(encoding="utf-8"))
+def _template(folder: str, name: str) -> Template:
+    return Template((files(__name__) / folder / f"{name}{SUFFIX}").read_text(encoding="utf-8"))
 
 
-def _modules(kind: str) -> Iterator[str]:
-    for item in (files(__name__) / kind).iterdir():
+def _modules(folder: str) -> Iterator[str]:
+    for item in (files(__name__) / folder).iterdir():
         if item.name.endswith(SUFFIX) and item.name != f"test.py{SUFFIX}":
             yield item.name.removesuffix(SUFFIX)
