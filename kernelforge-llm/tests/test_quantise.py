@@ -250,6 +250,8 @@ def test_the_verb_writes_reports_and_is_read_by_the_others(tmp_path: Path) -> No
     data = json.loads(done.stdout)["data"]
     assert 1 < data["perplexity"]["after"] / data["perplexity"]["before"] < 1.15
     assert data["bytes"] < 0.3 * (TINYPY / "model.safetensors").stat().st_size
+    errors = [(t["error"], t["product_error"]) for t in data["tensors"] if t["error"] is not None]
+    assert all(0.01 < product < 2 * of_weights for of_weights, product in errors)
     assert len(data["tensors"]) == len(open_source(TINYPY).tensors.names())
     run = [sys.executable, "-m", "kernelforge", "--json", "llm-inference", "--max-tokens", "8", "--model", str(folder)]
     ids = json.loads(subprocess.run(run, capture_output=True, text=True, check=True).stdout)["data"]["ids"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from kernelforge.errors import UsageError
 from kernelforge.quant import dequantize, quantize, warn_not_quantised
 from kernelforge_llm.checkpoint import new_folder, write_json, write_tokenizer
 from kernelforge_llm.config import CONFIG_FILE, GENERATION_FILE
+from kernelforge_llm.layer_error import product_error, product_inputs
 from kernelforge_llm.quantised_folder import PACKED, WEIGHTS, PackedWriter, QuantisedFolder, WeightsWriter
 from kernelforge_llm.scale_search import search_q4
 from kernelforge_llm.source import Source
@@ -80,6 +81,8 @@ class Quantised(NamedTuple):
     nbytes: int
     error: float | None
     """Root mean square of the differences over that of the numbers; None where nothing was changed."""
+    product_error: float | None = None
+    """The same of what activations of a text are multiplied to (`layer_error`); None without a text."""
 
 
 def quantised_tensors(tensors: TensorSource, recipe: Recipe) -> Iterator[tuple[Quantised, NDArray[Any]]]:
@@ -157,3 +160,17 @@ def _write_packed(source: Source, draft: Path, session: Session) -> int:
         stored.writer = writer
         open_decoder(Source(source.name, source.config, source.generation, stored), session).prepare()
     return writer.nbytes
+
+
+def with_product_errors(
+    tensors: Sequence[Quantised], before: Source, after: Source, session: Session, ids: Sequence[int]
+) -> tuple[Quantised, ...]:
+    """The tensors with the errors of their products, on what `before` computes for the sequence `ids`."""
+    multiplied = product_inputs(before, session, ids)
+    found = []
+    for t in tensors:
+        x = multiplied.get(t.name) if t.error is not None else None
+        if x is not None:
+            t = t._replace(product_error=product_error(x, before.tensors.tensor(t.name), after.tensors.tensor(t.name)))
+        found.append(t)
+    return tuple(found)

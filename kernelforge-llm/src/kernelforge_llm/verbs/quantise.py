@@ -12,8 +12,10 @@ from kernelforge.errors import AssetError, UsageError
 from kernelforge_llm.verbs.options import Model, Random, at_least, chosen_source
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kernelforge.session import Session
-    from kernelforge_llm.quantise import Written
+    from kernelforge_llm.quantise import Quantised
     from kernelforge_llm.source import Source
 
 WORST = 5
@@ -44,14 +46,16 @@ def llm_quantize(
 ) -> dict[str, Any]:
     """Write a model with quantised weights, packed for this device, so that it loads by mapping files.
 
-    The report names the matrices that changed most, by the root mean square of the differences over that of the numbers.
+    The report names the matrices that changed most, by the root mean square of the differences over that of the numbers. With
+    --text it goes by what counts, the products of these matrices with the text's activations.
     """
     at_least(2, window=window)
     at_least(1, windows=windows)
     content = None if text is None else _read(text)
 
     from kernelforge.cli.options import open_session
-    from kernelforge_llm.quantise import Recipe, write_quantised
+    from kernelforge_llm import perplexity
+    from kernelforge_llm.quantise import Recipe, with_product_errors, write_quantised
     from kernelforge_llm.source import open_source
 
     out = output.current()
@@ -65,7 +69,17 @@ def llm_quantize(
             f"wrote {source.name} to {folder}: {written.nbytes / 1e6:.1f} MB of weights, and {written.packed_bytes / 1e6:.1f} "
             f"MB of them packed for {session.device.info.name}"
         )
-        data = _report(out, written)
+        tensors = written.tensors
+        if content is not None:
+            assert source.tokenizer is not None
+            ids = perplexity.windows(source.tokenizer.encode(content, add_special=False), window, 1)[0]
+            tensors = with_product_errors(tensors, source, open_source(folder), session, ids)
+        _show_worst(out, tensors)
+        data: dict[str, Any] = {
+            "bytes": written.nbytes,
+            "packed_bytes": written.packed_bytes,
+            "tensors": [t._asdict() for t in tensors],
+        }
         if content is not None:
             before = _perplexity(source, session, content, window, windows)
             after = _perplexity(open_source(folder), session, content, window, windows)
@@ -74,16 +88,20 @@ def llm_quantize(
     return {"model": source.name, "folder": folder, "weights": weights, "target": out.target, **data}
 
 
-def _report(out: output.Output, written: Written) -> dict[str, Any]:
-    changed = [t for t in written.tensors if t.error is not None]
-    worst = sorted(changed, key=lambda t: -(t.error or 0.0))[:WORST]
-    if worst:
-        out.table(("changed most", "format", "error"), [(t.name, t.dtype, f"{t.error:.2%}") for t in worst])
-    return {
-        "bytes": written.nbytes,
-        "packed_bytes": written.packed_bytes,
-        "tensors": [t._asdict() for t in written.tensors],
-    }
+def _show_worst(out: output.Output, tensors: Sequence[Quantised]) -> None:
+    """By the error of the products, where there is one."""
+    changed = [t for t in tensors if t.error is not None]
+    if any(t.product_error is not None for t in changed):
+        worst = sorted(changed, key=lambda t: -(t.product_error or 0.0))[:WORST]
+        rows = [(t.name, t.dtype, _percent(t.product_error), _percent(t.error)) for t in worst]
+        out.table(("products changed most", "format", "of products", "of weights"), rows)
+    elif changed:
+        worst = sorted(changed, key=lambda t: -(t.error or 0.0))[:WORST]
+        out.table(("changed most", "format", "error"), [(t.name, t.dtype, _percent(t.error)) for t in worst])
+
+
+def _percent(error: float | None) -> str:
+    return "" if error is None else f"{error:.2%}"
 
 
 def _read(text: Path) -> str:
