@@ -14,6 +14,7 @@ from kernelforge.session import Session
 from kernelforge.tune.verify import Workload
 from kernelforge.variant import Accept, DeviceInfo, KernelVariant, Reject
 from kernelforge_metal.kernel import GpuKernel, shader
+from kernelforge_metal.kernels import rope_cache
 from kernelforge_metal.kernels.catalog import VARIANTS
 
 SMALL = 20_000
@@ -125,3 +126,20 @@ def test_nan_reaches_the_rows_that_see_it_and_no_other(gpu: Session, name: str) 
     found = np.asarray(executable.run(arrays)[0])
     np.testing.assert_array_equal(np.isnan(found), spoilt)
     np.testing.assert_allclose(found[~spoilt], whole[~spoilt], rtol=1e-5)
+
+
+def test_a_device_that_binds_few_buffers_rotates_queries_in_a_dispatch_of_their_own(
+    gpu: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = "factor=1.0, high_freq_factor=4.0, interleaved=false, low_freq_factor=1.0, max_position=21"
+    attrs = f'{{{names}, original_max_position=0, rotary_dim=4, scaling="none", theta=10000.0}}'
+    shapes = "f32[5,3,6], f32[5,1,6], f32[5,1,6], f16[2,21,1,6], f16[2,21,1,6], i32[5], i32[5]"
+    results = "f32[5,3,6], f16[2,21,1,6], f16[2,21,1,6]"
+    problem = parse_problem(f"transformer.rope_cache_update({shapes}) -> ({results}) {attrs}")
+    variant = next(v for v in VARIANTS if v.op == problem.op)
+    limits = {"max_storage_buffers_per_shader_stage": 9}
+    assert len(built(variant, problem, device(**limits)).dispatches) == 1
+    few = built(variant, problem, device())
+    assert [len(d.bindings) for d in few.dispatches] == [4, 7]
+    monkeypatch.setattr(rope_cache, "BUFFERS", 1000)
+    Workload(gpu, problem).verify(gpu.compile_problem(problem, variant=variant.name))

@@ -31,6 +31,7 @@ LIMITS = (
     "max-compute-workgroup-storage-size",
     "max-compute-workgroups-per-dimension",
     "max-storage-buffer-binding-size",
+    "max-storage-buffers-per-shader-stage",
     "min-storage-buffer-offset-alignment",
 )
 """The limits that decide what a kernel may look like: bytes and counts."""

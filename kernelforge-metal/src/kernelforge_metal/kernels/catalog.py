@@ -38,6 +38,12 @@ VARIANTS = (
         priority=10,
     ),
     _wgsl("kv_cache_update", "lookup:build_kv_cache_update", summary="writes the new rows only"),
+    _wgsl(
+        "rope_cache_update",
+        "rope_cache:build_rope_cache_update",
+        f"{HERE}.rope_cache:takes_rope_cache",
+        summary="queries, keys and values in one dispatch",
+    ),
     _wgsl("argmax", "lookup:build_argmax", summary="several workgroups on long rows"),
     _wgsl(
         "attention",

@@ -7,6 +7,7 @@ position below 2^20. Sine and cosine are polynomials (drivers may be as far off 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +19,7 @@ from kernelforge_metal.kernel import Binding, Dispatch, GpuKernel
 from kernelforge_metal.kernels.tensors import count, product_text, takes, tensor
 
 if TYPE_CHECKING:
-    from kernelforge.problem import Problem
+    from kernelforge.problem import Attr, Problem
     from kernelforge.variant import Config, DeviceInfo, Verdict
 
 THREADS = 128
@@ -35,8 +36,13 @@ fn cos_sin(turns: u32) -> vec2<f32> {
   let turned = select(vec2<f32>(cosine, sine), vec2<f32>(-sine, cosine), (quadrant & 1u) == 1u);
   return select(turned, -turned, (quadrant & 2u) == 2u);
 }
+fn turn_of(place: u32, pair: u32) -> vec2<f32> {
+  let frequency = frequencies[pair];
+  return cos_sin(place * frequency.x + ((place * frequency.y) >> 12u));
+}
 """
-"""Cosine and sine of turns / 2^32: a quarter turn at a time (polynomials of Cephes' sinf and cosf on [-pi/4, pi/4])."""
+"""Cosine and sine of turns / 2^32: a quarter turn at a time (polynomials of Cephes' sinf and cosf on [-pi/4, pi/4]); and those of
+a pair at a position, from the binding `frequencies`, the table that `frequency_table` makes."""
 
 
 def takes_rope(problem: Problem, device: DeviceInfo) -> Verdict:
@@ -74,9 +80,7 @@ fn main(ids: Ids) {{
     {out.store(f"to + k * {od}u", x.load(f"at + k * {xd}u"))}
     return;
   }}
-  let place = u32(max({positions.load(f"token * {positions.type.element_strides()[0]}u")}, 0));
-  let frequency = frequencies[j];
-  let turn = cos_sin(place * frequency.x + ((place * frequency.y) >> 12u));
+  let turn = turn_of(u32(max({positions.load(f"token * {positions.type.element_strides()[0]}u")}, 0)), j);
   let a = {x.load(f"at + ({first}) * {xd}u")};
   let b = {x.load(f"at + ({second}) * {xd}u")};
   {out.store(f"to + ({first}) * {od}u", "a * turn.x - b * turn.y")}
@@ -85,7 +89,12 @@ fn main(ids: Ids) {{
 """
     bindings = (*(t.binding for t in (x, positions, out)), Binding("frequencies", 3, "vec2<u32>"))
     grid = wgsl.grid(wgsl.blocks(count(problem, (tokens, heads, threads)), THREADS))
-    return GpuKernel((Dispatch(code, bindings, grid),), tables=(fixed_point(inverse_frequencies(size, attrs)),))
+    return GpuKernel((Dispatch(code, bindings, grid),), tables=(frequency_table(size, attrs),))
+
+
+def frequency_table(size: int, attrs: Mapping[str, Attr]) -> np.ndarray[tuple[int, int], np.dtype[np.uint32]]:
+    """Of each pair of a head of `size` elements: its frequency in turns, for the attributes of a `rope` op."""
+    return fixed_point(inverse_frequencies(size, attrs))
 
 
 def fixed_point(
