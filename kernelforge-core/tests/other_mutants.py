@@ -16,7 +16,7 @@ from kernelforge.dialects.transformer import OPS
 from kernelforge.dtype import to_numpy
 from kernelforge.mlir import ir
 from kernelforge.module import Module
-from kernelforge.op import Attrs, OpDef, OperandTypes, OpError, View
+from kernelforge.op import Attrs, OpDef, OperandTypes, OpError, Part, View
 from kernelforge.passes import Pass
 from kernelforge.passes.rewriting import Body, tensor_type
 from kernelforge.plan import Plan
@@ -407,6 +407,14 @@ def _untransposed(operands: OperandTypes, attrs: Attrs) -> tuple[View, ...] | No
     return views and tuple(replace(v, strides=tuple(sorted(v.strides, reverse=True))) for v in views)
 
 
+def _another_op(problem: Problem) -> tuple[Part, ...]:
+    return (Part("transformer.gelu", ("x",), ("out",)),)
+
+
+def _without_operand(problem: Problem) -> tuple[Part, ...]:
+    return (Part("transformer.silu", ("y",), ("out",)),)
+
+
 def _unseeded(rng: random.Random) -> Iterator[Problem]:
     n = random.SystemRandom().randrange(2, 1 << 16)
     t = TensorType((n,), "f32")
@@ -434,6 +442,8 @@ DIALECTS: list[tuple[str, OpDef, Kind]] = [
     ("shorter-reference", _op("silu", reference=_shorter), "wrong-shape"),
     ("view-from-the-start", _op("slice", view=_off_by_one), "wrong-values"),
     ("view-not-transposed", _op("transpose", view=_untransposed), "wrong-values"),
+    ("parts-of-another-op", _op("silu", parts=_another_op), "wrong-values"),
+    ("parts-without-operand", _op("silu", parts=_without_operand), "error"),
     ("unseeded-samples", _op("silu", sample=_unseeded), "not-deterministic"),
     ("large-samples", _op("silu", sample=_big), "error"),
     ("foreign-samples", _op("silu", sample=_foreign), "round-trip"),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 from pass_checks import check, lowered, ops
 
 from kernelforge.graph import Graph, Tensor
+from kernelforge.problem import Attr
 
+FUSE_CACHE = "fuse-rope-cache"
 D = "f64"
 """Most graphs are in float64, so that a wrong fusion cannot hide among roundings."""
 
@@ -358,6 +363,149 @@ def test_add_norm_leaves_alone(case: str) -> None:
     w = g.constant("n", (6,), D)
     g.output(g.rms_norm(total, g.silu(w) if case == "late weight" else w), "y")
     assert ops(check(g, "fuse-add-norm")) == ops(g)
+
+
+# fuse-rope-cache
+
+HEADS, GROUPS, SIZE, CAPACITY = 4, 2, 6, 8
+POSITION: dict[str, Attr] = {"max_position": CAPACITY, "theta": 100.0}
+
+
+class Layer:
+    """The inputs of an attention over a cache."""
+
+    def __init__(self) -> None:
+        self.g = Graph()
+        self.positions, self.slots = (self.g.input(name, ("tokens",), "i32") for name in ("positions", "slots"))
+        self.q = self.g.input("q", ("tokens", HEADS, SIZE), D)
+        self.k, self.v = (self.g.input(name, ("tokens", GROUPS, SIZE), D) for name in "kv")
+        self.key_cache, self.value_cache = (self.cache(name) for name in ("keys", "values"))
+
+    def cache(self, name: str) -> Tensor:
+        return self.g.input(name, (4, CAPACITY, GROUPS, SIZE), D, donated=True)
+
+    def rope(self, x: Tensor, **attrs: Any) -> Tensor:
+        return self.g.rope(x, self.positions, **{**POSITION, **attrs})
+
+    def update(self, cache: Tensor, new: Tensor) -> Tensor:
+        return self.g.kv_cache_update(cache, new, self.positions, self.slots)
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Graph:
+        self.g.output(self.g.attention(q, keys, values, self.positions, self.slots), "y")
+        self.g.output(keys, "new_keys")
+        if values is not keys:
+            self.g.output(values, "new_values")
+        return self.g
+
+
+def test_rope_and_the_updates_of_both_caches_become_one() -> None:
+    layer = Layer()
+    q, k = layer.rope(layer.q), layer.rope(layer.k)
+    after = check(
+        layer.attend(q, layer.update(layer.key_cache, k), layer.update(layer.value_cache, layer.v)), FUSE_CACHE
+    )
+    assert ops(after) == {"rope_cache_update": 1, "attention": 1}
+    fused, attention = after.function().nodes
+    assert fused.problem.attr("theta") == 100.0
+    assert attention.operands[:3] == fused.results
+
+
+def test_rope_and_cache_updates_in_another_order() -> None:
+    layer = Layer()
+    values = layer.update(layer.value_cache, layer.v)
+    keys = layer.update(layer.key_cache, layer.rope(layer.g.silu(layer.k)))
+    late = layer.g.silu(layer.q)
+    assert ops(check(layer.attend(layer.rope(late), keys, values), FUSE_CACHE))["rope_cache_update"] == 1
+
+
+def test_each_layer_gets_its_own_rope_and_caches() -> None:
+    layer = Layer()
+    caches = [(layer.key_cache, layer.value_cache), (layer.cache("keys.1"), layer.cache("values.1"))]
+    q = layer.q
+    for i, (key_cache, value_cache) in enumerate(caches):
+        keys, values = layer.update(key_cache, layer.rope(layer.k)), layer.update(value_cache, layer.v)
+        layer.g.output(keys, f"new_keys.{i}")
+        layer.g.output(values, f"new_values.{i}")
+        q = layer.g.attention(layer.rope(q), keys, values, layer.positions, layer.slots)
+    layer.g.output(q, "y")
+    after = check(layer.g, FUSE_CACHE)
+    assert ops(after) == {"rope_cache_update": 2, "attention": 2}
+
+
+def other_positions(layer: Layer) -> Graph:
+    other = layer.g.input("other", ("tokens",), "i32")
+    q = layer.g.rope(layer.q, other, max_position=CAPACITY, theta=100.0)
+    return layer.attend(q, layer.update(layer.key_cache, layer.rope(layer.k)), layer.update(layer.value_cache, layer.v))
+
+
+def other_slots(layer: Layer) -> Graph:
+    other = layer.g.input("other", ("tokens",), "i32")
+    values = layer.g.kv_cache_update(layer.value_cache, layer.v, layer.positions, other)
+    return layer.attend(layer.rope(layer.q), layer.update(layer.key_cache, layer.rope(layer.k)), values)
+
+
+def other_angles(layer: Layer) -> Graph:
+    keys = layer.update(layer.key_cache, layer.rope(layer.k, theta=99.0))
+    return layer.attend(layer.rope(layer.q), keys, layer.update(layer.value_cache, layer.v))
+
+
+def keys_read_besides(layer: Layer) -> Graph:
+    k = layer.rope(layer.k)
+    layer.g.output(k, "k")
+    return layer.attend(layer.rope(layer.q), layer.update(layer.key_cache, k), layer.update(layer.value_cache, layer.v))
+
+
+def keys_as_they_are(layer: Layer) -> Graph:
+    keys = layer.update(layer.key_cache, layer.k)
+    return layer.attend(layer.rope(layer.q), keys, layer.update(layer.value_cache, layer.v))
+
+
+def values_of_another_type(layer: Layer) -> Graph:
+    values = layer.update(layer.value_cache, layer.v.cast("f32"))
+    return layer.attend(layer.rope(layer.q), layer.update(layer.key_cache, layer.rope(layer.k)), values)
+
+
+def values_computed_from_queries(layer: Layer) -> Graph:
+    q = layer.rope(layer.q)
+    values = layer.update(layer.value_cache, q[:, :GROUPS])
+    return layer.attend(q, layer.update(layer.key_cache, layer.rope(layer.k)), values)
+
+
+def one_cache_after_the_other(layer: Layer) -> Graph:
+    keys = layer.update(layer.key_cache, layer.rope(layer.k))
+    return layer.attend(layer.rope(layer.q), keys, layer.update(keys, layer.v))
+
+
+def keys_as_values(layer: Layer) -> Graph:
+    keys = layer.update(layer.key_cache, layer.rope(layer.k))
+    return layer.attend(layer.rope(layer.q), keys, keys)
+
+
+def keys_seen_before(layer: Layer) -> Graph:
+    keys = layer.update(layer.key_cache, layer.rope(layer.k))
+    early = layer.g.attention(layer.q, keys, layer.value_cache, layer.positions, layer.slots)
+    layer.g.output(early, "early")
+    return layer.attend(layer.rope(layer.q), keys, layer.update(layer.value_cache, layer.v))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        other_positions,
+        other_slots,
+        other_angles,
+        keys_read_besides,
+        keys_as_they_are,
+        values_of_another_type,
+        values_computed_from_queries,
+        one_cache_after_the_other,
+        keys_as_values,
+        keys_seen_before,
+    ],
+)
+def test_rope_and_cache_updates_are_left_alone(build: Callable[[Layer], Graph]) -> None:
+    g = build(Layer())
+    assert ops(check(g, FUSE_CACHE)) == ops(g)
 
 
 # fuse-qkv

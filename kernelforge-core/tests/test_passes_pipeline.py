@@ -49,7 +49,7 @@ class Raises(Pass):
 
 
 def test_builtin_passes_are_registered() -> None:
-    names = ["canonicalize", "cse", "fuse-add-norm", "fuse-epilogue", "fuse-glu", "fuse-qkv"]
+    names = ["canonicalize", "cse", "fuse-add-norm", "fuse-epilogue", "fuse-glu", "fuse-qkv", "fuse-rope-cache"]
     assert set(names) <= set(REGISTRY.passes)
     text = ",".join(names)
     assert str(Pipeline.parse(text, REGISTRY)) == text
@@ -78,7 +78,7 @@ def test_every_printed_module_parses_back() -> None:
     texts: list[str] = []
     pipeline = Pipeline.parse(DEFAULT, REGISTRY)
     pipeline.run(decoder().module(REGISTRY), lambda _, module: texts.append(str(module)))
-    assert len(texts) == 8
+    assert len(texts) == 9
     assert all(str(Module.parse(text, REGISTRY)) == text for text in texts)
 
 
@@ -142,8 +142,7 @@ def test_default_pipeline_on_a_decoder(bias: bool) -> None:
         "matmul": 7,  # merged q, k and v, then o with its residual; down with its residual; the head
         "split": 2,
         "reshape": 8,
-        "rope": 4,
-        "kv_cache_update": 4,
+        "rope_cache_update": 2,
         "attention": 2,
         "glu_matmul": 2,
     }

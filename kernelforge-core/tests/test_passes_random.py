@@ -18,6 +18,7 @@ PASSES = [
     "fuse-epilogue{residual=false}",
     "fuse-glu",
     "fuse-qkv",
+    "fuse-rope-cache",
 ]
 
 

@@ -15,6 +15,7 @@ from kernelforge.module import Module
 from kernelforge.plan import ALIGNMENT, Plan
 from kernelforge.planning import make_plan
 from kernelforge.plugins import core_registry
+from kernelforge.problem import Problem
 from kernelforge.reference import INFO, HostBuffer, ReferenceDevice
 from kernelforge.selection import select
 
@@ -122,6 +123,72 @@ def test_the_old_contents_of_a_quantised_cache_cannot_be_kept() -> None:
     with pytest.raises(UsageError, match=message) as error:
         plan_of(QUANTISED_CACHE.replace("return %u", "return %c"))
     assert error.value.hint == "read it before, or read the result of that op instead"
+
+
+def fused(cache: str = "f32", *, shared: bool = False) -> Graph:
+    """RoPE and both cache updates, followed by attention, in one op."""
+    g = Graph()
+    positions, slots = (g.input(name, ("tokens",), "i32") for name in ("positions", "slots"))
+    q, k, v = (g.input(name, ("tokens", heads, 32), "f32") for name, heads in (("q", 4), ("k", 2), ("v", 2)))
+    keys, values = (g.input(name, (1, 16, 2, 32), cache, donated=True) for name in ("keys", "values"))
+    caches = (keys, keys) if shared else (keys, values)
+    rotated, keys_out, values_out = g.rope_cache_update(q, k, v, *caches, positions, slots, max_position=16)
+    g.output(rotated, "rotated")
+    g.output(keys_out, "keys_out")
+    g.output(values_out, "values_out")
+    return g
+
+
+def fused_inputs(tokens: int = 3) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    heads = {"q": 4, "k": 2, "v": 2}
+    arrays = {name: rng.standard_normal((tokens, n, 32)).astype(np.float32) for name, n in heads.items()}
+    caches = {name: HostBuffer(np.zeros((1, 16, 2, 32), np.float32)) for name in ("keys", "values")}
+    return {**arrays, **caches, "positions": np.arange(tokens, dtype=np.int32), "slots": np.zeros(tokens, np.int32)}
+
+
+def test_one_op_writes_two_caches_in_place() -> None:
+    plan = plan_of(fused().text())
+    assert ops(plan) == ["rope_cache_update"]
+    inputs = fused_inputs()
+    _, keys, values = run(plan, inputs)
+    assert (keys, values) == (inputs["keys"], inputs["values"])
+    np.testing.assert_array_equal(values.array[0, :3], inputs["v"])
+    assert not values.array[0, 3:].any()
+    np.testing.assert_array_equal(keys.array[0, 0], inputs["k"][0])  # position 0 is not turned
+    assert np.abs(keys.array[0, 2] - inputs["k"][2]).max() > 0.1
+
+
+def test_one_op_that_writes_one_tensor_twice_gets_a_copy() -> None:
+    plan = plan_of(fused(shared=True).text())
+    assert ops(plan) == ["cast", "rope_cache_update", "cast"]
+    inputs = fused_inputs()
+    del inputs["values"]
+    _, keys, values = run(plan, {**inputs, "values": HostBuffer(np.zeros((1, 16, 2, 32), np.float32))})
+    keys, values = (a.array if isinstance(a, HostBuffer) else a for a in (keys, values))
+    np.testing.assert_array_equal(values[0, :3], inputs["v"])
+    assert np.abs(keys[0, 2] - inputs["k"][2]).max() > 0.1
+
+
+@pytest.mark.parametrize("cache", ["f32", "q8"])
+def test_an_op_without_a_kernel_is_planned_as_its_parts(cache: str) -> None:
+    text = fused(cache).text()
+    asked: list[str] = []
+
+    def no_kernel(problem: Problem) -> bool:
+        asked.append(problem.op)
+        return False
+
+    plan = plan_of(text, has_kernel=no_kernel)
+    assert ops(plan) == ["rope", "rope", "kv_cache_update", "kv_cache_update"]
+    assert set(asked) == {"transformer.rope_cache_update"}  # parts have none
+    assert [plan.values[plan.root(v)].name for v in plan.outputs] == ["rotated", "keys", "values"]
+    if cache == "f32":
+        inputs, others = fused_inputs(), fused_inputs()
+        results = run(plan, inputs), run(plan_of(text), others)
+        for a, b in zip(*results, strict=True):
+            a, b = (x.array if isinstance(x, HostBuffer) else x for x in (a, b))
+            np.testing.assert_array_equal(a, b)
 
 
 def test_dims_fix_dynamic_dimensions_in_every_problem() -> None:

@@ -7,8 +7,17 @@ import re
 import pytest
 from kernel_checks import DEFS, NATIVE, module, native, problem
 
+from kernelforge.problem import Attr, Problem
 from kernelforge_cpu.isa import LEVELS, CpuTarget
 from kernelforge_cpu.jit import assembly, compile_object
+
+
+def fused(cache: str, x: str, size: int, **attrs: Attr) -> Problem:
+    """rope_cache_update of 6 heads over 2."""
+    heads = (f"{x}[t,{n},{size}]" for n in (6, 2, 2))
+    caches = [f"{cache}[2,64,2,{size}]"] * 2
+    return problem("rope_cache_update", *heads, *caches, "i32[t]", "i32[t]", max_position=32, **attrs)
+
 
 PROBLEMS = [
     problem("attention", "bf16[t,4,20]", "f16[2,64,2,20]", "f16[2,64,2,20]", "i32[t]", "i32[t]", window=9, softcap=2.0),
@@ -26,6 +35,8 @@ PROBLEMS = [
     problem("quantize", "bf16[t,64]", format="q8a"),
     problem("kv_cache_update", "f16[2,64,2,20]", "bf16[t,2,20]", "i32[t]", "i32[t]"),
     problem("kv_cache_update", "q8[2,64,2,32]", "bf16[t,2,32]", "i32[t]", "i32[t]"),
+    fused("f16", "bf16", 20, rotary_dim=14, interleaved=True),
+    fused("q8", "f32", 32),
     problem("attention", "bf16[t,4,32]", "q8[2,64,2,32]", "q8[2,64,2,32]", "i32[t]", "i32[t]"),
     problem("attention", "f32[1,4,32]", "q8[2,64,2,32]", "q8[2,64,2,32]", "i32[1]", "i32[1]"),
     problem("argmax", "f16[t,50]"),
@@ -64,6 +75,7 @@ COUNTED = {
     problem("add", "f32[t,64]", "f32[64]"): set(),
     problem("mul", "f32[t,64]", "f32[64]"): set(),
     problem("rope", "f32[t,3,64]", "i32[t]", max_position=32): set(),
+    fused("f32", "f32", 64): set(),
     problem("rms_norm", "f32[t,64]", "f32[64]"): ROW,
     problem("layer_norm", "f32[t,64]", "f32[64]"): ROW,
     problem("add_rms_norm", "f32[t,64]", "f32[t,64]", "f32[64]"): ROW,

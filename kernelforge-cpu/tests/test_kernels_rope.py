@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kernel_checks import F32, Array, Arrays, Kernels, device, problem, verdict
+from kernel_checks import DEFS, F32, Array, Arrays, Kernels, device, problem, verdict
 
 from kernelforge.problem import Attr, Problem
 from kernelforge.variant import Reject
@@ -63,6 +63,57 @@ def test_padding_is_unchanged(kernels: Kernels) -> None:
         np.testing.assert_array_equal(out[..., 14:], x[..., 14:])
 
 
+TOKENS = 9
+FUSED: list[tuple[str, str, int, dict[str, Attr]]] = [
+    ("f32", "f32", 64, {}),
+    ("f16", "f32", 64, {"interleaved": True}),
+    ("bf16", "bf16", 20, {"rotary_dim": 14}),
+    ("f32", "f16", 6, {"rotary_dim": 4, "interleaved": True}),
+    ("q8", "f32", 96, {}),
+    ("q8", "bf16", 64, {"rotary_dim": 34, **LLAMA3}),
+]
+
+
+def layer(cache: str, x: str, size: int, attrs: dict[str, Attr]) -> tuple[Problem, list[Problem]]:
+    """rope_cache_update of 6 heads over 2 with rows that lie apart, and rope of its queries and keys and both updates."""
+    row, places = 10 * size + 3, f"i32[{TOKENS}]"
+    wide, narrow = (f"{x}[{TOKENS},{n},{size}]:[{row},{size},1]" for n in (6, 2))
+    memory = f"{cache}[3,20,2,{size}]"
+    given = {"max_position": 64, **attrs}
+    whole = problem("rope_cache_update", wide, narrow, narrow, memory, memory, places, places, **given)
+    turned = f"{x}[{TOKENS},2,{size}]"
+    updates = [problem("kv_cache_update", memory, new, places, places) for new in (turned, narrow)]
+    return whole, [*(problem("rope", t, places, **given) for t in (wide, narrow)), *updates]
+
+
+@pytest.fixture(scope="module", params=host_targets(), ids=lambda t: t.level)
+def layers(request: pytest.FixtureRequest) -> Kernels:
+    made = [layer(*case) for case in FUSED]
+    return Kernels([p for whole, parts in made for p in (whole, *parts)], request.param)
+
+
+@pytest.mark.parametrize(("cache", "x", "size", "attrs"), FUSED)
+def test_rope_and_cache_updates_in_one(layers: Kernels, cache: str, x: str, size: int, attrs: dict[str, Attr]) -> None:
+    """Bit by bit what the three kernels give, but that keys are not rounded before the cache's type."""
+    whole, (rope_q, rope_k, update_keys, update_values) = layer(cache, x, size, attrs)
+    arrays = DEFS["rope_cache_update"].make_inputs(whole, np.random.default_rng(3))
+    q, k, v, keys, values, positions, slots = arrays
+    assert positions is not None
+    positions[::4] = -1  # padding
+    (rotated,), (turned,) = layers.run(rope_q, [q, positions]), layers.run(rope_k, [k, positions])
+    want = [
+        rotated,
+        *layers.run(update_keys, [keys, turned, positions, slots]),
+        *layers.run(update_values, [values, v, positions, slots]),
+    ]
+    for parts in (1, 2, 7):
+        got = layers.run(whole, arrays, parts=parts)
+        np.testing.assert_array_equal(got[0], want[0])
+        np.testing.assert_array_equal(got[2], want[2])
+        if x == "f32":
+            np.testing.assert_array_equal(got[1], want[1])
+
+
 def test_equal_ropes_share_one_table() -> None:
     q = problem("rope", "f32[7,9,64]", "i32[7]", max_position=128)
     k = problem("rope", "bf16[tokens,3,64]", "i32[tokens]", max_position=128)
@@ -85,4 +136,10 @@ def test_refusals() -> None:
     assert verdict(problem("rope", "f32[1,1,4]", "i32[1]", max_position=131073)) == Reject(
         "tabulates at most 131072 positions, not 131073"
     )
+    places = ("i32[1]", "i32[1]")
+    heads, cache = ("f32[1,1,32]",) * 3, ("q8[1,8,g,32]",) * 2
+    whole = problem("rope_cache_update", "f32[1,1,32]", *("f32[1,g,32]",) * 2, *cache, *places, max_position=8)
+    assert verdict(whole) == Reject("takes a quantised cache with a static number of heads and head size")
+    far = problem("rope_cache_update", *heads, *("f32[1,8,1,32]",) * 2, *places, max_position=131073)
+    assert verdict(far) == Reject("tabulates at most 131072 positions, not 131073")
     assert verdict(problem("rope", "f32[1,1,d]", "i32[1]", max_position=8)) == Reject("takes heads of a static size")

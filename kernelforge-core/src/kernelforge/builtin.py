@@ -24,6 +24,11 @@ PASSES = (
     ),
     PassSpec("fuse-glu", "kernelforge.passes.fuse_glu:FuseGlu", "Compute a gated pair of matmuls in one op."),
     PassSpec("fuse-qkv", "kernelforge.passes.fuse_qkv:FuseQkv", "Multiply by several weights at once."),
+    PassSpec(
+        "fuse-rope-cache",
+        "kernelforge.passes.fuse_rope_cache:FuseRopeCache",
+        "Rotate queries and keys and update the caches in one op.",
+    ),
     PassSpec("quantize", "kernelforge.passes.quantize:Quantize", "Put constant weights into 8 or 4 bits."),
 )
 

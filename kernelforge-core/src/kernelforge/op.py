@@ -7,7 +7,7 @@ reference backend, the tests and the tuner's inputs all come from it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from kernelforge.errors import PluginError
@@ -77,6 +77,19 @@ class View:
 
 
 @dataclass(frozen=True)
+class Part:
+    """One of the ops that an op stands for."""
+
+    op: str
+    """Full name, `dialect.op`."""
+    operands: tuple[str, ...]
+    """Names of the whole's operands, or of results of parts before it."""
+    results: tuple[str, ...]
+    """Names of the whole's results, or names of their own."""
+    attrs: Attrs = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class OpDef:
     """An op of a dialect. The callables may be given as "module:attr" and are imported on first use."""
 
@@ -112,6 +125,9 @@ class OpDef:
     """`(arrays, attrs) -> tuple[ndarray, ...]`, as `reference`: for each result the magnitude of what a kernel may compute
     it from as a difference (x of `x/2 + x/2 erf`); the error of sums is relative to it. None: no more than what a change
     of the operands by a rounding explains."""
+    parts: Ref | None = None
+    """`(problem) -> tuple[Part, ...]`: the ops that it stands for, empty where it stands for itself. A target that has no
+    kernel for the whole runs them instead: what fuses ops takes no kernel away."""
     in_place: tuple[tuple[int, int], ...] = ()
     """(result, operand) pairs: the result overwrites that operand's buffer (destination passing)."""
     dialect: str = ""
@@ -180,6 +196,11 @@ class OpDef:
         if self.view is None:
             return None
         found: tuple[View, ...] | None = resolve(self.view)(operands, attrs)
+        return found
+
+    def parts_of(self, problem: Problem) -> tuple[Part, ...]:
+        """See `parts`; empty when there are none."""
+        found: tuple[Part, ...] = () if self.parts is None else resolve(self.parts)(problem)
         return found
 
     def problem_cost(self, problem: Problem) -> Cost:

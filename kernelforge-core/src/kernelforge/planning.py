@@ -9,6 +9,7 @@ from kernelforge.constant import Constant, Folded, Named
 from kernelforge.errors import UsageError
 from kernelforge.module import Function, Node
 from kernelforge.op import OpDef
+from kernelforge.parts import taken_apart
 from kernelforge.plan import Plan, Step, Value
 from kernelforge.problem import Attr, Problem, TensorType
 from kernelforge.selection import Selection
@@ -28,16 +29,22 @@ def make_plan(
     target: str,
     dims: Mapping[str, int] | None = None,
     max_dims: Mapping[str, int] | None = None,
+    has_kernel: Callable[[Problem], bool] = lambda _: True,
 ) -> Plan:
     """Plan `function` for `target`.
 
-    `dims` fixes dynamic dimensions, so that kernels are specialised for them; the others stay dynamic. Raises UsageError
-    for a dimension that the function does not have, when no kernel takes one of its problems, or when a quantised cache
-    would have to be copied.
+    `dims` fixes dynamic dimensions, so that kernels are specialised for them; the others stay dynamic. An op that stands
+    for others (`OpDef.parts`) is planned as those where `has_kernel` says that the target has no kernel for it. Raises
+    UsageError for a dimension that the function does not have, when no kernel takes one of its problems, or when a
+    quantised cache would have to be copied.
     """
-    planner = _Planner(function, ops, choose, dict(dims or {}))
-    for index, node in enumerate(function.nodes):
-        planner.add(index, node)
+    while True:
+        planner = _Planner(function, ops, choose, has_kernel, dict(dims or {}))
+        for index, node in enumerate(function.nodes):
+            planner.add(index, node)
+        if not planner.without_kernel:
+            break
+        function = taken_apart(function, planner.without_kernel, ops)
     outputs = tuple(planner.output(v, name) for v, name in zip(function.outputs, function.output_names, strict=True))
     steps = _group(planner.values, planner.steps)
     inputs = tuple(i for i, arg in enumerate(function.args) if not arg.constant)
@@ -46,8 +53,17 @@ def make_plan(
 
 
 class _Planner:
-    def __init__(self, function: Function, ops: Mapping[str, OpDef], choose: Chooser, dims: dict[str, int]) -> None:
-        self.ops, self.choose, self.dims = ops, choose, dims
+    def __init__(
+        self,
+        function: Function,
+        ops: Mapping[str, OpDef],
+        choose: Chooser,
+        has_kernel: Callable[[Problem], bool],
+        dims: dict[str, int],
+    ) -> None:
+        self.ops, self.choose, self.has_kernel, self.dims = ops, choose, has_kernel, dims
+        self.without_kernel: set[int] = set()
+        """Nodes that must be taken apart."""
         self.values: list[Value] = []
         self.steps: list[Step] = []
         self.ids: dict[int, int] = {}  # function value -> plan value
@@ -130,7 +146,11 @@ class _Planner:
             else:
                 results.append(self._new(Value(self._fixed(t), "arena")))
             self.ids[result] = results[-1]
-        self._step(node.op, bound, results, node.problem.attrs, node.location)
+        named = self._problem(node.op, bound, results, node.problem.attrs)
+        if op.parts_of(named) and not self.has_kernel(named.canonical()):
+            self.without_kernel.add(index)
+        else:
+            self._step(named, bound, results, node.location)
 
     def _in_place(self, index: int, node: Node, position: int, bound: list[int | None]) -> int:
         """The result that overwrites operand `position`; the operand is copied first if its memory must survive."""
@@ -139,7 +159,10 @@ class _Planner:
         assert source is not None
         root = self.values[self._root(operand)]
         writable = root.place == "arena" or (root.place == "input" and root.donated)
-        if not writable or self._read_later(index, operand, source):
+        twice = any(
+            v is not None and i != position and self._root(v) == self._root(operand) for i, v in enumerate(bound)
+        )
+        if not writable or twice or self._read_later(index, operand, source):
             if root.type.quantised:
                 raise UsageError(
                     f"'{root.name}' ({root.type}) is read after {node.op} at {node.location or 'unknown place'} overwrites "
@@ -147,7 +170,7 @@ class _Planner:
                     hint="read it before, or read the result of that op instead",
                 )
             copy = self._new(Value(replace(self.values[operand].type, strides=None, constant=False), "arena"))
-            self._step(COPY, [operand], [copy], (("dtype", root.type.dtype),), node.location)
+            self._copy(operand, copy, node.location)
             bound[position] = operand = copy
         value = self.values[operand]
         return self._new(Value(value.type, "view", base=self._root(operand), offset=value.offset))
@@ -158,16 +181,17 @@ class _Planner:
         sharing = [f for f, p in self.ids.items() if self._root(p) == root]
         return any(self.last_use.get(f, -1) > index for f in sharing)
 
-    def _step(
-        self,
-        op: str,
-        operands: list[int | None],
-        results: list[int],
-        attrs: tuple[tuple[str, Attr], ...],
-        location: str,
-    ) -> None:
+    def _problem(
+        self, op: str, operands: list[int | None], results: list[int], attrs: tuple[tuple[str, Attr], ...]
+    ) -> Problem:
         types = tuple(None if v is None else self.values[v].type for v in operands)
-        named = Problem(op, types, tuple(self.values[v].type for v in results), attrs)
+        return Problem(op, types, tuple(self.values[v].type for v in results), attrs)
+
+    def _copy(self, value: int, to: int, location: str) -> None:
+        attrs = (("dtype", self.values[value].type.dtype),)
+        self._step(self._problem(COPY, [value], [to], attrs), [value], [to], location)
+
+    def _step(self, named: Problem, operands: list[int | None], results: list[int], location: str) -> None:
         selection = self.choose(named.canonical())
         self.steps.append(
             Step(
@@ -193,7 +217,7 @@ class _Planner:
             self.values[planned] = replace(found, place="output", name=name)
             return planned
         copy = self._new(Value(replace(found.type, strides=None, constant=False), "output", name))
-        self._step(COPY, [planned], [copy], (("dtype", found.type.dtype),), name)
+        self._copy(planned, copy, name)
         return copy
 
 

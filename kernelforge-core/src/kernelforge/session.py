@@ -97,6 +97,16 @@ class Session:
             self._plugins_failed |= any(d.failed for d in self._selections[problem].decisions)
         return self._selections[problem]
 
+    def has_kernel(self, problem: Problem) -> bool:
+        """Whether this session's target has a kernel for `problem` besides what it runs every op with, or runs the variant
+        that was asked for by name."""
+        if problem.op in self.variants:
+            return True
+        try:
+            return not self.registry.is_fallback(self.select(problem).variant)
+        except UsageError:
+            return False
+
     def lower(self, module: str | Module) -> Module:
         """Parse `module` if it is text, and run the pass pipeline over it."""
         parsed = Module.parse(module, self.registry) if isinstance(module, str) else module
@@ -124,7 +134,15 @@ class Session:
         if key is not None and (kept := cached_plan(key)) is not None:
             return kept
         function = self._function(module)
-        plan = make_plan(function, self.registry.ops, self.select, target=self.target, dims=dims, max_dims=max_dims)
+        plan = make_plan(
+            function,
+            self.registry.ops,
+            self.select,
+            target=self.target,
+            dims=dims,
+            max_dims=max_dims,
+            has_kernel=self.has_kernel,
+        )
         plan, sound = share_layouts(plan, self.registry, self.device.info)
         if key is not None and sound and not self._plugins_failed:
             keep_plan(key, plan)

@@ -108,14 +108,14 @@ def _numbered_plan(session: Session, program: Program, function: Function) -> Pl
     nodes = tuple(replace(node, location=f"#{i}") for i, node in enumerate(function.nodes))
     numbered = replace(function, nodes=nodes)
     options: dict[str, Any] = {"target": session.target, "dims": program.dims, "max_dims": program.max_dims}
-    plan = make_plan(numbered, session.registry.ops, session.select, **options)
+    plan = make_plan(numbered, session.registry.ops, session.select, has_kernel=session.has_kernel, **options)
     return share_layouts(plan, session.registry, session.device.info)[0]
 
 
 def annotate(module: Module, function: Function, plan: Plan) -> None:
-    """Give each op of the module the attribute `kernelforge.kernel`: its variant and config; "constant" for one that
-    is computed when compiling, "view" for one that only sees its operand's memory otherwise. The text still parses
-    back."""
+    """Give each op of the module the attribute `kernelforge.kernel`: its variant and config, or those of its parts;
+    "constant" for one that is computed when compiling, "view" for one that only sees its operand's memory otherwise. The
+    text still parses back."""
     from kernelforge.mlir import ir
 
     steps: dict[str, list[Step]] = {}
@@ -125,9 +125,11 @@ def annotate(module: Module, function: Function, plan: Plan) -> None:
     with module.context:
         for i, node in enumerate(function.nodes):
             # What comes before an op's own step are copies of operands that it must not overwrite.
-            own = steps.get(f"#{i}", [])[-1:]
-            if own:
-                text = _kernel_text(plan.target, own[0])
+            own = steps.get(f"#{i}", [])
+            if own and own[-1].problem.op == node.op:
+                text = _kernel_text(plan.target, own[-1])
+            elif own:
+                text = f"[{', '.join(_kernel_text(plan.target, step, named=True) for step in own)}]"
             else:
                 folded = all(o is None or _constant(function, o) for o in node.operands)
                 text = '"constant"' if folded else '"view"'
@@ -142,10 +144,11 @@ def _constant(function: Function, value: int) -> bool:
     return all(o is None or _constant(function, o) for o in node.operands)
 
 
-def _kernel_text(target: str, step: Step) -> str:
+def _kernel_text(target: str, step: Step, *, named: bool = False) -> str:
     values = {name: json.dumps(v) if isinstance(v, int) else string_text(v) for name, v in step.config.items()}
     config = ", ".join(f"{string_text(name)} = {text}" for name, text in sorted(values.items()))
-    return f"{{config = {{{config}}}, target = {string_text(target)}, variant = {string_text(step.variant)}}}"
+    op = f"op = {string_text(step.problem.op)}, " if named else ""
+    return f"{{config = {{{config}}}, {op}target = {string_text(target)}, variant = {string_text(step.variant)}}}"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kernelforge.module import Module
     from kernelforge.registry import Registry
 
-DEFAULT = "canonicalize,cse,fuse-glu,fuse-epilogue,fuse-qkv,fuse-add-norm,canonicalize,cse"
+DEFAULT = "canonicalize,cse,fuse-glu,fuse-epilogue,fuse-qkv,fuse-add-norm,fuse-rope-cache,canonicalize,cse"
 """The text of the pipeline that modules are lowered with unless another one is asked for.
 
 The order matters where two fusions want one op. Gated pairs come first: fuse-qkv would merge their matmuls.

@@ -305,7 +305,8 @@ def check_program(bench: Bench, target: str, seed: int) -> None:
     module = Program(seed, dtype="f32").grow(STEPS).module(bench.registry)
     function = module.function()
     try:
-        plan = make_plan(function, bench.registry.ops, session.select, target=target)
+        select, has_kernel = session.select, session.has_kernel
+        plan = make_plan(function, bench.registry.ops, select, target=target, has_kernel=has_kernel)
     except UsageError as error:
         raise NotClaimed(str(error)) from None
     inputs, constants = program_inputs(function, seed)

@@ -16,11 +16,13 @@ from kernelforge.dtype import FLOATS, INTEGERS, to_numpy
 from kernelforge.errors import UsageError
 from kernelforge.module import Module
 from kernelforge.op import OpDef, OpError
+from kernelforge.parts import evaluate_parts
 from kernelforge.problem import Problem, TensorType, parse_problem
 from kernelforge.syntax import tensor_text
 from kernelforge.testing.bench import Bench
 from kernelforge.testing.case import Case, Failure
 from kernelforge.testing.pass_cases import sample_graphs
+from kernelforge.tolerance import Mismatch, compare, expect
 
 if TYPE_CHECKING:
     from kernelforge.registry import Registry
@@ -31,6 +33,8 @@ SMALL = 1 << 20
 """Bytes of a sample that is computed here."""
 MOST = 10
 DYNAMIC = "n"
+PART_ROUNDINGS = 4.0
+"""Times the tolerance of the whole, for what its parts round on the way."""
 
 
 def dialect_cases(registry: Registry, plugin: str) -> list[Case]:
@@ -274,6 +278,23 @@ def check_in_place(bench: Bench, op: OpDef) -> None:
                 raise Failure("wrong-shape", f"{problem} writes a {have} over a {want}")
 
 
+def check_parts(bench: Bench, op: OpDef) -> None:
+    """The ops that it stands for give what it gives, but for the roundings between them."""
+    for problem in small_samples(op):
+        if not op.parts_of(problem):
+            continue
+        arrays = op.make_inputs(problem, np.random.default_rng(0))
+        try:
+            made = evaluate_parts(problem, arrays, bench.registry.ops)
+        except Exception as error:
+            raise Failure("error", f"the parts of {problem} fail: {type(error).__name__}: {error}") from None
+        for got, want, t in zip(made, expect(problem, op, arrays, factor=PART_ROUNDINGS), problem.results, strict=True):
+            try:
+                compare(got, want.exact, want.allowed, t.dtype, f"a result of the parts of {problem}")
+            except Mismatch as mismatch:
+                raise Failure(mismatch.kind, str(mismatch)) from None
+
+
 Check = Callable[..., None]
 CHECKS: tuple[tuple[int, str, Check], ...] = (
     (1, "samples", check_samples),
@@ -282,6 +303,7 @@ CHECKS: tuple[tuple[int, str, Check], ...] = (
     (2, "verifier", check_verifier),
     (2, "attributes", check_attributes),
     (2, "inference", check_inference),
+    (2, "parts", check_parts),
     (3, "dynamic", check_dynamic),
     (3, "views", check_views),
     (3, "in-place", check_in_place),

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kernelforge.dtype import GROUP, QUANTISED
-from kernelforge.variant import Reject
+from kernelforge.variant import Accept, Reject
 from kernelforge_cpu.kernel import NativeKernel, Phase
 from kernelforge_cpu.kernels.axes import ONE, emit_offsets, emit_rows, emit_size, loop_nest, shared, size_of
 from kernelforge_cpu.kernels.common import new_kernel
@@ -32,11 +32,15 @@ def as_plain(problem: Problem) -> Problem:
     return replace(problem, operands=operands, results=results)
 
 
-def takes_kv_cache_update(problem: Problem, device: DeviceInfo) -> Verdict:
-    cache = problem.operand(0)
+def takes_cache(cache: TensorType) -> Verdict:
     if cache.quantised and not all(isinstance(d, int) for d in cache.shape[2:]):
         return Reject("takes a quantised cache with a static number of heads and head size")
-    return takes_rows(as_plain(problem), device)
+    return Accept()
+
+
+def takes_kv_cache_update(problem: Problem, device: DeviceInfo) -> Verdict:
+    verdict = takes_cache(problem.operand(0))
+    return verdict if isinstance(verdict, Reject) else takes_rows(as_plain(problem), device)
 
 
 def build_kv_cache_update(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
@@ -82,10 +86,15 @@ def _build_quantised(problem: Problem, config: Config, device: DeviceInfo) -> Na
         )
         with k.if_(at.ge(0)):
             row = k.buffer(0, "i8").at((slot * capacity + at) * row_bytes)
-            with k.for_(0, heads) as head, k.for_(0, size // GROUP) as group:
-                source = new.pointer.at(token.i * steps[0] + head.i * steps[1]).at(group.i * GROUP)
-                _emit_group(k, source, row.at((head.i * (size // GROUP) + group.i) * QUANTISED["q8"]))
+            emit_quantised(k, new.pointer.at(token.i * steps[0]), row, heads, steps[1], size)
     return NativeKernel((Phase(k.name, shared(problem, size_of(*shape), GRAIN)),), k.text())
+
+
+def emit_quantised(k: KernelBuilder, source: Pointer, row: Pointer, heads: int, step: Value, size: int) -> None:
+    """Heads of `size` elements, `step` elements apart, as a row of a q8 cache, counted in bytes."""
+    with k.for_(0, heads) as head, k.for_(0, size // GROUP) as group:
+        start = source.at(head.i * step).at(group.i * GROUP)
+        _emit_group(k, start, row.at((head.i * (size // GROUP) + group.i) * QUANTISED["q8"]))
 
 
 def _emit_group(k: KernelBuilder, source: Pointer, to: Pointer) -> None:

@@ -66,6 +66,12 @@ VARIANTS = (
         f"{HERE}.cache:takes_kv_cache_update",
         summary="writes the new rows only",
     ),
+    _vectorized(
+        "rope_cache_update",
+        "rope_cache:build_rope_cache_update",
+        f"{HERE}.rope_cache:takes_rope_cache_update",
+        summary="keys and values go straight into the caches",
+    ),
     _vectorized("argmax", "argmax:build_argmax", summary="one pass over each row"),
     _vectorized("reshape", "layout:build_reshape", f"{HERE}.layout:takes_reshape", summary="a copy of any layout"),
     _vectorized("transpose", "layout:build_transpose", accept_all, summary="a copy of any layout"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kernelforge.variant import Reject
 from kernelforge_cpu.kernel import NativeKernel, Phase
@@ -14,7 +14,7 @@ from kernelforge_cpu.kernels.strided import takes_rows, tensor
 if TYPE_CHECKING:
     from kernelforge.problem import Attr, Problem
     from kernelforge.variant import Config, DeviceInfo, Verdict
-    from kernelforge_cpu.emit import Pointer, Value
+    from kernelforge_cpu.emit import KernelBuilder, Pointer, Value
     from kernelforge_cpu.kernel import Array
 
 GRAIN = 32768
@@ -53,8 +53,49 @@ def rotations(head_size: int, attrs: tuple[tuple[str, Attr], ...]) -> Array:
     return table
 
 
+class Heads(NamedTuple):
+    """The heads of one token."""
+
+    source: Pointer
+    result: Pointer
+    number: Value
+    steps: tuple[Value, Value]
+    """Elements from one head to the next, in source and result."""
+
+
+def emit_turned(k: KernelBuilder, heads: Heads, row: Pointer, size: int, pairs: int, *, interleaved: bool) -> None:
+    """Rotates heads of `size` elements by `row`, a position's cosines and sines. They are loaded once for all heads."""
+    # No wider than the pairs: a vector with empty lanes costs as much as a full one.
+    lanes = min(k.lanes, 1 << max(0, pairs.bit_length() - 1))
+
+    def step(i: Value, valid: Value | None) -> None:
+        cos, sin = row.load(i, lanes, valid=valid), row.load(i + pairs, lanes, valid=valid)
+        with k.for_(0, heads.number) as head:
+            src, dst = heads.source.at(head.i * heads.steps[0]), heads.result.at(head.i * heads.steps[1])
+            if interleaved:
+                both = None if valid is None else valid * 2
+                x = src.load_f32(i * 2, 2 * lanes, valid=both)
+                a, b = (k.shuffle(x, x, range(first, 2 * lanes, 2)) for first in (0, 1))
+                a, b = k.fma(a, cos, -(b * sin)), k.fma(b, cos, a * sin)
+                dst.store(k.shuffle(a, b, [j // 2 + j % 2 * lanes for j in range(2 * lanes)]), i * 2, valid=both)
+            else:
+                a, b = (src.load_f32(i + first, lanes, valid=valid) for first in (0, pairs))
+                dst.store(k.fma(a, cos, -(b * sin)), i, valid=valid)
+                dst.store(k.fma(b, cos, a * sin), i + pairs, valid=valid)
+
+    k.vectorize(0, pairs, step, lanes=lanes)
+    if 2 * pairs < size:
+        emit_copied(k, heads, 2 * pairs, size)
+
+
+def emit_copied(k: KernelBuilder, heads: Heads, first: int, size: int) -> None:
+    """Copies the elements of the heads from `first` on."""
+    with k.for_(0, heads.number) as head:
+        src, dst = heads.source.at(head.i * heads.steps[0]), heads.result.at(head.i * heads.steps[1])
+        k.vectorize(first, size, lambda i, valid: dst.store(src.load(i, k.lanes, valid=valid), i, valid=valid))
+
+
 def build_rope(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
-    """Per token and vector of pairs, cosines and sines are loaded once for all heads."""
     k = new_kernel(problem, config, device)
     shape, interleaved = problem.operand(0).shape, bool(problem.attr("interleaved"))
     size = shape[-1]
@@ -63,41 +104,14 @@ def build_rope(problem: Problem, config: Config, device: DeviceInfo) -> NativeKe
     pairs = table.shape[2]
     x, positions, out = (tensor(k, problem, i) for i in range(3))
     turns = k.buffer(3, "f32")
-    heads = emit_size(k, problem, size_of(shape[1]))
+    count = emit_size(k, problem, size_of(shape[1]))
     steps = [[emit_size(k, problem, s) for s in t.strides] for t in (x, positions, out)]
-    # No wider than the pairs: a vector with empty lanes costs as much as a full one.
-    lanes = min(k.lanes, 1 << max(0, pairs.bit_length() - 1))
-
-    def copy(source: Pointer, result: Pointer, first: int) -> None:
-        with k.for_(0, heads) as head:
-            src, dst = source.at(head.i * steps[0][1]), result.at(head.i * steps[2][1])
-            k.vectorize(first, size, lambda i, valid: dst.store(src.load(i, k.lanes, valid=valid), i, valid=valid))
-
-    def rotate(source: Pointer, result: Pointer, row: Pointer) -> None:
-        def step(i: Value, valid: Value | None) -> None:
-            cos, sin = row.load(i, lanes, valid=valid), row.load(i + pairs, lanes, valid=valid)
-            with k.for_(0, heads) as head:
-                src, dst = source.at(head.i * steps[0][1]), result.at(head.i * steps[2][1])
-                if interleaved:
-                    both = None if valid is None else valid * 2
-                    x = src.load_f32(i * 2, 2 * lanes, valid=both)
-                    a, b = (k.shuffle(x, x, range(first, 2 * lanes, 2)) for first in (0, 1))
-                    a, b = k.fma(a, cos, -(b * sin)), k.fma(b, cos, a * sin)
-                    dst.store(k.shuffle(a, b, [j // 2 + j % 2 * lanes for j in range(2 * lanes)]), i * 2, valid=both)
-                else:
-                    a, b = (src.load_f32(i + first, lanes, valid=valid) for first in (0, pairs))
-                    dst.store(k.fma(a, cos, -(b * sin)), i, valid=valid)
-                    dst.store(k.fma(b, cos, a * sin), i + pairs, valid=valid)
-
-        k.vectorize(0, pairs, step, lanes=lanes)
-
     with k.for_(*k.share(emit_size(k, problem, size_of(shape[0])))) as token:
         source, result = x.pointer.at(token.i * steps[0][0]), out.pointer.at(token.i * steps[2][0])
+        heads = Heads(source, result, count, (steps[0][1], steps[2][1]))
         position = k.convert(positions.pointer.load(token.i * steps[1][0]), "i64")
         with k.if_(position.lt(0)) as branch:
-            copy(source, result, 0)
+            emit_copied(k, heads, 0, size)
         with branch.else_():
-            rotate(source, result, turns.at(position * (2 * pairs)))
-            if 2 * pairs < size:
-                copy(source, result, 2 * pairs)
+            emit_turned(k, heads, turns.at(position * (2 * pairs)), size, pairs, interleaved=interleaved)
     return NativeKernel((Phase(k.name, shared(problem, size_of(*shape), GRAIN)),), k.text(), tables=(table,))

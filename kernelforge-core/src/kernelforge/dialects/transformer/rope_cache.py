@@ -11,7 +11,7 @@ from kernelforge.dialects.transformer.checks import DIALECT, Attrs, int_attr, re
 from kernelforge.dialects.transformer.lookup import check_update, kv_cache_update_reference
 from kernelforge.dialects.transformer.models import ACTIVATIONS, LARGE, MODELS, TOKENS, i32, make
 from kernelforge.dialects.transformer.rope import ATTRIBUTES, check_rope, rope_reference
-from kernelforge.op import Cost, OpDef, Operand, OperandTypes, OpError
+from kernelforge.op import Cost, OpDef, Operand, OperandTypes, OpError, Part
 from kernelforge.problem import Attr, Problem, TensorType
 
 if TYPE_CHECKING:
@@ -49,6 +49,16 @@ def rope_cache_update_reference(arrays: Arrays, attrs: Attrs) -> tuple[Array, ..
     updates = ((key_cache, keys), (value_cache, v))
     caches = (kv_cache_update_reference((cache, new, positions, slots), {})[0] for cache, new in updates)
     return (queries, *caches)
+
+
+def rope_cache_update_parts(problem: Problem) -> tuple[Part, ...]:
+    places, attrs = ("positions", "slots"), dict(problem.attrs)
+    return (
+        Part("transformer.rope", ("q", "positions"), ("rotated",), attrs),
+        Part("transformer.rope", ("k", "positions"), ("rotated_keys",), attrs),
+        Part("transformer.kv_cache_update", ("key_cache", "rotated_keys", *places), ("keys",)),
+        Part("transformer.kv_cache_update", ("value_cache", "v", *places), ("values",)),
+    )
 
 
 def rope_cache_update_cost(problem: Problem) -> Cost:
@@ -104,6 +114,7 @@ ROPE_CACHE_UPDATE = OpDef(
     sample=rope_cache_update_samples,
     cost=rope_cache_update_cost,
     inputs=rope_cache_update_inputs,
+    parts=rope_cache_update_parts,
     in_place=((1, 3), (2, 4)),
     dialect=DIALECT,
 )

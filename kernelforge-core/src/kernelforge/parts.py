@@ -1,0 +1,58 @@
+"""Fused ops as the ops that they stand for, where a target has no kernel for the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from kernelforge.module import Function, Node
+from kernelforge.op import OpDef
+from kernelforge.problem import Problem, TensorType
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def taken_apart(function: Function, nodes: Collection[int], ops: Mapping[str, OpDef]) -> Function:
+    """`function` with these of its nodes, given by index, replaced by their ops' parts."""
+    if not nodes:
+        return function
+    fresh = count(1 + max(v for node in function.nodes for v in node.results))
+    made: list[Node] = []
+    for index, node in enumerate(function.nodes):
+        made += _parts(node, ops, fresh) if index in nodes else (node,)
+    return replace(function, nodes=tuple(made))
+
+
+def _parts(node: Node, ops: Mapping[str, OpDef], fresh: count[int]) -> list[Node]:
+    op = ops[node.op]
+    values = dict(zip((o.name for o in op.operands), node.operands, strict=True))
+    types = dict(zip(values, node.problem.operands, strict=True))
+    results = dict(zip(op.results, node.results, strict=True))
+    made: list[Node] = []
+    for part in op.parts_of(node.problem):
+        problem = ops[part.op].problem([types[name] for name in part.operands], part.attrs)
+        operands = tuple(values[name] for name in part.operands)
+        for name, t in zip(part.results, problem.results, strict=True):
+            values[name] = results[name] if name in results else next(fresh)
+            types[name] = t
+        numbers = tuple(n for name in part.results if (n := values[name]) is not None)
+        made.append(Node(part.op, operands, numbers, problem, node.location))
+    return made
+
+
+def evaluate_parts(problem: Problem, arrays: Sequence[Array | None], ops: Mapping[str, OpDef]) -> tuple[Array, ...]:
+    """The results of a problem's op, computed part by part by their references, each rounded to its type."""
+    op = ops[problem.op]
+    have = dict(zip((o.name for o in op.operands), arrays, strict=True))
+    types: dict[str, TensorType | None] = dict(zip(have, problem.operands, strict=True))
+    for part in op.parts_of(problem):
+        inner = ops[part.op].problem([types[name] for name in part.operands], part.attrs)
+        made = ops[part.op].evaluate(inner, [have[name] for name in part.operands])
+        have.update(zip(part.results, made, strict=True))
+        types.update(zip(part.results, inner.results, strict=True))
+    return tuple(a for name in op.results if (a := have[name]) is not None)
