@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from pathlib import Path
 
 import fake_target
 import numpy as np
@@ -87,6 +88,16 @@ def test_groups_are_those_of_the_published_quantiser(dtype: str) -> None:
     assert from_numpy(made.dtype) == dtype
     for group, found in zip(x, made.reshape(-1), strict=True):
         assert found.tobytes() == SCALAR[dtype](group), group
+
+
+@each_format
+def test_groups_are_those_that_the_gguf_package_makes(dtype: str) -> None:
+    """Bit by bit, scales and values; `make_gguf_groups.py` tells how the file was made."""
+    with np.load(Path(__file__).parent / "data" / "gguf_groups.npz") as golden:
+        x, name = golden["x"], {"q8": "Q8_0", "q4": "Q4_0"}[dtype]
+        made = quantize(x, dtype)
+        np.testing.assert_array_equal(made.view(np.uint8).reshape(len(x), -1), golden[name])
+        np.testing.assert_array_equal(dequantize(made), golden[f"{name}_numbers"])
 
 
 @each_format
