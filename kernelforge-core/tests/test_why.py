@@ -48,7 +48,8 @@ class TwoLayers:
     def claims(self, source: str) -> bool:
         return source.startswith("toy:")
 
-    def load(self, source: str, *, weights: str = "native") -> ImportedModel:
+    def load(self, source: str, **options: object) -> ImportedModel:
+        assert options["device"] is fake_target.INFO, "a model is read for the device that it will run on"
         g = Graph()
         x = g.input("x", ("tokens", 16), "f32")
         for name in ("one", "two"):
@@ -393,7 +394,7 @@ def test_constants_and_configs_are_told_apart() -> None:
         def claims(self, source: str) -> bool:
             return True
 
-        def load(self, source: str, *, weights: str = "native") -> ImportedModel:
+        def load(self, source: str, **options: object) -> ImportedModel:
             g = Graph()
             x, w = g.input("x", ("tokens", 16), "f32"), g.constant("w", (8, 16), "f32")
             g.output(g.matmul(x, w.T), "y")
@@ -427,6 +428,7 @@ def test_the_number_of_tokens_can_be_fixed() -> None:
         ({"after": "cse", "stage": Stage.FUSED}, "--after and --stage exclude each other"),
         ({"model": "m", "block": True}, "--model and --block exclude each other"),
         ({"program": "decode"}, "--program needs --model"),
+        ({"activations": "q8"}, "--activations needs --model"),
     ],
 )
 def test_stages_that_do_not_exist(options: dict[str, Any], message: str) -> None:

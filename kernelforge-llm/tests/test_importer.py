@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from kernelforge.importer import Importer
 from kernelforge.lazy import resolve
 from kernelforge.registry import default_registry
 from kernelforge.session import Session
+from kernelforge.variant import INT8_ACTIVATIONS
+from kernelforge_llm.decoder import open_decoder
 from kernelforge_llm.importer import LlmImporter
-from kernelforge_llm.source import TINYPY
+from kernelforge_llm.source import TINYPY, open_source
 
 LLAMA = Path(__file__).parent / "data" / "oracles" / "llama-gqa"
 
@@ -59,6 +62,18 @@ def test_programs_of_a_checkpoint(importer: Importer) -> None:
         assert len(outputs) == len(plan.outputs)
 
 
+@pytest.mark.parametrize("weights", ["native", "q4", "q8"])
+def test_programs_for_a_device_are_what_a_decoder_runs(importer: Importer, session: Session, weights: Any) -> None:
+    """So that `tune` measures, and `why` explains, the problems that there will be: on the CPU those of 8-bit activations."""
+    model = importer.load("tinypy", weights=weights, device=session.device.info)
+    decoder = open_decoder(open_source(), session, weights=weights)
+    assert [(p.module, p.dims) for p in model.programs] == [(p.module, p.dims) for p in decoder.model.programs]
+    integers = weights != "native" and session.target == "cpu" and INT8_ACTIVATIONS in session.device.info.features
+    assert ("transformer.q8a" in model.programs[0].module) == integers
+    plain = importer.load("tinypy", weights=weights, activations="f32", device=session.device.info)
+    assert "transformer.q8a" not in plain.programs[0].module
+
+
 def test_tinypy_is_real_and_other_shapes_are_random(importer: Importer) -> None:
     assert importer.load("tinypy").name == "tinypy"
     np.testing.assert_array_equal(
@@ -71,6 +86,8 @@ def test_tinypy_is_real_and_other_shapes_are_random(importer: Importer) -> None:
 def test_what_is_wrong_is_an_error(importer: Importer, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="unknown weight format 'int3'"):
         importer.load("tinypy", weights="int3")
+    with pytest.raises(UsageError, match="unknown format of activations 'int3'"):
+        importer.load("tinypy", activations="int3")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(AssetError, match=r"has neither model.safetensors nor"):
         importer.load(str(tmp_path))

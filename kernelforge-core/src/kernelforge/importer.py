@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kernelforge.backend import TensorSource
+from kernelforge.variant import DeviceInfo
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class Importer(Protocol):
         """Whether this importer reads `source` (a path, a repository name, a named shape); cheap, reads no weights."""
         ...
 
-    def load(self, source: str, *, weights: str = "native") -> ImportedModel:
-        """Read it. `weights`: "native" or the dtype to convert weights to. Raises AssetError for what is broken."""
+    def load(
+        self, source: str, *, weights: str = "native", activations: str = "auto", device: DeviceInfo | None = None
+    ) -> ImportedModel:
+        """Read it, as it would be compiled for a device. `weights`: "native" or the dtype to convert weights to.
+        `activations`: what they are in beside quantised weights; "auto" leaves it to the device. Raises AssetError for
+        what is broken, UsageError for a dtype that it does not know."""
         ...

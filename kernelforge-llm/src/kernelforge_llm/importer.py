@@ -12,7 +12,8 @@ from kernelforge_llm.gguf import is_gguf
 from kernelforge_llm.shapes import NAMED_SHAPES
 
 if TYPE_CHECKING:
-    from kernelforge_llm.weights import WeightFormat
+    from kernelforge.variant import DeviceInfo
+    from kernelforge_llm.weights import ActivationFormat, WeightFormat
 
 
 class LlmImporter:
@@ -28,12 +29,20 @@ class LlmImporter:
             return (folder / CONFIG_FILE).is_file()
         return source in NAMED_SHAPES or REPO_ID.fullmatch(source) is not None
 
-    def load(self, source: str, *, weights: str = "native") -> ImportedModel:
+    def load(
+        self, source: str, *, weights: str = "native", activations: str = "auto", device: DeviceInfo | None = None
+    ) -> ImportedModel:
         """The step for one token (`decode`) and for many (`prefill`) of one sequence. Raises as `Model.make`."""
         from kernelforge.registry import default_registry
         from kernelforge_llm.model import Model
         from kernelforge_llm.source import any_source
 
         opened = any_source(source)
-        model = Model.make(opened, default_registry(), weights=cast("WeightFormat", weights))  # checked by make
+        model = Model.make(
+            opened,
+            default_registry(),
+            weights=cast("WeightFormat", weights),  # checked by make
+            activations=cast("ActivationFormat", activations),
+            device=device,
+        )
         return ImportedModel(opened.name, model.programs, opened.tensors)

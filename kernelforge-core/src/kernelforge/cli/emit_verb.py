@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kernelforge.cli import output
-from kernelforge.cli.options import Weights, open_session
-from kernelforge.cli.problems import load_model
+from kernelforge.cli.options import Activations, Weights, open_session
+from kernelforge.cli.problems import check_model_options, load_model
 from kernelforge.errors import UsageError
 from kernelforge.importer import Program
 from kernelforge.layouts import share_layouts
@@ -50,6 +50,7 @@ def emit_mlir(
     passes: Annotated[str | None, typer.Option(help="Instead of the default pipeline: `canonicalize,cse`.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Fix the number of tokens; else it is dynamic.")] = None,
     weights: Weights = "native",
+    activations: Activations = "auto",
 ) -> dict[str, Any]:
     """Print a module: as it was built, after the passes, with its kernels, or the LLVM IR of its kernels."""
     if model is not None and block:
@@ -58,7 +59,7 @@ def emit_mlir(
         raise UsageError("--after and --stage exclude each other")
     out = output.current()
     with closing(open_session(passes)) as session:
-        chosen = _program(session, model, program, weights)
+        chosen = _program(session, model, program, weights, activations)
         if tokens is not None:
             chosen = _with_tokens(chosen, tokens)
         text = _after(session, chosen, after) if after is not None else _at(session, chosen, stage)
@@ -66,14 +67,13 @@ def emit_mlir(
     return {"program": chosen.name, "stage": None if after else stage.value, "after": after, "text": text}
 
 
-def _program(session: Session, model: str | None, name: str | None, weights: str) -> Program:
+def _program(session: Session, model: str | None, name: str | None, weights: str, activations: str) -> Program:
+    check_model_options(model, weights, activations)
     if model is None:
         if name is not None:
             raise UsageError("--program needs --model")
-        if weights != "native":
-            raise UsageError("--weights needs --model")
         return decoder_block()
-    programs = {p.name: p for p in load_model(session.registry, model, weights).programs}
+    programs = {p.name: p for p in load_model(session, model, weights, activations).programs}
     return next(iter(programs.values())) if name is None else lookup("program", programs, name)
 
 

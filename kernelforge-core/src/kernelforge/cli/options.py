@@ -33,6 +33,10 @@ Attribute = Annotated[
 ProblemKey = Annotated[str | None, typer.Option("--problem", help="A problem, as `records list` and `why` write it.")]
 Model = Annotated[str | None, typer.Option(help="A model: every problem in it, or those of the op.")]
 Weights = Annotated[str, typer.Option(help="Of a model: native, or the dtype to convert its weights to.")]
+Activations = Annotated[
+    str,
+    typer.Option(help="Of a model: what activations are in beside quantised weights; auto: as the device does best."),
+]
 Variant = Annotated[str | None, typer.Option(help="Use this kernel variant.")]
 
 

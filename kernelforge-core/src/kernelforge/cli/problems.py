@@ -48,6 +48,7 @@ class Request:
     problem: str | None
     model: str | None
     weights: str = "native"
+    activations: str = "auto"
     shape: str | None = None
     attrs: Sequence[str] = ()
 
@@ -56,8 +57,7 @@ class Request:
         named = self.model if self.model is not None else self.op
         if (named is None) == (self.problem is None):
             raise UsageError("name one of: an op (matmul --shape 64x128,128x64), --problem KEY, --model PATH")
-        if self.weights != "native" and self.model is None:
-            raise UsageError("--weights needs --model")
+        check_model_options(self.model, self.weights, self.activations)
         if self.model is not None:
             return self._of_model(session, self.model)
         if self.problem is not None:
@@ -82,7 +82,7 @@ class Request:
         if self.shape is not None or self.sizes != (None, None, None):
             raise UsageError("--model excludes --shape and --m, --n, --k", hint="a model has its own sizes")
         op = None if self.op is None else find_op(session.registry, self.op).full_name
-        found = model_problems(session, load_model(session.registry, source, self.weights))
+        found = model_problems(session, load_model(session, source, self.weights, self.activations))
         kept = [asked for asked in found if op in (None, asked.problem.op)]
         if not kept:
             there = ", ".join(sorted({asked.problem.op for asked in found}))
@@ -120,10 +120,19 @@ def checked_problem(registry: Registry, key: str) -> Problem:
     return Problem(checked.op, checked.operands, given.results, checked.attrs).canonical()
 
 
-def load_model(registry: Registry, source: str, weights: str) -> ImportedModel:
-    """Read a model with the importer that claims it. Raises AssetError when none does."""
+def check_model_options(model: str | None, weights: str, activations: str) -> None:
+    """Raises UsageError for an option that says how to read a model when there is none."""
+    for name, value, default in (("weights", weights, "native"), ("activations", activations, "auto")):
+        if model is None and value != default:
+            raise UsageError(f"--{name} needs --model")
+
+
+def load_model(session: Session, source: str, weights: str, activations: str) -> ImportedModel:
+    """Read a model, as it would run on the session's device, with the importer that claims it. Raises AssetError when none
+    does."""
     from kernelforge.lazy import resolve
 
+    registry = session.registry
     for spec in registry.importers.values():
         try:
             importer = resolve(spec.load)()
@@ -132,7 +141,9 @@ def load_model(registry: Registry, source: str, weights: str) -> ImportedModel:
             leave_out(f"importer '{spec.name}'", spec.provenance, error)
             continue
         if claimed:
-            model: ImportedModel = importer.load(source, weights=weights)
+            model: ImportedModel = importer.load(
+                source, weights=weights, activations=activations, device=session.device.info
+            )
             return model
     names = ", ".join(registry.importers)
     reason = f"none of the importers ({names}) reads it" if names else "no importer is installed"

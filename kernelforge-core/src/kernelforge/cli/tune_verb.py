@@ -11,6 +11,7 @@ import typer
 from kernelforge.bench.harness import gigas
 from kernelforge.cli import output
 from kernelforge.cli.options import (
+    Activations,
     Attribute,
     Constant,
     Dtypes,
@@ -49,6 +50,7 @@ def tune(
     problem: ProblemKey = None,
     model: Model = None,
     weights: Weights = "native",
+    activations: Activations = "auto",
     variant: Annotated[list[str] | None, typer.Option(help="Only this variant (may be repeated).")] = None,
     tuner: Annotated[str, typer.Option(help="Search strategy.")] = "grid",
     budget_s: Annotated[
@@ -57,7 +59,7 @@ def tune(
 ) -> dict[str, Any]:
     """Find the fastest verified kernel and config, and record every trial; what is recorded is not run again."""
     out = output.current()
-    request = Request(op, (m, n, k), dtype, constant, problem, model, weights, shape, attr or ())
+    request = Request(op, (m, n, k), dtype, constant, problem, model, weights, activations, shape, attr or ())
     with closing(open_session()) as session:
         asked = list({each.static: each for each in request.resolve(session)}.values())
         store = RecordStore.default()

@@ -9,6 +9,7 @@ import typer
 
 from kernelforge.cli import output
 from kernelforge.cli.options import (
+    Activations,
     Attribute,
     Constant,
     Dtypes,
@@ -50,11 +51,12 @@ def why(
     problem: ProblemKey = None,
     model: Model = None,
     weights: Weights = "native",
+    activations: Activations = "auto",
     variant: Variant = None,
 ) -> dict[str, Any]:
     """Show every kernel that could run a problem: chosen or not, the reason, its config and where that comes from."""
     out = output.current()
-    request = Request(op, (m, n, k), dtype, constant, problem, model, weights, shape, attr or ())
+    request = Request(op, (m, n, k), dtype, constant, problem, model, weights, activations, shape, attr or ())
     with closing(open_session()) as session:
         asked = request.resolve(session)
         selections = [_select(session, each, variant) for each in asked]
