@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING
 
 from kernelforge.dtype import ACTIVATION_FORMAT, GROUP, WEIGHT_FORMATS
@@ -26,6 +27,8 @@ from kernelforge_cpu.kernels.quantize import GROUP_BYTES, VALUES, ZEROS
 from kernelforge_cpu.ssa import BITS, vec
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kernelforge.problem import Problem
     from kernelforge.variant import Config, DeviceInfo, Verdict
     from kernelforge_cpu.emit import Builder, Value
@@ -34,8 +37,10 @@ if TYPE_CHECKING:
 ROWS = (3, 4, 5, 6)
 BEST_ROWS = {"q4": 3, "q8": 4}
 """As many as 16 registers hold beside the weights: from there on LLVM's spills cost more than the loads that they save."""
-AHEAD = (512, 1024, 2048)
-"""Bytes by which weights that come from memory may be prefetched."""
+AHEAD = (1024, 1536, 3072)
+"""Bytes by which weights that come from memory may be prefetched, into L2: L1 has fewer misses under way at a time."""
+STREAMS = 2
+"""Panels that a single row multiplies side by side: one stream of reads does not fill the memory's queues."""
 
 
 def takes_integer(problem: Problem, device: DeviceInfo) -> Verdict:
@@ -83,7 +88,7 @@ def integer_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
     return ConfigSpace(
         (
             ("rows", own if low else tuple(sorted({*ROWS, *own}))),
-            ("group", (1, 4, 16) if low else (4, 16, 32)),
+            ("group", (16, 64, 256) if low else (4, 16, 32)),
             ("ahead", AHEAD),
         )
     )
@@ -95,12 +100,12 @@ def integer_default(problem: Problem, device: DeviceInfo) -> Config:
     groups = [int(v) for v in dict(integer_space(problem, device).parameters)["group"]]
     rows = static_rows(g)
     if rows is not None and rows <= ROWS[-1]:
-        return {"rows": max(1, rows), "group": groups[-1], "ahead": 1024}
+        return {"rows": max(1, rows), "group": groups[-1], "ahead": AHEAD[1]}
     panel = len(g.rhs) * problem.operand(1).bytes_of(int(g.inner) * lanes(device))
     half = device.limit("l2_bytes", UNKNOWN_L2) // 2
     group = max(n for n in groups if n == groups[0] or n * panel <= half)
     height = ROWS[-1] if registers(device) == 32 else BEST_ROWS[problem.operand(1).dtype]
-    return {"rows": height, "group": group, "ahead": 1024}
+    return {"rows": height, "group": group, "ahead": AHEAD[1]}
 
 
 def build_pairs(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
@@ -173,55 +178,75 @@ class IntegerProduct(Product):
                 with k.if_(count.eq(height)) if len(heights) > 1 else nullcontext():
                     streamed = height < tile.rows or height == rows
                     lhs = at.lhs.at(row * self.row_bytes)
-                    for i, rhs in enumerate(at.rhs):
-                        panels = rhs.at(side.i * self.layout.panel_bytes)
-                        sums = memory.at(i * tile.width)
-                        self.emit_panels(height, lhs, panels, end - side.i, sums, streamed=streamed)
+                    panels = [rhs.at(side.i * self.layout.panel_bytes) for rhs in at.rhs]
+                    # Gate and up of many rows one after the other, each with all registers.
+                    for own in [panels] if rows == 1 else [[p] for p in panels]:
+                        sums = memory.at(panels.index(own[0]) * tile.width)
+                        self.emit_panels(height, lhs, own, end - side.i, sums, streamed=streamed)
             with k.for_(side.i, end) as across:
-                own = memory.at((across.i - side.i) * (count * (tile.panels * tile.width)))
-                self.emit_epilogue(at, row, count, across.i, end, k.i64(0), own)
+                sums = memory.at((across.i - side.i) * (count * (tile.panels * tile.width)))
+                self.emit_epilogue(at, row, count, across.i, end, k.i64(0), sums)
 
     def emit_panels(
-        self, rows: int, lhs: Pointer, panels: Pointer, count: Value, out: Pointer, *, streamed: bool
+        self, rows: int, lhs: Pointer, panels: Sequence[Pointer], count: Value, out: Pointer, *, streamed: bool
     ) -> None:
-        """out[panel][row][rhs][:] of `rows` rows and `count` panels, f32; `out` begins at the right-hand side's."""
-        k, tile = self.k, self.tile
-        step = tile.panels * tile.width
+        """out[panel][row][rhs][:] of `rows` rows and `count` panels, f32; `out` begins at the first right-hand side's."""
+        k, step, nbytes = self.k, self.tile.panels * self.tile.width, self.layout.panel_bytes
+        streams = max(1, STREAMS // len(panels)) if rows == 1 and streamed else 1
 
-        def write(b: Builder, left: Value, weights: Value, sums: Value, n: Value) -> list[Value]:
-            x, first, found = Pointer(b, left.name, "i8"), Pointer(b, weights.name, "i8"), Pointer(b, sums.name, "f32")
-            with b.for_(0, n) as loop:
-                own = found.at(loop.i * (rows * step))
-                for r, total in enumerate(self.sums(b, rows, x, first.at(loop.i * self.layout.panel_bytes), streamed)):
-                    own.store(total, r * step)
+        def write(b: Builder, left: Value, sums: Value, n: Value, *weights: Value) -> list[Value]:
+            x, found = Pointer(b, left.name, "i8"), Pointer(b, sums.name, "f32")
+            starts = [Pointer(b, w.name, "i8") for w in weights]
+            each = n if streams == 1 else n // streams
+
+            def several(numbers: Sequence[Value]) -> None:
+                own = [p.at(i * nbytes) for i in numbers for p in starts]
+                totals = iter(self.sums(b, rows, x, own, streamed))
+                for i in numbers:
+                    for number in range(len(starts)):
+                        for r in range(rows):
+                            found.at(i * (rows * step)).store(next(totals), r * step + number * self.tile.width)
+
+            with b.for_(0, each) as loop:
+                several([loop.i + each * s if s else loop.i for s in range(streams)])
+            if streams > 1:
+                with b.for_(each * streams, n) as loop:
+                    several([loop.i])
             return []
 
-        function = k.function(f"{k.name}_rows{rows}", (PTR, PTR, PTR, I64), write, inline=False)
-        k.call(function, lhs, panels, out, count)
+        name, params = f"{k.name}_rows{rows}", (PTR, PTR, I64, *(PTR for _ in panels))
+        k.call(k.function(name, params, write, inline=False), lhs, out, count, *panels)
 
-    def sums(self, k: Builder, rows: int, lhs: Pointer, panel: Pointer, streamed: bool) -> list[Value]:
-        """Of each row."""
+    def sums(self, k: Builder, rows: int, lhs: Pointer, panels: Sequence[Pointer], streamed: bool) -> list[Value]:
+        """Of each panel and each row."""
         layout, dot, width = self.layout, self.dot, self.tile.lanes
-        vector = WORD * width
-        with k.for_(0, layout.groups, 1, [k.f32(0.0, width)] * rows) as loop:
+        vector, share = WORD * width, -(-layout.panel_bytes // max(1, layout.groups))
+        with k.for_(0, layout.groups, 1, [k.f32(0.0, width)] * (len(panels) * rows)) as loop:
             left = [lhs.at(loop.i * GROUP_BYTES).at(r * self.row_bytes) for r in range(rows)]
-            values = panel.at(loop.i * layout.group_bytes).at(layout.scale_bytes)
+            values = [p.at(loop.i * layout.group_bytes).at(layout.scale_bytes) for p in panels]
             if streamed:
-                for line in range(0, layout.group_bytes, LINE):
-                    values.prefetch(self.ahead + line)
+                # Evenly, over scales and values alike, so that each line of what follows in memory is asked for once.
+                for p, line in product(panels, range(0, share, LINE)):
+                    p.at(loop.i * share).prefetch(self.ahead + line, locality=2)
             zeros = [_repeated(k, x.at(ZEROS), width, "i16") for x in left]
-            own = [dot.start(k, z) for z in zeros]
+            own = [[dot.start(k, z) for z in zeros] for _ in panels]
             for word in range(layout.words):
-                for half, weights in enumerate(dot.weights(k, values.load(word * vector, vector))):
+                weights = [dot.weights(k, v.load(word * vector, vector)) for v in values]
+                for half, of_panels in enumerate(zip(*weights, strict=True)):
                     at = VALUES + WORD * word + GROUP // 2 * half
                     for r, x in enumerate(left):
-                        own[r] = dot.step(k, own[r], weights, _repeated(k, x.at(at), width, "i8"))
-            scale = panel.of("f16").at(loop.i * width).load_f32(0, width)
+                        repeated = _repeated(k, x.at(at), width, "i8")
+                        for found, w in zip(own, of_panels, strict=True):
+                            found[r] = dot.step(k, found[r], w, repeated)
             done: list[Value] = []
-            for x, found, zero, total in zip(left, own, zeros, loop.values, strict=True):
-                assert found is not None
-                whole = k.convert(dot.finish(k, found, zero), "f32")
-                done.append(k.fma(whole, scale * k.broadcast(x.of("f32").load(), width), total))
+            totals = iter(loop.values)
+            for p, of_rows in zip(panels, own, strict=True):
+                scale = p.of("f16").at(loop.i * width).load_f32(0, width)
+                for x, one, zero in zip(left, of_rows, zeros, strict=True):
+                    assert one is not None
+                    whole = k.convert(dot.finish(k, one, zero), "f32")
+                    factor = scale * k.broadcast(x.of("f32").load(), width)
+                    done.append(k.fma(whole, factor, next(totals)))
             loop.yield_(*done)
         return loop.results
 

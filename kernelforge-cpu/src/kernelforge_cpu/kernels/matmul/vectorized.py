@@ -27,6 +27,8 @@ PART_BYTES = 48 * 1024
 """The same for work that waits for memory."""
 PARTS_PER_THREAD = 4
 """Parts are claimed as threads get free: a few each even out what they do not do at equal speed."""
+STREAMED_PARTS_PER_THREAD = 2
+"""The same where weights are read once: memory is read fastest in long stretches."""
 
 
 def takes_matmul(problem: Problem, device: DeviceInfo) -> Verdict:
@@ -108,7 +110,8 @@ def shared_parts(problem: Problem, g: Geometry, tile: Tile) -> Count:
         rows, products = g.rows.extent.evaluate(sizes), batches.evaluate(sizes)
         work = products * max(flops * rows // PART_FLOPS, len(g.rhs) * matrix // PART_BYTES)
         units = products * panels * -(-rows // tile.rows)
-        wanted = max(1, min(work, units, PARTS_PER_THREAD * threads))
+        each = PARTS_PER_THREAD if rows > 1 else STREAMED_PARTS_PER_THREAD
+        wanted = max(1, min(work, units, each * threads))
         return wanted if wanted < threads else wanted - wanted % threads
 
     return parts
