@@ -226,7 +226,8 @@ class Decoder:
     def _run_one(self, cache: KVCache, token: int, position: int, slot: int) -> Logits:
         compiled, bound = self._one, self._bound.get(cache)
         if bound is None:
-            tokens, positions, slots = (np.zeros(1, np.int32) for _ in range(3))
+            # A target may run what it binds: it then writes what this step is to write.
+            tokens, positions, slots = (np.array([n], np.int32) for n in (token, position, slot))
             call = compiled.executable.bind(_inputs(cache, tokens, positions, slots, (0,)))
             bound = self._bound[cache] = _Bound(tokens, positions, slots, call)
         bound.token[0], bound.position[0], bound.slot[0] = token, position, slot
