@@ -385,8 +385,29 @@ def test_home_that_cannot_be_written(site: Site, tmp_path: Path) -> None:
     assert "good" in ran.stdout
 
 
+CTRL_C = """
+import signal
+signal.raise_signal(signal.SIGINT)
+"""
+
+
+def test_a_plugin_that_raises_keyboard_interrupt_costs_itself_alone(site: Site) -> None:
+    """Nobody pressed Ctrl-C: the verb goes on, and says whose fault it was."""
+    site.add("bad", "raise KeyboardInterrupt")
+    site.add("worse", "@hookimpl\ndef kernelforge_tuners():\n    raise KeyboardInterrupt\n")
+    for _ in range(2):
+        ran = site.run("passes", "list")
+        assert ran.returncode == 0
+        for name in ("bad", "worse"):
+            assert f"plugin '{name}' (acme-{name} 1.0) failed: it raised KeyboardInterrupt itself" in ran.stderr
+            assert f"`kernelforge plugins disable {name}` leaves it out" in ran.stderr
+    assert site.run("passes", "list", "--plugin", "bad").returncode == 12
+    site.add("interrupted", CTRL_C)
+    assert site.run("passes", "list").returncode == 130
+
+
 def test_an_import_that_is_interrupted_at_once_is_tried_again(site: Site, load: Callable[..., Registry]) -> None:
-    site.add("slow", "raise KeyboardInterrupt")
+    site.add("slow", CTRL_C)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             load()
@@ -396,7 +417,7 @@ def test_an_import_that_is_interrupted_after_a_while_is_named_and_quarantined(
     site: Site, load: Callable[..., Registry], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kernelforge.discovery.QUICK_S", 0.0)
-    site.add("slow", "raise KeyboardInterrupt")
+    site.add("slow", CTRL_C)
     with (
         pytest.warns(
             KernelForgeWarning, match=r"interrupted while importing plugin slow \(acme-slow 1.0\): it is left out"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from kernelforge import __version__
 from kernelforge.errors import KernelForgeWarning, PluginError
 from kernelforge.hookspecs import GROUP
+from kernelforge.interruption import own_interruptions
 from kernelforge.provenance import Provenance
 from kernelforge.quarantine import Quarantine
 from kernelforge.registry import State
@@ -94,12 +95,14 @@ class Candidate:
         An interruption counts as no end where somebody may have waited for it, and the plugin is named.
         """
         if self._tested:
-            yield
+            with own_interruptions():
+                yield
             return
         self.quarantine.begin()
         start = time.monotonic()
         try:
-            yield
+            with own_interruptions():
+                yield
         except KeyboardInterrupt:
             if time.monotonic() - start < QUICK_S:
                 self.quarantine.end()

@@ -1,4 +1,4 @@
-"""Ctrl-C, where it must wait."""
+"""Ctrl-C, where it must wait, and where it must be told from what only looks like it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
+
+from kernelforge.errors import PluginError
 
 
 @contextmanager
@@ -27,3 +30,27 @@ def held_back() -> Iterator[None]:
         signal.signal(signal.SIGINT, usual)
     if came:
         signal.raise_signal(signal.SIGINT)
+
+
+@contextmanager
+def own_interruptions() -> Iterator[None]:
+    """Raises PluginError for a KeyboardInterrupt that code in the block raises itself. One that Ctrl-C causes passes."""
+    usual, came = signal.getsignal(signal.SIGINT), list[int]()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if callable(usual):
+            usual(number, frame)
+
+    watching = threading.current_thread() is threading.main_thread() and callable(usual)
+    if watching:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if came:
+            raise
+        raise PluginError("it raised KeyboardInterrupt itself") from error
+    finally:
+        if watching and signal.getsignal(signal.SIGINT) is note:  # not another that the code has set
+            signal.signal(signal.SIGINT, usual)
