@@ -300,6 +300,35 @@ class OwnRandomness(HonestTuner):
         super().__init__(space, default, trials=trials, seed=random.SystemRandom().randrange(1 << 30))
 
 
+class RemembersBest(HonestTuner):
+    """Begins a search with the best of the last one in that space."""
+
+    best: ClassVar[dict[str, tuple[float, Config]]] = {}
+
+    def __init__(self, space: ConfigSpace, default: Config, *, trials: int, seed: int = 0) -> None:
+        super().__init__(space, default, trials=trials, seed=seed)
+        _, known = self.best.pop(str(space.parameters), (0.0, None))
+        if known is not None:
+            self.left.remove(dict(known))
+            self.left.append(dict(known))
+
+    def tell(self, config: Config, median_s: float | None) -> None:
+        key = str(self.space.parameters)
+        if median_s is not None and median_s < self.best.get(key, (float("inf"), config))[0]:
+            self.best[key] = median_s, dict(config)
+
+
+class OneListForAll(HonestTuner):
+    """What is left to try belongs to the class."""
+
+    shared: ClassVar[list[dict[str, int | str]]] = []
+
+    def __init__(self, space: ConfigSpace, default: Config, *, trials: int, seed: int = 0) -> None:
+        super().__init__(space, default, trials=trials, seed=seed)
+        self.shared[:] = self.left
+        self.left = self.shared
+
+
 class WaitsForAnswers(HonestTuner):
     """Asks the same as long as it is not told."""
 
@@ -326,6 +355,8 @@ TUNERS: list[tuple[type[HonestTuner], Kind]] = [
     (StopsAtFailure, "optimum-missed"),
     (CountsOnSuccess, "error"),
     (OwnRandomness, "not-deterministic"),
+    (RemembersBest, "not-deterministic"),
+    (OneListForAll, "not-deterministic"),
 ]
 
 # --- dialects ---

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from kernelforge.lazy import resolve
@@ -57,6 +58,11 @@ def needle(space: ConfigSpace, seed: int) -> Landscape:
     return lambda config: seconds[config_key(config)]
 
 
+def hill(config: Config) -> float:
+    """The other way round than `bowl`: its best is where that has its worst."""
+    return 1e-5 / bowl(config)
+
+
 def failing(config: Config) -> float | None:
     """Every other number fails."""
     first = next((v for v in config.values() if isinstance(v, int)), 1)
@@ -82,6 +88,8 @@ def tuner_cases(registry: Registry, plugin: str) -> list[Case]:
             add(2, f"{space}-near", check_near, space=space)
             add(2, f"{space}-together", check_proposals, space=space, trials=1000, batch=6)
         add(2, "seed", check_seed)
+        add(2, "fresh", check_fresh)
+        add(2, "side-by-side", check_side_by_side)
     return cases
 
 
@@ -179,3 +187,25 @@ def check_seed(bench: Bench, name: str) -> None:
     one, two = ([c for c, _ in search(bench, name, "constrained", bowl, trials=9, seed=3)] for _ in range(2))
     if one != two:
         raise Failure("not-deterministic", f"tuner '{name}' tries {two} after {one} with the same seed")
+
+
+def check_fresh(bench: Bench, name: str) -> None:
+    """What an earlier search was told is nothing to the next one. Raises Failure."""
+    found = []
+    for earlier in (bowl, hill):
+        list(search(bench, name, "constrained", earlier, trials=1000))
+        found.append([c for c, _ in search(bench, name, "constrained", needle(SPACES["constrained"], 1), trials=9)])
+    if found[0] != found[1]:
+        message = (
+            f"tuner '{name}' tries {found[1]} after one search, {found[0]} after another: what it learns belongs to one"
+        )
+        raise Failure("not-deterministic", message)
+
+
+def check_side_by_side(bench: Bench, name: str) -> None:
+    """Searches that run at the same time do not see each other. Raises Failure."""
+    one, two = (partial(search, bench, name, "constrained", landscape, trials=9) for landscape in (bowl, hill))
+    alone = [c for c, _ in one()]
+    beside = [c for (c, _), _ in zip_longest(one(), two(), fillvalue=({}, None))][: len(alone)]
+    if alone != beside:
+        raise Failure("not-deterministic", f"tuner '{name}' tries {beside} beside another search, {alone} without")
