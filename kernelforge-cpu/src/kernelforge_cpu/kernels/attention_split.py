@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FEW_TOKENS = 8
 
-GRAIN = 1 << 16
+GRAIN = 1 << 14
 """Pairs of elements (query, key) that are worth a part."""
 
 PARTS_PER_THREAD = 2
