@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kernelforge.dialects.transformer.norms import ADD_RMS_NORM, LAYER_NORM, RMS_NORM, SOFTMAX
+from kernelforge.dialects.transformer.norms import ADD_RMS_NORM, LAYER_NORM, RMS_NORM, RMS_NORM_QUANTIZE, SOFTMAX
+from kernelforge.dialects.transformer.quantisation import QUANTIZE
 from kernelforge.dtype import from_numpy
 from kernelforge.op import OpDef
 from kernelforge.problem import Attr, TensorType
@@ -96,3 +97,13 @@ def test_costs_count_every_operand_and_result_once(op: OpDef) -> None:
     cost = op.problem_cost(op.problem(operands, {}))
     assert cost.bytes == sum(t.nbytes() for t in operands) + 96 * len(op.results)
     assert 24 < cost.flops < 24 * 10
+
+
+@pytest.mark.parametrize("odd", [0.0, np.nan, np.inf])
+def test_rms_norm_in_8_bits_has_the_bits_of_the_norm_quantised(odd: float) -> None:
+    x, weight = normal(40, 96).astype(np.float32), normal(96, seed=1).astype(np.float32)
+    x[3, 70] = odd
+    (norm,) = run(RMS_NORM, x, weight)
+    (want,) = run(QUANTIZE, norm, format="q8a")
+    (got,) = run(RMS_NORM_QUANTIZE, x, weight)
+    assert got.tobytes() == want.tobytes()

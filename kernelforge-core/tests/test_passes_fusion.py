@@ -508,6 +508,42 @@ def test_rope_and_cache_updates_are_left_alone(build: Callable[[Layer], Graph]) 
     assert ops(check(g, FUSE_CACHE)) == ops(g)
 
 
+# fuse-norm-quantize
+
+
+def quantised(*reads: str) -> Graph:
+    """A norm that is read in these formats; "" is as it is."""
+    g, x = start("tokens", 64, dtype="f32")
+    normed = g.rms_norm(x, g.constant("n", (64,), "f32"), eps=1e-3)
+    for i, name in enumerate(reads):
+        y = g.quantize(normed, name) if name else normed
+        w = g.quantize(g.constant(f"w{i}", (8, 64), "f32"), "q8")
+        g.output(g.matmul(y, w, transpose_rhs=True), f"y{i}")
+    return g
+
+
+def test_a_norm_that_is_read_in_8_bits_is_written_in_8_bits() -> None:
+    after = check(quantised("q8a"), "fuse-norm-quantize")
+    assert ops(after) == {"rms_norm_quantize": 1, "quantize": 1, "matmul": 1}
+    assert (
+        next(n for n in after.function().nodes if n.op == "transformer.rms_norm_quantize").problem.attr("eps") == 1e-3
+    )
+    assert ops(check(quantised("q8a", "q8a"), "cse,fuse-norm-quantize"))["rms_norm_quantize"] == 1
+
+
+@pytest.mark.parametrize("reads", [("q8a", ""), ("",)])
+def test_norm_quantize_leaves_alone(reads: tuple[str, ...]) -> None:
+    g = quantised(*reads)
+    assert ops(check(g, "fuse-norm-quantize")) == ops(g)
+
+
+def test_norm_quantize_leaves_formats_of_weights_alone() -> None:
+    g, x = start("tokens", 64, dtype="f32")
+    weight = g.rms_norm(g.constant("w", (8, 64), "f32"), g.constant("n", (64,), "f32"))
+    g.output(g.matmul(x, g.quantize(weight, "q8"), transpose_rhs=True), "y")
+    assert ops(check(g, "fuse-norm-quantize")) == ops(g)
+
+
 # fuse-qkv
 
 

@@ -49,7 +49,9 @@ class Raises(Pass):
 
 
 def test_builtin_passes_are_registered() -> None:
-    names = ["canonicalize", "cse", "fuse-add-norm", "fuse-epilogue", "fuse-glu", "fuse-qkv", "fuse-rope-cache"]
+    fusions = ("add-norm", "epilogue", "glu", "norm-quantize", "qkv", "rope-cache")
+    names = ["canonicalize", "cse", *(f"fuse-{name}" for name in fusions)]
+
     assert set(names) <= set(REGISTRY.passes)
     text = ",".join(names)
     assert str(Pipeline.parse(text, REGISTRY)) == text
@@ -78,7 +80,7 @@ def test_every_printed_module_parses_back() -> None:
     texts: list[str] = []
     pipeline = Pipeline.parse(DEFAULT, REGISTRY)
     pipeline.run(decoder().module(REGISTRY), lambda _, module: texts.append(str(module)))
-    assert len(texts) == 9
+    assert len(texts) == 10
     assert all(str(Module.parse(text, REGISTRY)) == text for text in texts)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kernel_checks import Kernels, problem, verdict
+from kernel_checks import DEFS, Kernels, problem, verdict
 
 from kernelforge.dtype import to_numpy
 from kernelforge.quant import Array, dequantize, quantize
@@ -47,6 +47,26 @@ def test_bits_of_the_reference(target, dtype: str) -> None:  # type: ignore[no-u
 def test_strided_rows_and_batches() -> None:
     p = problem("quantize", "f32[3,5,64]:[999,100,1]", format=FORMAT)
     Kernels([p]).check(p)
+
+
+@pytest.mark.parametrize("target", host_targets(), ids=lambda t: t.level)
+@pytest.mark.parametrize("x", ["f32[n,96]", "f32[n,3,32]:[200,64,1]", "bf16[n,64]"])
+def test_a_norm_in_8_bits_has_the_bits_of_the_norm_quantised(target, x: str) -> None:  # type: ignore[no-untyped-def]
+    width = x.partition("]")[0].rpartition(",")[2]
+    whole = problem("rms_norm_quantize", x, f"f32[{width}]")
+    norm = problem("rms_norm", x.replace("bf16", "f32"), f"f32[{width}]")
+    kernels = Kernels([whole, norm], target)
+    for n in (0, 1, 33):
+        static = whole.with_dims({"n": n})
+        arrays = DEFS["rms_norm_quantize"].make_inputs(static, np.random.default_rng(n))
+        if n == 33 and arrays[0] is not None:
+            arrays[0][5].flat[3], arrays[0][7].flat[2] = np.nan, np.inf
+        wide = [np.asarray(arrays[0]).astype(np.float32), arrays[1]]  # in bf16 the norm would be rounded on the way
+        for parts in (1, 2, 7):
+            with np.errstate(all="ignore"):
+                (normed,) = kernels.run(norm, wide, {"n": n}, parts)
+                want = quantize(normed, FORMAT)
+            assert kernels.run(whole, arrays, {"n": n}, parts)[0].tobytes() == want.tobytes()
 
 
 def test_the_rule() -> None:

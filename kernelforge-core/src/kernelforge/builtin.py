@@ -23,6 +23,11 @@ PASSES = (
         "Compute bias, activation and residual in the matmul before them.",
     ),
     PassSpec("fuse-glu", "kernelforge.passes.fuse_glu:FuseGlu", "Compute a gated pair of matmuls in one op."),
+    PassSpec(
+        "fuse-norm-quantize",
+        "kernelforge.passes.fuse_norm_quantize:FuseNormQuantize",
+        "Write an RMS norm in 8 bits where it is read so.",
+    ),
     PassSpec("fuse-qkv", "kernelforge.passes.fuse_qkv:FuseQkv", "Multiply by several weights at once."),
     PassSpec(
         "fuse-rope-cache",

@@ -326,6 +326,10 @@ class Graph:
         """x [..., N], weight [N]."""
         return self._one(norms.RMS_NORM, x, weight, eps=eps)
 
+    def rms_norm_quantize(self, x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
+        """`rms_norm` of x [..., N], N a multiple of 32, in the format "q8a"."""
+        return self._one(norms.RMS_NORM_QUANTIZE, x, weight, eps=eps)
+
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
         """x [..., N], weight and bias [N]."""
         return self._one(norms.LAYER_NORM, x, weight, bias, eps=eps)

@@ -113,7 +113,7 @@ def expect(problem: Problem, op: OpDef, arrays: Sequence[Array | None], *, facto
     for e, m, c, t in zip(exact, models, terms, problem.results, strict=True):
         size = np.abs(np.where(np.isfinite(e), e, 0.0))
         if t.quantised and m.result:
-            size = np.repeat(size.reshape(*size.shape[:-1], -1, GROUP).max(axis=-1, initial=0.0), GROUP, axis=-1)
+            size = np.repeat(_grouped(size).max(axis=-1, initial=0.0), GROUP, axis=-1)
         smallest = _SMALLEST[t.dtype] if m.result else 0.0
         found.append(Expected(e, factor * (m.result * size + m.sums * c) + smallest))
     return tuple(found)
@@ -191,8 +191,12 @@ def compare(got: Array, exact: Array, allowed: Array | float, dtype: str, what: 
     return float(np.max(np.where(close, 0.0, difference), initial=0.0)) / scale
 
 
+def _grouped(x: Array) -> Array:
+    return x.reshape(*x.shape[:-1], x.shape[-1] // GROUP, GROUP)
+
+
 def _compare_numbers(got: Array, exact: Array, allowed: Array | float, dtype: str, what: str) -> float:
-    groups = exact.reshape(*exact.shape[:-1], -1, GROUP)
+    groups = _grouped(exact)
     if got.shape != groups.shape[:-1] or got.dtype != to_numpy(dtype):
         message = f"{what} is {got.dtype}{list(got.shape)}, the reference gives {dtype}{list(exact.shape)}"
         raise Mismatch("wrong-shape", message)

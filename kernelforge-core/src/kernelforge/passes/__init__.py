@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from kernelforge.module import Module
     from kernelforge.registry import Registry
 
-DEFAULT = "canonicalize,cse,fuse-glu,fuse-epilogue,fuse-qkv,fuse-add-norm,fuse-rope-cache,canonicalize,cse"
+DEFAULT = (
+    "canonicalize,cse,fuse-glu,fuse-epilogue,fuse-qkv,fuse-add-norm,fuse-rope-cache,fuse-norm-quantize,canonicalize,cse"
+)
 """The text of the pipeline that modules are lowered with unless another one is asked for.
 
 The order matters where two fusions want one op. Gated pairs come first: fuse-qkv would merge their matmuls.
@@ -24,7 +26,7 @@ Epilogues come before fuse-qkv, which merges only bare matmuls: a matmul gets it
 its activation or residual rather than lose it to a merger. They also come before fuse-add-norm: where a matmul's result
 goes into a sum and the sum into a norm, a matmul that adds in its epilogue and then a norm touch memory four times
 (residual and sum read, sum and norm written), a plain matmul and then add_rms_norm five times. What no matmul could
-take is left to fuse-add-norm.
+take is left to fuse-add-norm. fuse-norm-quantize takes what norms are left after that.
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 
 from kernelforge.dtype import GROUP
@@ -181,6 +182,13 @@ NORM = Family(
     extremes={"long": {"rows": 2, "n": LONG}},
     values=NORM_VALUES,
 )
+
+
+def _norm_quantize(op: OpDef, c: Choice) -> Problem:
+    return _norm(op, {**c, "n": _whole_groups(c["n"], "q8")})
+
+
+NORM_QUANTIZE = replace(NORM, make=_norm_quantize, factors={k: v for k, v in NORM.factors.items() if k != "bias"})
 
 
 def _softmax(op: OpDef, c: Choice) -> Problem:
@@ -418,6 +426,7 @@ FAMILIES = {
         "attention": ATTENTION,
         "softmax": SOFTMAX,
         "rms_norm": NORM,
+        "rms_norm_quantize": NORM_QUANTIZE,
         "layer_norm": NORM,
         "add_rms_norm": NORM,
         "rope": ROPE,

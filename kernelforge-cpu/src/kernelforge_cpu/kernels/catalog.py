@@ -27,6 +27,12 @@ VARIANTS = (
     ),
     _vectorized("softmax", "norms:build_softmax", f"{HERE}.norms:takes_softmax", summary="rows in parallel"),
     _vectorized("rms_norm", "norms:build_rms_norm", summary="rows in parallel"),
+    _vectorized(
+        "rms_norm_quantize",
+        "norms:build_rms_norm_quantize",
+        f"{HERE}.norms:takes_rms_norm_quantize",
+        summary="rows in parallel",
+    ),
     _vectorized("layer_norm", "norms:build_layer_norm", summary="rows in parallel"),
     _vectorized("add_rms_norm", "norms:build_add_rms_norm", summary="rows in parallel"),
     _vectorized("rope", "rope:build_rope", f"{HERE}.rope:takes_rope", summary="rotations from a table"),

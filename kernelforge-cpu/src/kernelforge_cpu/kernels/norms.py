@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from kernelforge.dtype import GROUP
 from kernelforge.variant import Reject
 from kernelforge_cpu.kernel import NativeKernel, Phase
 from kernelforge_cpu.kernels.axes import emit_size, shared, size_of
 from kernelforge_cpu.kernels.common import new_kernel
+from kernelforge_cpu.kernels.quantize import GROUP_BYTES, emit_group
 from kernelforge_cpu.kernels.strided import Tensor, emit_each_row, takes_rows, tensor
 
 if TYPE_CHECKING:
@@ -87,6 +90,30 @@ def build_rms_norm(problem: Problem, config: Config, device: DeviceInfo) -> Nati
         k.vectorize(0, n, write)
 
     return row_kernel(problem, config, device, (0, 2), row)
+
+
+def takes_rms_norm_quantize(problem: Problem, device: DeviceInfo) -> Verdict:
+    return takes_rows(replace(problem, results=()), device)
+
+
+def build_rms_norm_quantize(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
+    k = new_kernel(problem, config, device)
+    x, shape = tensor(k, problem, 0), problem.operand(0).shape
+    weight, out, columns = k.buffer(1, problem.operand(1).dtype), k.buffer(2, "i8"), int(shape[-1])
+
+    def row(index: Value, source: Pointer) -> None:
+        scale = emit_rms(k, k.i64(columns), epsilon(problem), source)
+        own = out.at(index * (columns // GROUP * GROUP_BYTES))
+        with k.for_(0, columns // GROUP) as group:
+            start, factors = source.at(group.i * GROUP), weight.at(group.i * GROUP)
+
+            def load(i: int) -> Value:
+                return start.load_f32(i, k.lanes) * scale * factors.load_f32(i, k.lanes)
+
+            emit_group(k, own.at(group.i * GROUP_BYTES), load)
+
+    emit_each_row(k, problem, shape[:-1], [Tensor(x.pointer, x.strides[:-1])], row)
+    return NativeKernel((Phase(k.name, shared(problem, size_of(*shape), GRAIN)),), k.text())
 
 
 def build_add_rms_norm(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:

@@ -19,7 +19,9 @@ from kernelforge.dialects.transformer.checks import (
     want_shape,
 )
 from kernelforge.dialects.transformer.models import ACTIVATIONS, MODELS, TOKENS, f32, make, ragged, weight
-from kernelforge.op import Attribute, Cost, OpDef, Operand, OperandTypes, OpError
+from kernelforge.dialects.transformer.quantisation import want_groups
+from kernelforge.dtype import ACTIVATION_FORMAT
+from kernelforge.op import Attribute, Cost, OpDef, Operand, OperandTypes, OpError, Part
 from kernelforge.problem import Problem, TensorType
 
 if TYPE_CHECKING:
@@ -88,6 +90,45 @@ RMS_NORM = OpDef(
     reference=rms_norm_reference,
     sample=rms_norm_samples,
     cost=rms_norm_cost,
+    dialect=DIALECT,
+)
+
+
+def infer_rms_norm_quantize(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ...]:
+    (out,) = infer_rms_norm(operands, attrs)
+    want_groups("x", out)
+    return (TensorType(out.shape, ACTIVATION_FORMAT),)
+
+
+def rms_norm_quantize_parts(problem: Problem) -> tuple[Part, ...]:
+    return (
+        Part("transformer.rms_norm", ("x", "weight"), ("norm",), dict(problem.attrs)),
+        Part("transformer.quantize", ("norm",), ("out",), {"format": ACTIVATION_FORMAT}),
+    )
+
+
+def rms_norm_quantize_samples(rng: random.Random) -> Iterator[Problem]:
+    yield make(RMS_NORM_QUANTIZE, f32(1, 32), f32(32), eps=1e-6)
+    yield make(RMS_NORM_QUANTIZE, TensorType((2, 3, 64), "bf16"), weight("bf16", 64))
+    for dtype in ACTIVATIONS:
+        n = 32 * rng.randrange(1, 9)
+        yield make(RMS_NORM_QUANTIZE, TensorType((4, n), dtype), weight(dtype, n))
+    for model in MODELS:
+        for tokens in TOKENS:
+            yield make(RMS_NORM_QUANTIZE, f32(tokens, model.width), weight("bf16", model.width))
+
+
+RMS_NORM_QUANTIZE = OpDef(
+    name="rms_norm_quantize",
+    summary="rms_norm in 8-bit groups (q8a), as quantize makes them",
+    operands=(Operand("x"), Operand("weight")),
+    results=("out",),
+    attributes=(EPS,),
+    infer=infer_rms_norm_quantize,
+    reference=rms_norm_reference,
+    sample=rms_norm_quantize_samples,
+    cost=rms_norm_cost,
+    parts=rms_norm_quantize_parts,
     dialect=DIALECT,
 )
 

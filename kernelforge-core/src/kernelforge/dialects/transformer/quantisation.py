@@ -16,11 +16,18 @@ if TYPE_CHECKING:
     from kernelforge.dialects.transformer.checks import Array, Arrays
 
 
+def want_groups(name: str, x: TensorType) -> None:
+    """Its rows can be cut into groups."""
+    if not x.rank or isinstance(x.shape[-1], str) or x.shape[-1] % GROUP:
+        raise OpError(
+            f"operand '{name}' has shape {shape_text(x.shape)}, must have rows of a multiple of {GROUP} elements"
+        )
+
+
 def infer_quantize(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ...]:
     x = required(operands, 0)
     want_float("x", x)
-    if not x.rank or isinstance(x.shape[-1], str) or x.shape[-1] % GROUP:
-        raise OpError(f"operand 'x' has shape {shape_text(x.shape)}, must have rows of a multiple of {GROUP} elements")
+    want_groups("x", x)
     return (TensorType(x.shape, str(attrs["format"])),)
 
 
