@@ -8,9 +8,17 @@ from typing import Any
 import fake_target
 import pytest
 
+from kernelforge import builtin
+from kernelforge.cli import output
+from kernelforge.cli.why_verb import why
+from kernelforge.constant import ArraySource
+from kernelforge.descriptors import ImporterSpec
 from kernelforge.errors import KernelForgeWarning
 from kernelforge.graph import Graph
+from kernelforge.hookspecs import hookimpl
+from kernelforge.importer import ImportedModel, Program
 from kernelforge.plan import Step
+from kernelforge.plugins import load_registry
 from kernelforge.problem import Problem
 from kernelforge.selection import RecordMatch
 from kernelforge.session import Session
@@ -102,3 +110,25 @@ def test_a_variant_that_fails_to_tell_is_left_as_it_is(wrong: Any) -> None:
     with pytest.warns(KernelForgeWarning, match="'layouts' of variant 'fake/transformer.embedding/lookup'.*left out"):
         step = planned(lookup(wrong), product())
     assert step.config == {"layout": "rows", "unroll": 1}
+
+
+def test_why_of_a_model_shows_the_config_that_it_runs_with() -> None:
+    class Tied:
+        def claims(self, source: str) -> bool:
+            return True
+
+        def load(self, source: str, **options: object) -> ImportedModel:
+            return ImportedModel(source, (Program("main", tied(), max_dims={"tokens": 4}),), ArraySource({}))
+
+    class WithModel(fake_target.FakePlugin):
+        @hookimpl
+        def kernelforge_importers(self) -> list[ImporterSpec]:
+            return [ImporterSpec("tied", Tied)]
+
+    using = load_registry(entry_points=[], extra_plugins=[builtin, WithModel([lookup(), product()])])
+    with output.use(fake_target.FakeOutput(using)):
+        found, other = why(model="any")["problems"]
+    shared = {"layout": "panels8", "unroll": 1}
+    assert (found["config"], found["config_source"]) == (shared, "shared-layout")
+    assert found["candidates"][0]["config"] == shared
+    assert other["config_source"] == "default"

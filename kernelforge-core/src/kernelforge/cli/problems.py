@@ -17,6 +17,7 @@ from kernelforge.registry import Registry, lookup
 if TYPE_CHECKING:
     from kernelforge.importer import ImportedModel
     from kernelforge.session import Session
+    from kernelforge.variant import Config
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Asked:
     programs: tuple[str, ...] = ()
     steps: int = 1
     """How many steps of those programs are this problem."""
+    shared: Config | None = None
+    """The config that a program runs it with so that a constant is kept once (`kernelforge.layouts`), if it is another one
+    than is selected."""
 
     @classmethod
     def of(cls, problem: Problem) -> Asked:
@@ -161,7 +165,8 @@ def model_problems(session: Session, model: ImportedModel) -> list[Asked]:
             static = step.problem.with_dims(_sizes(step.dims, {**program.max_dims, **program.dims}, program.name))
             before = found.get((step.problem, static), Asked(step.problem, static, steps=0))
             programs = tuple(dict.fromkeys((*before.programs, program.name)))
-            found[step.problem, static] = Asked(step.problem, static, programs, before.steps + 1)
+            shared = step.config if step.config_source == "shared-layout" else before.shared
+            found[step.problem, static] = Asked(step.problem, static, programs, before.steps + 1, shared)
     return list(found.values())
 
 

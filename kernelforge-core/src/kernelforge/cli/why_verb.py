@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -75,7 +76,11 @@ def why(
 
 def _select(session: Session, asked: Asked, variant: str | None) -> Selection:
     candidates = session.registry.variants(asked.problem.op, session.target)
-    return select(asked.problem, candidates, session.device.info, session.records, variant=variant)
+    found = select(asked.problem, candidates, session.device.info, session.records, variant=variant)
+    if asked.shared is None or variant is not None:
+        return found
+    chosen = replace(found.chosen, config=asked.shared, config_source="shared-layout")
+    return replace(found, chosen=chosen, decisions=(chosen, *found.decisions[1:]))
 
 
 def _row(decision: Decision) -> list[str]:
