@@ -13,6 +13,7 @@ import pytest
 from kernelforge.errors import KernelForgeWarning
 from kernelforge.session import Session
 from kernelforge_llm.decoder import Decoder, open_decoder
+from kernelforge_llm.sampling import greedy
 from kernelforge_llm.source import TINYPY, open_source
 from kernelforge_llm.weights import WeightFormat
 from kernelforge_metal.adapters import list_adapters
@@ -63,6 +64,20 @@ def test_every_architecture(gpu: Session, folder: Path) -> None:
     ids = golden["short_ids"].tolist()
     for one, other in zip(decoder.logits_batch([ids[:3], ids]), (ids[:3], ids), strict=True):
         assert error(one, decoder.logits(other)) < 1e-5
+
+
+def test_the_token_stays_on_the_device(gpu: Session) -> None:
+    decoder = open_decoder(open_source(FOLDERS[0]), gpu, weights="f32")
+    cache = decoder.new_cache()
+    tokens = [greedy(decoder.feed(cache, [5, 6, 7]))]
+    while len(tokens) < 12:
+        tokens.append(greedy(decoder.feed(cache, tokens[-1:])))
+    answer = decoder.generate([5, 6, 7], 12, ignore_eos=True)
+    assert [next(answer).id for _ in range(4)] == tokens[:4]
+    del answer  # with a step under way
+    stopped = decoder.generate([5, 6, 7], 12, stop_ids=[tokens[6]], ignore_eos=True)
+    assert [t.id for t in stopped] == tokens[: tokens.index(tokens[6])]
+    assert [t.id for t in decoder.generate([5, 6, 7], 12, ignore_eos=True)] == tokens
 
 
 def test_tinypy(gpu: Session) -> None:

@@ -72,7 +72,7 @@ class FakeExecutable:
         return self._plan
 
     def run(
-        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array] | None = None
+        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array | Buffer] | None = None
     ) -> tuple[Array | Buffer, ...]:
         bound, _ = bind_inputs(self._plan, inputs)
         memory = {**self._constants, **bound}
@@ -90,12 +90,13 @@ class FakeExecutable:
             else:
                 # Memory that nobody poisoned may hold what an earlier run left there: the right results.
                 written = (out or {}).get(self._plan.values[i].name, stale)
+                assert isinstance(written, np.ndarray)
                 np.copyto(written, array, where=~np.isnan(array))
                 outputs.append(written)
         return tuple(outputs)
 
     def bind(
-        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array] | None = None
+        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array | Buffer] | None = None
     ) -> Callable[[], tuple[Array | Buffer, ...]]:
         return lambda: self.run(inputs, out)
 

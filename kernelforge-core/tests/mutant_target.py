@@ -97,7 +97,7 @@ class MutantExecutable(ReferenceExecutable):
         self._instead = call.instead
 
     def run(
-        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array] | None = None
+        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array | Buffer] | None = None
     ) -> tuple[Array | Buffer, ...]:
         outputs = super().run(inputs, out)
         return outputs if self._instead is None else tuple(self._instead)

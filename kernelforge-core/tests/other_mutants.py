@@ -505,6 +505,18 @@ class Copied(HostBuffer):
         return self.first
 
 
+class Late(HostBuffer):
+    """What is fetched is what is there when it is looked at."""
+
+    def fetch(self, *index: int) -> Callable[[], Array]:
+        return lambda: np.asarray(self.array[index])
+
+
+class LateDevice(MutantDevice):
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> HostBuffer:
+        return Late(np.zeros(shape, to_numpy(dtype)))
+
+
 class UninitialisedDevice(MutantDevice):
     def allocate(self, shape: tuple[int, ...], dtype: str) -> HostBuffer:
         return HostBuffer(np.ones(shape, to_numpy(dtype)))
@@ -536,7 +548,9 @@ class FlatDevice(MutantDevice):
         return HostBuffer(np.zeros(int(np.prod(shape)), to_numpy(dtype)))
 
 
-Run = Callable[[MutantExecutable, Mapping[str, Array | Buffer], Mapping[str, Array] | None], tuple[Array | Buffer, ...]]
+Run = Callable[
+    [MutantExecutable, Mapping[str, Array | Buffer], Mapping[str, Array | Buffer] | None], tuple[Array | Buffer, ...]
+]
 
 
 def _device(run: Run | None = None, **methods: Any) -> type[MutantDevice]:
@@ -544,7 +558,7 @@ def _device(run: Run | None = None, **methods: Any) -> type[MutantDevice]:
 
     class Executable(MutantExecutable):
         def run(
-            self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array] | None = None
+            self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array | Buffer] | None = None
         ) -> tuple[Array | Buffer, ...]:
             return super().run(inputs, out) if run is None else run(self, inputs, out)
 
@@ -559,7 +573,7 @@ def _device(run: Run | None = None, **methods: Any) -> type[MutantDevice]:
 
 
 Inputs = Mapping[str, Array | Buffer]
-Out = Mapping[str, Array] | None
+Out = Mapping[str, Array | Buffer] | None
 
 
 def _ignores_out(self: MutantExecutable, inputs: Inputs, out: Out) -> tuple[Array | Buffer, ...]:
@@ -658,6 +672,7 @@ BACKENDS: list[tuple[str, type[MutantBackend], Kind]] = [
     ("uninitialised", _backend(UninitialisedDevice), "wrong-values"),
     ("unchecked-writes", _backend(UncheckedDevice), "not-refused"),
     ("read-once", _backend(CopiedDevice), "wrong-values"),
+    ("fetches-late", _backend(LateDevice), "wrong-values"),
     ("one-memory", _backend(SharedDevice), "wrong-values"),
     ("flat-buffers", _backend(FlatDevice), "wrong-shape"),
     ("ignores-out", _backend(_device(_ignores_out)), "wrong-values"),

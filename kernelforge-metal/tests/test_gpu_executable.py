@@ -142,6 +142,44 @@ def test_buffers_hold_what_is_written(session: Session) -> None:
     assert session.device.allocate((2, 64), "q8").shape == (2, 2)  # groups
 
 
+def test_outputs_that_stay_on_the_device_are_inputs_of_the_next_run(session: Session) -> None:
+    executable, b = session.compile_problem(ADD), numbers(4, 16, seed=1)
+    buffers = [session.device.allocate((4, 16), "f32") for _ in range(2)]
+    buffers[0].write(numbers(4, 16))
+    calls = [executable.bind({"a": buffers[i], "b": b}, {"out": buffers[1 - i]}) for i in range(2)]
+    fetched = []
+    for step in range(6):
+        assert calls[step % 2]() == (buffers[1 - step % 2],)
+        fetched.append(buffers[1 - step % 2].fetch(2))
+    for step, row in enumerate(fetched, 1):
+        np.testing.assert_allclose(row(), (numbers(4, 16) + step * b)[2], rtol=1e-5, atol=1e-6)
+        assert row() is row()
+    with pytest.raises(UsageError, match="in use in the same run"):
+        executable.run({"a": buffers[0], "b": b}, {"out": buffers[0]})
+
+
+def test_what_is_fetched_is_part_of_a_buffer_as_it_was_then(session: Session) -> None:
+    buffer, values = session.device.allocate((3, 5), "f16"), numbers(3, 5).astype(np.float16)
+    buffer.write(values)
+    rows, last = [buffer.fetch(i) for i in range(3)], buffer.fetch(2, 4)
+    buffer.write(np.zeros_like(values))
+    np.testing.assert_array_equal([row() for row in rows], values)
+    assert last() == values[2, 4]
+    assert session.device.allocate((0, 3), "f32").fetch()().shape == (0, 3)
+    with pytest.raises(IndexError, match=r"no element \[3\] in a f16\[3, 5\] buffer"):
+        buffer.fetch(3)
+
+
+def test_buffers_that_are_gone_take_what_was_bound_to_them_along(session: Session) -> None:
+    executable = session.compile_problem(ADD)
+    for _ in range(3):
+        a = session.device.allocate((4, 16), "f32")
+        np.testing.assert_array_equal(one(executable.run({"a": a, "b": numbers(4, 16)})), numbers(4, 16))
+        assert len(vars(executable)["_bound"]) == 1
+        del a
+    assert not vars(executable)["_bound"]
+
+
 def test_quantised_activations_run_on_the_host(session: Session) -> None:
     work = Workload(session, parse_problem('transformer.quantize(f32[3,64]) -> (q8a[3,64]) {format="q8a"}'))
     work.verify(session.compile_problem(work.problem))

@@ -86,6 +86,11 @@ class Buffer(Protocol):
         """The contents as an array on the host."""
         ...
 
+    def fetch(self, *index: int) -> Callable[[], Array]:
+        """The contents, or their part at `index` of the first axes, as all that was run so far leaves them, taken to the host
+        meanwhile: the first call of the result waits for them, not for what is run later."""
+        ...
+
     def write(self, array: Array) -> None:
         """Replace the contents. Raises UsageError when shape or dtype differ."""
         ...
@@ -98,21 +103,24 @@ class Executable(Protocol):
     def plan(self) -> Plan: ...
 
     def run(
-        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array] | None = None
+        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array | Buffer] | None = None
     ) -> tuple[Array | Buffer, ...]:
-        """Run once. `inputs` by name, any strides; donated inputs given as Buffer are updated in place. `out` names arrays
-        that outputs are written to (C-contiguous); the others are new.
+        """Run once. `inputs` by name, any strides; a Buffer is read where it is, a donated one is updated in place. `out`
+        names arrays (C-contiguous) and Buffers that outputs are written to; the others are new arrays. A Buffer of `out` is
+        no input of the same run.
 
-        Returns the outputs in the function's order: arrays, or the Buffer itself for an output that is a donated input.
-        Raises UsageError for a missing or unknown name, or a shape or dtype that does not fit.
+        Returns the outputs in the function's order: arrays, the Buffer of `out`, or the Buffer itself for an output that is
+        a donated input. When all of them are Buffers, the run need not be over yet: reading one waits for it, and so the
+        output of one run can be the input of the next before the host has seen it (`ASYNCHRONOUS` of
+        `kernelforge.variant`). Raises UsageError for a missing or unknown name, or a shape or dtype that does not fit.
         """
         ...
 
     def bind(
-        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array] | None = None
+        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array | Buffer] | None = None
     ) -> Callable[[], tuple[Array | Buffer, ...]]:
-        """`run`, checked once: each call of the result runs on the same memory, inputs as they are then, and returns the
-        same outputs, overwritten. For loops in which a dispatch must cost little. Raises as `run` does."""
+        """`run`, checked once and not yet done: each call of the result runs on the same memory, inputs as they are then,
+        and returns the same outputs, overwritten. For loops in which a dispatch must cost little. Raises as `run` does."""
         ...
 
     def measure(self, inputs: Mapping[str, Array | Buffer], *, repeats: int) -> Timing:

@@ -53,6 +53,10 @@ class HostBuffer:
     def numpy(self) -> Array:
         return self.array
 
+    def fetch(self, *index: int) -> Callable[[], Array]:
+        array = np.array(self.array[index])
+        return lambda: array
+
     def write(self, array: Array) -> None:
         if array.shape != self.array.shape or array.dtype != self.array.dtype:
             raise UsageError(
@@ -92,8 +96,10 @@ def bind_inputs(plan: Plan, inputs: Mapping[str, Array | Buffer]) -> tuple[dict[
     return arrays, dims
 
 
-def output_array(given: Array, name: str, like: Array) -> Array:
-    """The caller's array for an output that must be as `like`. Raises UsageError when it is not."""
+def output_array(given: Array | Buffer, name: str, like: Array) -> Array:
+    """The caller's array, or its buffer's, for an output that must be as `like`. Raises UsageError when it is not."""
+    if isinstance(given, HostBuffer):
+        given = given.array
     if not isinstance(given, np.ndarray):
         raise UsageError(f"output '{name}' cannot be written to a {type(given).__name__}", hint="give a numpy array")
     fits = given.shape == like.shape and given.dtype == like.dtype
@@ -122,7 +128,7 @@ class ReferenceExecutable:
         return self._plan
 
     def run(
-        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array] | None = None
+        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array | Buffer] | None = None
     ) -> tuple[Array | Buffer, ...]:
         memory, dims = self._memory(inputs, out)
         for op, step in zip(self._ops, self._plan.steps, strict=True):
@@ -130,12 +136,13 @@ class ReferenceExecutable:
         outputs: list[Array | Buffer] = []
         for i in self._plan.outputs:
             root = self._plan.values[self._plan.root(i)]
-            buffer = inputs.get(root.name) if root.place == "input" else None
+            known = {"input": inputs, "output": out or {}}.get(root.place, {})
+            buffer = known.get(root.name)
             outputs.append(buffer if isinstance(buffer, HostBuffer) else self._array(i, memory, dims))
         return tuple(outputs)
 
     def _memory(
-        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array] | None = None
+        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array | Buffer] | None = None
     ) -> tuple[dict[int, Array], dict[str, int]]:
         """Where every value that is no view lives, and the sizes of the dynamic dimensions."""
         bound, dims = bind_inputs(self._plan, inputs)
@@ -154,14 +161,13 @@ class ReferenceExecutable:
         return memory, dims
 
     def bind(
-        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array] | None = None
+        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array | Buffer] | None = None
     ) -> Callable[[], tuple[Array | Buffer, ...]]:
-        outputs = self.run(inputs, out)
-        kept = {
-            self._plan.values[i].name: o
-            for i, o in zip(self._plan.outputs, outputs, strict=True)
-            if self._plan.values[i].place == "output" and isinstance(o, np.ndarray)
+        memory, _ = self._memory(inputs, out)
+        kept: dict[str, Array | Buffer] = {
+            v.name: memory[i] for i, v in enumerate(self._plan.values) if v.place == "output"
         }
+        kept |= out or {}
         return lambda: self.run(inputs, kept)
 
     def _array(self, i: int, memory: Mapping[int, Array], dims: Mapping[str, int]) -> Array:

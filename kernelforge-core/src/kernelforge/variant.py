@@ -49,6 +49,9 @@ Verdict = Accept | Reject
 INT8_ACTIVATIONS = "int8-activations"
 """The feature of devices on which products of quantised weights are fastest with quantised activations."""
 
+ASYNCHRONOUS = "asynchronous"
+"""The feature of devices that work on a run while the host goes on, if all its outputs stay on the device."""
+
 
 @dataclass(frozen=True)
 class DeviceInfo:

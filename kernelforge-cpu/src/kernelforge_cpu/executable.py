@@ -222,14 +222,14 @@ class CpuExecutable:
     # --- running ---
 
     def run(
-        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array] | None = None
+        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array | Buffer] | None = None
     ) -> tuple[Array | Buffer, ...]:
         memory, outputs = self._bind(inputs, out)
         self._execute(memory)
         return outputs
 
     def bind(
-        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array] | None = None
+        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array | Buffer] | None = None
     ) -> Callable[[], tuple[Array | Buffer, ...]]:
         memory, outputs = self._bind(inputs, out)
         dims, changes = dict(self._dims), self._changes
@@ -288,7 +288,7 @@ class CpuExecutable:
         return times
 
     def _bind(
-        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array] | None
+        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array | Buffer] | None
     ) -> tuple[dict[int, Array], tuple[Array | Buffer, ...]]:
         """Write the addresses of inputs and outputs. Returns their arrays by value, which must live through the run, and
         what the run returns."""
@@ -301,11 +301,12 @@ class CpuExecutable:
         for i, root, name, dtype, shape in self._output_specs:
             if name:
                 array = np.empty(shape, dtype)
-                if out is not None and name in out:
-                    array = output_array(out[name], name, array)
+                given = None if out is None else out.get(name)
+                if given is not None:
+                    array = output_array(given, name, array)
                 memory[i] = array
                 self._place(i, quick_address(array))
-                returned.append(array)
+                returned.append(given if isinstance(given, HostBuffer) else array)
             else:
                 given = inputs[self._plan.values[root].name]
                 returned.append(given if isinstance(given, HostBuffer) else memory[root])

@@ -6,7 +6,8 @@ import operator
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from functools import cached_property
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
@@ -20,6 +21,7 @@ from kernelforge.explanation import Explanation
 from kernelforge.importer import Program
 from kernelforge.session import Session
 from kernelforge_llm.cache import CacheFormat, KVCache
+from kernelforge_llm.chain import GreedyChain
 from kernelforge_llm.config import ModelConfig
 from kernelforge_llm.model import PREFILL_TOKENS, Model
 from kernelforge_llm.sampling import Sampler, greedy
@@ -134,6 +136,7 @@ class Decoder:
         self.compile_s = 0.0
         """Seconds spent compiling so far; each of the two steps is compiled when it is first needed."""
         self._bound: WeakKeyDictionary[KVCache, _Bound] = WeakKeyDictionary()
+        self._chains: WeakKeyDictionary[KVCache, GreedyChain] = WeakKeyDictionary()
 
     @cached_property
     def _one(self) -> _Step:
@@ -262,6 +265,26 @@ class Decoder:
         last: Logits = scores[0]
         return last
 
+    def continue_greedily(self, cache: KVCache, token: int, count: int, sequence: int = 0) -> Iterator[int]:
+        """The `count` likeliest tokens after `token`, the next one of a sequence. What is fed stays on the device: each step
+        reads the token that the one before it chose, and the host may see it later.
+
+        When a token is given out, those before it, and not itself, are in the cache. Raises UsageError for an id out of range
+        or when the context does not hold so many, KernelForgeError when a largest logit is no finite number.
+        """
+        cache.require_room(sequence, count)
+        self._check_ids([token])
+        chain = self._chains.pop(cache, None)  # serves one at a time
+        if chain is None:
+            chain = GreedyChain(self._one.executable, self.session.device, cache.buffers, self.config.vocab_size)
+        try:
+            start = cache.lengths[sequence]
+            for number, found in enumerate(chain.run(token, start, sequence, count), 1):
+                cache.lengths[sequence] = start + number
+                yield found
+        finally:
+            self._chains[cache] = chain
+
     def _check_ids(self, ids: Sequence[int]) -> None:
         for token in ids:
             if not 0 <= token < self.config.vocab_size:
@@ -338,26 +361,37 @@ class Decoder:
     def _generate(
         self, ids: list[int], max_tokens: int, sampler: Sampler, stop: StopStrings, ends: set[int]
     ) -> Iterator[Token]:
-        cache = self.new_cache()
         stream = TextStream(self.tokenizer, ids)
         history = list(ids)
-        fed = 0
-        for _ in range(max_tokens):
-            if fed == self.context:
-                warnings.warn(f"the context of {fed} tokens is full", KernelForgeWarning, stacklevel=2)
-                break
-            token = sampler(self.feed(cache, history[fed:]), history)
-            fed = len(history)
-            if token in ends:
-                break
-            history.append(token)
-            text = stop.push(stream.push(token))
-            yield Token(token, text)
-            if stop.hit is not None:
-                break
+        with closing(self._choose(history, max_tokens, sampler)) as tokens:
+            for token in tokens:
+                if token in ends:
+                    break
+                history.append(token)
+                text = stop.push(stream.push(token))
+                yield Token(token, text)
+                if stop.hit is not None:
+                    break
         rest = stop.push(stream.flush()) + stop.flush()
         if rest:
             yield Token(None, rest)
+
+    def _choose(self, history: list[int], count: int, sampler: Sampler) -> Generator[int, None, None]:
+        """Up to `count` tokens after `history`, to which the caller adds what it takes."""
+        if not count:
+            return
+        cache = self.new_cache()
+        token = sampler(self.feed(cache, history), history)
+        room = min(count - 1, self.context - len(history))
+        yield token
+        if sampler is greedy:
+            yield from self.continue_greedily(cache, token, room)
+        else:
+            for _ in range(room):
+                token = sampler(self.feed(cache, [token]), history)
+                yield token
+        if room < count - 1:
+            warnings.warn(f"the context of {self.context} tokens is full", KernelForgeWarning, stacklevel=3)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model as a standard safetensors folder, in the weight format it was loaded with."""

@@ -64,12 +64,17 @@ class Sampling:
 def greedy(logits: NDArray[np.float32], history: Sequence[int] = ()) -> int:
     """The sampler of temperature 0: the id of the largest logit, the lowest such id. Raises as `Sampler` says."""
     best = int(logits.argmax())  # the first NaN, if there is one
-    if not math.isfinite(logits[best]):
+    check_choice(best, float(logits[best]))
+    return best
+
+
+def check_choice(token: int, logit: float) -> None:
+    """Raises KernelForgeError when `logit`, the largest one, is no finite number."""
+    if not math.isfinite(logit):
         raise KernelForgeError(
-            f"the largest logit is {logits[best]} (token {best}): the model's weights or activations overflowed",
+            f"the largest logit is {logit} (token {token}): the model's weights or activations overflowed",
             hint="try --weights f32",
         )
-    return best
 
 
 def make_sampler(sampling: Sampling) -> Sampler:

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from kernelforge.errors import DeviceError
-from kernelforge.variant import DeviceInfo
+from kernelforge.variant import ASYNCHRONOUS, DeviceInfo
 
 _API = {"darwin": "Metal", "win32": "DX12"}.get(sys.platform, "Vulkan")
 """One API per system: with all of them wgpu lists a card once for each, and opens OpenGL to look for more."""
@@ -59,7 +59,7 @@ class Adapter:
             target="gpu",
             name=self.name,
             fingerprint=f"gpu/{self.api}/{self.ids[0]:04x}:{self.ids[1]:04x}/{self.name}/{self.driver}",
-            features=self.features | ({SOFTWARE} if self.kind == SOFTWARE else set()),
+            features=self.features | {ASYNCHRONOUS} | ({SOFTWARE} if self.kind == SOFTWARE else set()),
             limits=self.limits,
         )
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,6 +45,28 @@ class GpuBuffer:
         with self._gpu.lock:
             data = self._gpu.download(Region(self.memory, 0, self._nbytes))
         return data.view(to_numpy(self._dtype)).reshape(self._shape)
+
+    def fetch(self, *index: int) -> Callable[[], Array]:
+        dtype = to_numpy(self._dtype)
+        shape = self._shape[len(index) :]
+        place = 0
+        for i, size in zip(index, self._shape, strict=False):
+            if not 0 <= i < size:
+                raise IndexError(f"there is no element {list(index)} in a {self._dtype}{list(self._shape)} buffer")
+            place = place * size + i
+        nbytes = prod(shape) * dtype.itemsize
+        first = place * nbytes
+        skipped = first % 4  # copies start at whole words
+        with self._gpu.lock:
+            begun = self._gpu.fetch(Region(self.memory, first - skipped, skipped + nbytes))
+
+        @cache
+        def take() -> Array:
+            with self._gpu.lock:
+                data = self._gpu.take(begun)
+            return data[skipped:].view(dtype).reshape(shape)
+
+        return take
 
     def write(self, array: Array) -> None:
         if tuple(array.shape) != self._shape or array.dtype != to_numpy(self._dtype):

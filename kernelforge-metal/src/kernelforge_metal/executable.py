@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from kernelforge.explanation import Explanation, explain_plan
-from kernelforge_metal.inputs import Given, check_inputs, check_out
+from kernelforge_metal.inputs import Given, check_inputs, take_out
 from kernelforge_metal.kernel import HostKernel, is_value, size_of
 from kernelforge_metal.layout import Layout
 from kernelforge_metal.native import Command, Region
@@ -32,14 +33,16 @@ MAX_BOUND = 8
 """Sets of donated buffers whose bind groups are kept."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Bound:
     """The dispatches of a plan for certain buffers."""
 
     steps: list[list[Command]]
     segments: list[Segment]
-    buffers: tuple[Buffer, ...]
-    """Kept alive."""
+    ran: bool = False
+    """With the present sizes."""
+    recorded: Any = None
+    """What the next run submits, if it was recorded ahead."""
 
 
 class GpuExecutable:
@@ -63,9 +66,6 @@ class GpuExecutable:
         self._words = np.zeros(1, np.uint32)
         self._bound: dict[tuple[int, ...], Bound] = {}
         self._uniforms: tuple[Any, Any] | None = None
-        self._generation = 0  # of sizes and places
-        self._last: tuple[object, ...] | None = None
-        self._ahead: Any = None
 
     @property
     def plan(self) -> Plan:
@@ -74,7 +74,7 @@ class GpuExecutable:
     # --- what a run does ---
 
     def run(
-        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array] | None = None
+        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array | Buffer] | None = None
     ) -> tuple[Array | Buffer, ...]:
         with self._gpu.lock:
             given = self._take(inputs)
@@ -84,13 +84,14 @@ class GpuExecutable:
             return self._results(given, targets)
 
     def bind(
-        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array] | None = None
+        self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array | Buffer] | None = None
     ) -> Callable[[], tuple[Array | Buffer, ...]]:
         with self._gpu.lock:
             given = self._take(inputs)
         targets = self._targets(given, out)
-        for name, spec in self._layout.outputs(given.dims).items():
-            targets.setdefault(name, np.empty(*spec))
+        for name, (i, spec) in self._layout.outputs(given.dims).items():
+            if i not in given.buffers:
+                targets.setdefault(name, np.empty(*spec))
 
         def call() -> tuple[Array | Buffer, ...]:
             with self._gpu.lock:
@@ -131,20 +132,20 @@ class GpuExecutable:
         self._resize(given.dims)
         return given
 
-    def _targets(self, given: Given, out: Mapping[str, Array] | None) -> dict[str, Array]:
-        return check_out(out or {}, self._layout.outputs(given.dims))
+    def _targets(self, given: Given, out: Mapping[str, Array | Buffer] | None) -> dict[str, Array]:
+        return take_out(given, out, self._layout.outputs(given.dims)) if out else {}
 
     def _send(self, given: Given) -> None:
         """The host's arrays go to the GPU, small ones with one call."""
         self._layout.send(given.arrays)
 
     def _results(self, given: Given, targets: Mapping[str, Array]) -> tuple[Array | Buffer, ...]:
-        """Read the outputs back."""
-        fresh = self._layout.read(given.dims)
+        """Read the outputs back, but for those that stay on the GPU."""
+        fresh = self._layout.read(given)
         results: list[Array | Buffer] = []
         for i in self._plan.outputs:
             value = self._plan.values[i]
-            if value.place == "output":
+            if i in fresh:
                 array = fresh[i]
                 if (target := targets.get(value.name)) is not None:
                     target[...] = array
@@ -162,7 +163,6 @@ class GpuExecutable:
         """Write the parameters for these sizes; make room if there is not enough."""
         if dims == self._dims:
             return
-        self._generation += 1
         if self._layout.fit(dims):
             self._bound.clear()
         words: list[int] = []
@@ -192,7 +192,8 @@ class GpuExecutable:
         if not self._gpu.immediates and words:
             self._write_uniforms()
         self._dims = dict(dims)
-        for bound in self._bound.values():
+        for bound in list(self._bound.values()):
+            bound.ran, bound.recorded = False, None
             for row, grids in zip(bound.steps, self._grids, strict=True):
                 for command, grid in zip(row, grids, strict=True):
                     command.grid = grid
@@ -218,7 +219,9 @@ class GpuExecutable:
             if len(self._bound) >= MAX_BOUND:
                 self._bound.pop(next(iter(self._bound)))
             made = [self._bind_step(i, given) for i in range(len(self._kernels))]
-            self._bound[key] = Bound(made, self._segments(made), tuple(given.buffers.values()))
+            self._bound[key] = Bound(made, self._segments(made))
+            for buffer in given.buffers.values():  # its id may be another's then
+                weakref.finalize(buffer, self._bound.pop, key, None).atexit = False
         return self._bound[key]
 
     def _bind_step(self, i: int, given: Given) -> list[Command]:
@@ -275,17 +278,17 @@ class GpuExecutable:
     def _execute(self, given: Given) -> None:
         """Submit a run, the copy of its outputs included.
 
-        Steps of a decoder are the same commands each time: while the GPU works on one, the next one is recorded. The host is then
-        done before the GPU is.
+        Steps of a decoder are the same commands each time: while the GPU works on one, what comes next on these buffers is
+        recorded. The host is then done before the GPU is.
         """
-        segments = self._commands(given).segments
+        bound = self._commands(given)
+        segments = bound.segments
         if len(segments) == 1 and isinstance(segments[0], list):
-            key = self._key(given)
-            again = key == self._last
-            recorded = self._ahead if again and self._ahead is not None else self._record(segments[0], given)
-            self._gpu.submit(recorded)
-            self._ahead = self._record(segments[0], given) if again else None
-            self._last = key
+            recorded, bound.recorded = bound.recorded, None
+            self._gpu.submit(recorded if recorded is not None else self._record(segments[0], given))
+            if bound.ran:
+                bound.recorded = self._record(segments[0], given)
+            bound.ran = True
             return
         for segment in segments:
             if isinstance(segment, int):
@@ -298,12 +301,8 @@ class GpuExecutable:
     def _record(self, commands: Sequence[Command], given: Given) -> Any:
         encoder = self._gpu.encoder()
         self._gpu.encode(encoder, commands, self._uniform_group)
-        self._layout.copy_outputs(encoder, given.dims)
+        self._layout.copy_outputs(encoder, given)
         return self._gpu.finish(encoder)
-
-    def _key(self, given: Given) -> tuple[object, ...]:
-        """Equal keys: the same commands."""
-        return (self._generation, *(id(b) for b in given.buffers.values()))
 
     # --- steps on the host ---
 

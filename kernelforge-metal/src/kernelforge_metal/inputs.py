@@ -27,7 +27,7 @@ class Given:
     arrays: dict[int, Array]
     """On the host: to be sent before each run."""
     buffers: dict[int, GpuBuffer]
-    """Donated, on the GPU: written in place."""
+    """On the GPU, read and written where they are; outputs among them (`take_out`)."""
     dims: dict[str, int]
 
 
@@ -45,10 +45,7 @@ def check_inputs(plan: Plan, inputs: Mapping[str, Array | Buffer]) -> Given:
             raise UsageError(f"input '{value.name}' is missing", hint=f"it is {value.type}")
         if isinstance(found, GpuBuffer):
             shape, dtype = found.shape, to_numpy(found.dtype)
-            if value.donated:
-                given.buffers[i] = found
-            else:
-                given.arrays[i] = found.numpy()
+            given.buffers[i] = found
         else:
             array = found if isinstance(found, np.ndarray) else np.asarray(found)
             shape, dtype = array.shape, array.dtype
@@ -70,10 +67,31 @@ def _sizes(dims: Mapping[str, int]) -> str:
     return f" ({', '.join(f'{name}={size}' for name, size in dims.items())})" if dims else ""
 
 
-def check_out(
-    out: Mapping[str, Array], wanted: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
+Spec = tuple[tuple[int, ...], np.dtype[Any]]
+"""Shape and dtype."""
+
+
+def take_out(
+    given: Given, out: Mapping[str, Array | Buffer], wanted: Mapping[str, tuple[int, Spec]]
 ) -> dict[str, Array]:
-    """The arrays that outputs are written to. Raises UsageError for an unknown name or an array that does not fit."""
+    """The arrays that outputs are written to by the host; buffers become part of `given`.
+
+    `wanted`: value id and spec of each output, by name. Raises UsageError for an unknown name, or one that does not fit.
+    """
     if unknown := out.keys() - wanted.keys():
         raise UsageError(f"there is no output '{min(unknown)}' to write to")
-    return {name: output_array(array, name, np.empty(*wanted[name])) for name, array in out.items()}
+    arrays: dict[str, Array] = {}
+    for name, target in out.items():
+        i, (shape, dtype) = wanted[name]
+        if not isinstance(target, GpuBuffer):
+            arrays[name] = output_array(target, name, np.empty(shape, dtype))
+            continue
+        if target.shape != shape or to_numpy(target.dtype) != dtype:
+            raise UsageError(
+                f"output '{name}' cannot be written to a {target.dtype}{list(target.shape)} buffer",
+                hint=f"give a {dtype}{list(shape)} buffer",
+            )
+        if target in given.buffers.values():
+            raise UsageError(f"output '{name}' cannot be written to a buffer that is in use in the same run")
+        given.buffers[i] = target
+    return arrays

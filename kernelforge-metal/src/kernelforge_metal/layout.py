@@ -14,7 +14,7 @@ from kernelforge_metal.native import Region
 if TYPE_CHECKING:
     from kernelforge.plan import Plan
     from kernelforge_metal.device import CompiledKernel
-    from kernelforge_metal.inputs import Given
+    from kernelforge_metal.inputs import Given, Spec
     from kernelforge_metal.native import Gpu
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -45,7 +45,8 @@ class Layout:
             arena = self._gpu.allocate(packed.nbytes, "intermediate values")
             for value, offset in packed.offsets.items():
                 self._regions[value] = Region(arena, offset, self._padded(value, grown))
-        self._inputs, self._input_bytes = self._row(self._plan.inputs, grown, "inputs")
+        sent = [i for i in self._plan.inputs if not self._plan.values[i].donated]
+        self._inputs, self._input_bytes = self._row(sent, grown, "inputs")
         self._outputs, self._output_bytes = self._row(self._output_ids, grown, "outputs")
         self._readable = self._gpu.readable(self._output_bytes) if self._output_ids else None
         self._staging = np.zeros(min(self._input_bytes, SMALL), np.uint8)
@@ -95,50 +96,60 @@ class Layout:
 
     # --- to and from the host ---
 
-    def outputs(self, dims: Mapping[str, int]) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-        """Shape and dtype of each output that is read back, by name."""
-        values = [self._plan.values[i] for i in self._output_ids]
-        return {v.name: (v.type.array_shape(dims), to_numpy(v.type.dtype)) for v in values}
+    def outputs(self, dims: Mapping[str, int]) -> dict[str, tuple[int, Spec]]:
+        """Value id, shape and dtype of each output that is no donated input, by name."""
+        values = [(i, self._plan.values[i]) for i in self._output_ids]
+        return {v.name: (i, (v.type.array_shape(dims), to_numpy(v.type.dtype))) for i, v in values}
 
     def send(self, arrays: Mapping[int, Array]) -> None:
         """Write the inputs. A strided array is made contiguous."""
         small = self._input_bytes <= SMALL
+        staged = -1
         for i, array in arrays.items():
             if not array.size:
                 continue
             raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-            if small:
-                start = self._inputs[i]
+            if small and i in self._inputs:
+                start = self._inputs[staged := i]
                 self._staging[start : start + raw.size] = raw
             else:
+                if i not in self._regions:  # donated, and not given as a buffer
+                    nbytes = self._padded(i, self._bounds or {})
+                    self._regions[i] = Region(self._gpu.allocate(nbytes, "an input"), 0, nbytes)
                 region = self._regions[i]
                 self._gpu.upload(region.buffer, region.offset, raw)
-        if small and arrays:
-            self._gpu.upload(self._regions[next(iter(arrays))].buffer, 0, self._staging)
+        if staged >= 0:
+            self._gpu.upload(self._regions[staged].buffer, 0, self._staging)
 
-    def copy_outputs(self, encoder: Any, dims: Mapping[str, int]) -> None:
+    def copy_outputs(self, encoder: Any, given: Given) -> None:
         """Encode the copy of the outputs to where `read` takes them from."""
-        if nbytes := self._output_size(dims):
-            self._gpu.copy(encoder, Region(self._regions[self._output_ids[0]].buffer, 0, nbytes), self._readable)
+        start, end = self._read_range(given)
+        if end > start:
+            buffer = self._regions[self._output_ids[0]].buffer
+            self._gpu.copy(encoder, Region(buffer, start, end - start), self._readable)
 
-    def _output_size(self, dims: Mapping[str, int]) -> int:
-        """Bytes from the start of the first output to the end of the last."""
-        if not self._output_ids:
-            return 0
-        last = self._output_ids[-1]
-        return self._outputs[last] + self._plan.values[last].type.nbytes(dims)
+    def _read_range(self, given: Given) -> tuple[int, int]:
+        """The start of the first output that is read back, the end of the last."""
+        wanted = [i for i in self._output_ids if i not in given.buffers]
+        if not wanted:
+            return 0, 0
+        return self._outputs[wanted[0]], self._outputs[wanted[-1]] + self._plan.values[wanted[-1]].type.nbytes(
+            given.dims
+        )
 
-    def read(self, dims: Mapping[str, int]) -> dict[int, Array]:
-        """Wait, then the outputs as new arrays."""
-        nbytes = self._output_size(dims)
-        if not nbytes:
+    def read(self, given: Given) -> dict[int, Array]:
+        """Wait, then the outputs as new arrays, but for those that stay on the GPU: when all do, nothing waits."""
+        first, end = self._read_range(given)
+        kept = [i for i in self._output_ids if i in given.buffers]
+        if end == first and not kept:
             self._gpu.wait()
-        data = self._gpu.read(self._readable, nbytes) if nbytes else np.empty(0, np.uint8)
+        data = self._gpu.read(self._readable, end - first) if end > first else np.empty(0, np.uint8)
         made = {}
         for i in self._output_ids:
-            t = self._plan.values[i].type
-            start = self._outputs[i]
-            made[i] = data[start : start + t.nbytes(dims)].view(to_numpy(t.dtype)).reshape(t.array_shape(dims))
+            if i not in given.buffers:
+                t, start = self._plan.values[i].type, self._outputs[i] - first
+                nbytes = t.nbytes(given.dims)
+                made[i] = data[start : start + nbytes].view(to_numpy(t.dtype)).reshape(t.array_shape(given.dims))
         return made
 
     def array(self, root: int, given: Given) -> Array:

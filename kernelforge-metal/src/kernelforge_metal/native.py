@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 CHECKS = "KERNELFORGE_GPU_CHECKS"
 """Environment variable: 1 keeps wgpu's bounds and loop checks in all shaders."""
 
+MAX_SPARE = 4
+"""Buffers of a size that are kept to be read from again."""
+
 MAX_QUERIES = 4096
 """Timestamps of a query set, on every device."""
 
@@ -63,6 +66,17 @@ class Command:
     """The objects behind the handles."""
 
 
+@dataclass(eq=False)
+class Fetch:
+    """A reading of a region that was asked for."""
+
+    region: Region
+    target: Any
+    """The buffer that the host reads."""
+    submission: int | None = None
+    """The number of the submission that copies to it."""
+
+
 class Gpu:
     """An opened adapter, with those of the features that `adapter` names. Raises DeviceError when it cannot be opened."""
 
@@ -88,6 +102,8 @@ class Gpu:
         self._layouts: dict[tuple[bool, ...], Any] = {}
         self._readback: Any = None  # where `download` copies to
         self._queries: Any = None
+        self._fetches: list[Fetch] = []  # asked for, not yet submitted
+        self._spare: dict[int, list[Any]] = {}
 
     def limit(self, name: str) -> int:
         """One of the device's limits by wgpu's name."""
@@ -138,6 +154,7 @@ class Gpu:
         """Write the bytes of a C-contiguous array; they are padded with zeros to a multiple of 4."""
         raw = data.reshape(-1).view(np.uint8)
         step = 64 << 20
+        self._copy_fetched()
         with self._errors("take data"):
             for start in range(0, raw.size, step):
                 part = raw[start : start + step]
@@ -169,14 +186,48 @@ class Gpu:
         nbytes = -(-region.nbytes // 4) * 4
         encoder.copy_buffer_to_buffer(region.buffer, region.offset, target, 0, nbytes)
 
-    def read(self, buffer: Any, nbytes: int) -> Array:
-        """Wait for what was submitted; then the first bytes of a buffer made by `readable`."""
+    def fetch(self, region: Region) -> Fetch:
+        """Ask for the bytes of a region as what was submitted so far leaves them; `take` hands them out."""
+        if not region.nbytes:
+            return Fetch(region, None)
+        spare = self._spare.get(region.nbytes)
+        fetch = Fetch(region, spare.pop() if spare else self.readable(region.nbytes))
+        self._fetches.append(fetch)
+        return fetch
+
+    def take(self, fetch: Fetch) -> Array:
+        """Wait for what was submitted before the fetch; then its bytes. Once only."""
+        if not fetch.region.nbytes:
+            return np.empty(0, np.uint8)
+        self._copy_fetched()
+        data = self.read(fetch.target, fetch.region.nbytes, fetch.submission)
+        spare = self._spare.setdefault(fetch.region.nbytes, [])
+        if len(spare) < MAX_SPARE:
+            spare.append(fetch.target)
+        return data
+
+    def _copy_fetched(self) -> None:
+        """Submit the copies of what was asked for, all in one: before anything that may change it."""
+        if not self._fetches:
+            return
+        fetches, self._fetches = self._fetches, []
+        encoder = self.encoder()
+        for fetch in fetches:
+            self.copy(encoder, fetch.region, fetch.target)
+        number = self._submit(self.finish(encoder))
+        for fetch in fetches:
+            fetch.submission = number
+
+    def read(self, buffer: Any, nbytes: int, submission: int | None = None) -> Array:
+        """Wait for everything that was submitted, or up to this submission; then the first bytes of a buffer made by
+        `readable`."""
         with self._errors("finish its work"):
             size = -(-nbytes // 8) * 8
             ffi, lib, handle = self._ffi, self._lib, buffer._internal
             self._mapped = 0
             lib.wgpuBufferMapAsync(handle, lib.WGPUMapMode_Read, 0, size, self._map_info)
-            lib.wgpuDevicePoll(self.device._internal, True, ffi.NULL)
+            until = ffi.NULL if submission is None else ffi.new("WGPUSubmissionIndex *", submission)
+            lib.wgpuDevicePoll(self.device._internal, True, until)
             if self._mapped != lib.WGPUMapAsyncStatus_Success:
                 raise DeviceError(
                     f"the GPU {self.name} cannot hand over its results: status {self._mapped}", hint="open it again"
@@ -309,8 +360,16 @@ class Gpu:
             return encoder.finish()
 
     def submit(self, recorded: Any) -> None:
+        self._copy_fetched()
+        self._submit(recorded)
+
+    def _submit(self, recorded: Any) -> int:
+        """The number of the submission."""
+        from wgpu.backends.wgpu_native import _api
+
         with self._errors("run commands"):
-            self.queue.submit([recorded])
+            handles = self._ffi.new("WGPUCommandBuffer[]", [recorded._internal])
+            return int(_api.libf.wgpuQueueSubmitForIndex(self.queue._internal, 1, handles))
 
     def wait(self) -> None:
         """Until everything that was submitted is done."""

@@ -50,6 +50,7 @@ def backend_cases(registry: Registry, plugin: str) -> list[Case]:
         add(2, "refusals", check_refusals)
         add(2, "outputs", check_outputs)
         add(2, "in-place", check_in_place)
+        add(2, "chain", check_chain)
         add(2, "constants", check_constants)
         add(2, "measure", check_measure)
         add(3, "no-llvm-or-text", check_emit)
@@ -186,6 +187,31 @@ def check_outputs(bench: Bench, target: str) -> None:
     _right([kept], a + b, "after other runs")
     for given in (np.array(a, order="F"), np.broadcast_to(a[:1], a.shape), a[::-1]):
         _right(executable.run({"a": given, "b": b}), given + b, "from an array of another layout")
+
+
+def check_chain(bench: Bench, target: str) -> None:
+    """Runs whose outputs are buffers that the next one reads: each fetch has what was there when it was asked for."""
+    executable, a, b = _sum(bench, target)
+    device = _session(bench, target).device
+    buffers = [device.allocate(a.shape, "f32") for _ in range(2)]
+    buffers[0].write(a)
+    calls = [executable.bind({"a": buffers[i], "b": b}, {"out": buffers[1 - i]}) for i in range(2)]
+    fetched = []
+    for step in range(STEPS):
+        (out,) = calls[step % 2]() if step else executable.run({"a": buffers[0], "b": b}, {"out": buffers[1]})
+        if out is not buffers[1 - step % 2]:
+            raise Failure("error", "a buffer that an output is written to is not what is returned")
+        fetched.append((out.fetch(), out.fetch(3), out.fetch(2, 1)))
+    for step, (whole, row, one) in enumerate(fetched, 1):
+        want = a + step * b
+        for found, wanted in ((whole(), want), (row(), want[3]), (one(), want[2, 1])):
+            if np.shape(found) != np.shape(wanted):
+                raise Failure("wrong-shape", f"what is fetched has shape {np.shape(found)}, not {np.shape(wanted)}")
+            if not np.allclose(found, wanted, rtol=1e-6, atol=0.0):
+                raise Failure("wrong-values", f"what is fetched after run {step} of {STEPS} is not what that run gave")
+    _right([buffers[STEPS % 2]], a + STEPS * b, "at the end of a chain of runs")
+    wrong = device.allocate((4, 3), "f32")
+    _refused(lambda: executable.run({"a": a, "b": b}, {"out": wrong}), UsageError, "an output buffer of another shape")
 
 
 def check_in_place(bench: Bench, target: str) -> None:
