@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 ROWS = (3, 4, 5, 6)
 BEST_ROWS = {"q4": 3, "q8": 4}
 """As many as 16 registers hold beside the weights: from there on LLVM's spills cost more than the loads that they save."""
-AHEAD = (1024, 1536, 3072)
-"""Bytes by which weights that come from memory may be prefetched, into L2: L1 has fewer misses under way at a time."""
-STREAMS = 2
+AHEAD = (1024, 2048, 4096)
+"""Bytes of weights from memory that may be asked for ahead of use, over all streams together."""
+STREAMS = 4
 """Panels that a single row multiplies side by side: one stream of reads does not fill the memory's queues."""
 
 
@@ -81,7 +81,7 @@ def takes_dotprod(problem: Problem, device: DeviceInfo) -> Verdict:
 
 def integer_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
     """`rows` of lhs are multiplied by `group` panels side by side before the next rows; weights that are read once are
-    prefetched `ahead` bytes."""
+    asked for `ahead` bytes before."""
     rows = static_rows(geometry(problem))
     low = rows is not None and rows < ROWS[0]
     own = () if rows is None or rows > ROWS[-1] else (max(1, rows),)
@@ -227,7 +227,7 @@ class IntegerProduct(Product):
             if streamed:
                 # Evenly, over scales and values alike, so that each line of what follows in memory is asked for once.
                 for p, line in product(panels, range(0, share, LINE)):
-                    p.at(loop.i * share).prefetch(self.ahead + line, locality=2)
+                    p.at(loop.i * share).prefetch(self.ahead // len(panels) + line)
             zeros = [_repeated(k, x.at(ZEROS), width, "i16") for x in left]
             own = [[dot.start(k, z) for z in zeros] for _ in panels]
             for word in range(layout.words):
