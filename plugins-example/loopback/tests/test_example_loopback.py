@@ -33,6 +33,22 @@ def test_every_op_reaches_it() -> None:
     np.testing.assert_allclose(np.asarray(y), x[:, :3] / (1 + np.exp(-x[:, :3])), rtol=1e-6)
 
 
+def test_an_op_that_stands_for_others_reaches_it_as_those() -> None:
+    g = Graph()
+    x, w = g.input("x", ("tokens", 64), "f32"), g.constant("w", (64,), "f32")
+    g.output(g.dequantize(g.rms_norm_quantize(x, w)), "y")
+    apart = {"transformer.rms_norm": 1, "transformer.quantize": 1, "transformer.dequantize": 1}
+    whole = {"transformer.rms_norm_quantize": 1, "transformer.dequantize": 1}
+    x_in, constants = np.ones((2, 64), np.float32), {"w": np.ones(64, np.float32)}
+    asked: dict[str, str] = {"transformer.rms_norm_quantize": "loopback"}
+    for forced, dispatched in ((None, apart), (asked, whole)):
+        with Session("loopback", pipeline="", variants=forced) as session:
+            (y,) = session.compile(g.module(), constants=constants).run({"x": x_in})
+            assert isinstance(session.device, LoopbackDevice)
+            assert session.device.dispatched == dispatched
+        np.testing.assert_allclose(np.asarray(y), x_in, rtol=1e-4)
+
+
 def test_selection_names_it() -> None:
     with Session("loopback") as session:
         problem = parse_problem("transformer.silu(f32[3]) -> (f32[3]) {}")
