@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,8 @@ def test_tokens_are_spread_over_the_sequence(session: Session) -> None:
     ids = [i % 300 for i in range(400)]
     found = product_inputs(open_source(TINYPY), session, ids)["model.embed_tokens.weight"]
     assert len(found) == 128
+    short = replace(source := open_source(TINYPY), config={**source.config, "max_position_embeddings": 8})
+    assert {len(x) for x in product_inputs(short, session, ids).values()} == {8}
     alone = product_inputs(open_source(TINYPY), session, ids[:1])["model.embed_tokens.weight"]
     np.testing.assert_allclose(found[0], alone[0], rtol=1e-3, atol=1e-3)
 

@@ -32,9 +32,11 @@ ROWS = 1 << 12
 
 
 def product_inputs(source: Source, session: Session, ids: Sequence[int]) -> dict[str, NDArray[np.float32]]:
-    """By matrix, what the model multiplies by it: x [tokens, K], of tokens spread over the sequence `ids`."""
-    ids = ids[:PREFILL_TOKENS]
-    model = Model.make(source, session.registry, context=len(ids), kv_dtype="f32", activations="f32")
+    """By matrix, what the model multiplies by it: x [tokens, K], of tokens spread over the sequence `ids`, as far as the
+    model's context goes."""
+    model = Model.make(source, session.registry, kv_dtype="f32", activations="f32")
+    ids = ids[: min(PREFILL_TOKENS, model.context)]
+    model = replace(model, context=len(ids))
     function = Module.parse(model.module, session.registry).function()
     multiplied = _multiplied(function)
     function = _only(function, sorted(set(multiplied.values())))

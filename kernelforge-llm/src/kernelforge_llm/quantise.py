@@ -166,7 +166,8 @@ def with_product_errors(
     tensors: Sequence[Quantised], before: Source, after: Source, session: Session, ids: Sequence[int]
 ) -> tuple[Quantised, ...]:
     """The tensors with the errors of their products, on what `before` computes for the sequence `ids`."""
-    multiplied = product_inputs(before, session, ids)
+    changed = any(t.error is not None for t in tensors)
+    multiplied = product_inputs(before, session, ids) if changed else {}
     found = []
     for t in tensors:
         x = multiplied.get(t.name) if t.error is not None else None
