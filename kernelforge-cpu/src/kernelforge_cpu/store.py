@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -77,11 +78,47 @@ quick_address = _read_address if _read_address(_PROBE) == address(_PROBE) else a
 the header of a Python object, then this address (`PyArrayObject`, part of numpy's binary interface)."""
 
 
+class LargePages:
+    """Chunks of memory on large pages, to which arrays are copied one after the other.
+
+    The processor keeps the addresses of only so many pages at hand, and a step reads all weights once. numpy asks for large
+    pages itself where an array is large.
+    """
+
+    PAGE = 1 << 21
+    CHUNK = 8 * PAGE
+    SMALL, LARGE = 1 << 14, 1 << 22
+    """Bytes of an array that is worth copying, and from where on numpy has done it."""
+
+    def __init__(self) -> None:
+        self._rest = np.empty(0, np.uint8)
+
+    def hold(self, array: Array) -> Array:
+        """The C-contiguous array, or a copy on large pages where that helps and the system has them."""
+        if not hasattr(mmap, "MADV_HUGEPAGE") or not self.SMALL <= array.nbytes < self.LARGE:
+            return array
+        nbytes = -(-array.nbytes // ALIGNMENT) * ALIGNMENT
+        if nbytes > self._rest.nbytes:
+            self._rest = self._chunk()
+        own, self._rest = self._rest[:nbytes], self._rest[nbytes:]
+        copy = own[: array.nbytes].view(array.dtype).reshape(array.shape)
+        copy[...] = array
+        return copy
+
+    def _chunk(self) -> Array:
+        memory = mmap.mmap(-1, self.CHUNK + self.PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        raw = np.frombuffer(memory, np.uint8)
+        start = -address(raw) % self.PAGE
+        return raw[start : start + self.CHUNK]
+
+
 class ConstantStore:
     """Packed constants of one tensor source, shared by the executables that are compiled with it."""
 
     def __init__(self) -> None:
         self._arrays: dict[tuple[str, str], Array] = {}
+        self._pages = LargePages()
 
     def get(self, constant: Constant, pack: Pack | None, source: TensorSource, ops: Mapping[str, OpDef]) -> Array:
         """The constant in the layout of `pack`, or row-major when None. The array is C-contiguous and kept alive here.
@@ -98,6 +135,8 @@ class ConstantStore:
                 found = np.ascontiguousarray(value if pack is None else pack.pack(value))
                 if isinstance(source, PackedSource) and not _is_stored(constant, pack):
                     found = source.keep(constant.key, layout, found)
+                elif not _is_stored(constant, pack):
+                    found = self._pages.hold(found)
             self._arrays[key] = found
         return self._arrays[key]
 
