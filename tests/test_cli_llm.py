@@ -351,6 +351,10 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("prefill_tok_s", "decode_tok_s", "time_to_first_token_s"):
         figure = data[name]
         assert 0 < figure["min"] <= figure["median"] <= figure["max"]
+    step = data["decode_step"]
+    assert step["timing_source"] == "host-clock"
+    assert step["wall_s"] == pytest.approx(1 / data["decode_tok_s"]["median"])
+    assert step["wall_over_device"] == pytest.approx(step["wall_s"] / step["device_s"])
     assert data["peak_anonymous_bytes"] > 1e6
     expected = {"model": "random tinypy", "weights": "f32", "depth": 3, "repeat": 2, "target": "reference"}
     assert {name: data[name] for name in expected} == expected
@@ -358,7 +362,8 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "random tinypy, weights native, reference, 1 thread, 3 tokens in the cache"
     assert [line[:12].strip() for line in lines[1:5]] == ["", "prefill 6, t", "decode 2, to", "first token,"]
-    assert re.fullmatch(r"peak memory \d+ MB, compiled in \d+\.\d s", lines[5])
+    assert lines[5].startswith("a decode step takes ")
+    assert re.fullmatch(r"peak memory \d+ MB, compiled in \d+\.\d s", lines[6])
     assert main((*REFERENCE, "llm-bench", "--depth", "1000")) == 2
     assert "a context of 1256 positions is not possible" in capsys.readouterr().err
     assert main((*REFERENCE, "llm-bench", "--repeat", "0")) == 2

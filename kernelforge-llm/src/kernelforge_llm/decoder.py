@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from kernelforge.backend import Buffer, Executable
+from kernelforge.backend import Buffer, Executable, Timing
 from kernelforge.errors import AssetError, KernelForgeWarning, UsageError
 from kernelforge.explanation import Explanation
 from kernelforge.importer import Program
@@ -241,14 +241,24 @@ class Decoder:
 
         The step is timed on a cache of its own. Raises UsageError when the context does not hold so many.
         """
+        executable, inputs = self._alone(tokens, depth)
+        return executable.explain(inputs, repeats=repeats)
+
+    def measure(self, tokens: int = 1, depth: int = 0, *, repeats: int = 9) -> Timing:
+        """How long the device takes for a step of `tokens` tokens with `depth` positions in the cache: without what the host
+        does between steps. On a cache of its own; raises as `explain` does."""
+        executable, inputs = self._alone(tokens, depth)
+        return executable.measure(inputs, repeats=repeats)
+
+    def _alone(self, tokens: int, depth: int) -> tuple[Executable, dict[str, NDArray[Any] | Buffer]]:
+        """A step on a cache of its own, and its inputs."""
         if tokens < 1:
             raise UsageError(f"a step of {tokens} tokens", hint="at least one")
         cache = self.new_cache()
         cache.require_room(0, depth + tokens)
         compiled = self._one if tokens == 1 else self._many
         ids = [i % self.config.vocab_size for i in range(tokens)]
-        inputs = _inputs(cache, ids, range(depth, depth + tokens), [0] * tokens, (tokens - 1,))
-        return compiled.executable.explain(inputs, repeats=repeats)
+        return compiled.executable, _inputs(cache, ids, range(depth, depth + tokens), [0] * tokens, (tokens - 1,))
 
     def feed(self, cache: KVCache, ids: Sequence[int], sequence: int = 0) -> Logits:
         """Append any number of tokens to one sequence; the logits [vocab] after the last. Raises as `step`."""

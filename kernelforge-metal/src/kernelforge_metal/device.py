@@ -45,6 +45,11 @@ class GpuDevice:
     def info(self) -> DeviceInfo:
         return self._info
 
+    @property
+    def gpu(self) -> Gpu:
+        """What everything on it goes through."""
+        return self._gpu
+
     def allocate(self, shape: tuple[int, ...], dtype: str) -> GpuBuffer:
         return GpuBuffer(self._gpu, shape, dtype)
 

@@ -18,6 +18,7 @@ def kernelforge_backends() -> Iterable[BackendSpec]:
             "kernelforge_metal.backend:GpuBackend",
             "GPUs through Metal, Vulkan or DirectX 12.",
             fallback="kernelforge_metal.kernels.host:variant",
+            roofline="kernelforge_metal.roofline:measure",
         ),
     )
 

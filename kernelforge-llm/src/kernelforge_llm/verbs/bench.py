@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ from kernelforge_llm.verbs.explain import Explain, explained
 from kernelforge_llm.verbs.options import Activations, KvDtype, Model, Random, Weights, at_least, chosen_source
 
 if TYPE_CHECKING:
+    from kernelforge.backend import Timing
     from kernelforge_llm.benchmark import Task
     from kernelforge_llm.decoder import Decoder
     from kernelforge_llm.peers import DecoderPeer
@@ -66,8 +68,9 @@ def llm_bench(
         peak_bytes = peak.nbytes
         notes: list[str] = []
         traced = {}
+        half = depth + gen_tokens // 2
+        alone = decoder.measure(1, half, repeats=repeat)
         if explain:
-            half = depth + gen_tokens // 2
             traced = explained(
                 decoder, notes.append, prompt=prompt_tokens, depth=depth, decode_depth=half, measure=True
             )
@@ -84,6 +87,11 @@ def llm_bench(
         name: {"version": other.version, "build": other.build, **found.beside(name)} for name, other in peers.items()
     }
     _print_compared(compared)
+    step = _decode_step(figures["decode_tok_s"]["median"], alone)
+    out.print(
+        f"a decode step takes {step['wall_s'] * 1e3:.3g} ms, the device {step['device_s'] * 1e3:.3g} ms of it alone "
+        f"({step['timing_source']}): ratio {step['wall_over_device']:.2f}"
+    )
     out.print(f"peak memory {peak_bytes / 1e6:.0f} MB, compiled in {decoder.compile_s:.1f} s")
     for note in notes:
         out.print(note)
@@ -98,11 +106,19 @@ def llm_bench(
         "depth": depth,
         "repeat": repeat,
         **figures,
+        "decode_step": step,
         "peers": compared,
         "compile_s": decoder.compile_s,
         "peak_anonymous_bytes": peak_bytes,
         **({"explain": traced} if explain else {}),
     }
+
+
+def _decode_step(tokens_s: float, alone: Timing) -> dict[str, Any]:
+    """Seconds of a step as a user has it, and on the device alone: what is more is the host's."""
+    wall, device = 1.0 / tokens_s, statistics.median(alone.samples)
+    ratio = wall / device
+    return {"wall_s": wall, "device_s": device, "timing_source": alone.source, "wall_over_device": ratio}
 
 
 def _opened(stack: contextlib.ExitStack, name: str, decoder: Decoder, task: Task, threads: int) -> DecoderPeer:
