@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from kernelforge.tune.verify import Workload
 from kernelforge.variant import Config, DeviceInfo, KernelVariant
 from kernelforge_metal.buffer import GpuBuffer
 from kernelforge_metal.device import GpuDevice
-from kernelforge_metal.executable import GpuExecutable
+from kernelforge_metal.executable import MAX_BOUND, GpuExecutable
 from kernelforge_metal.kernel import Binding, Dispatch, GpuKernel
 
 pytestmark = pytest.mark.filterwarnings("ignore:no GPU kernel takes")
@@ -158,6 +159,19 @@ def test_outputs_that_stay_on_the_device_are_inputs_of_the_next_run(session: Ses
         executable.run({"a": buffers[0], "b": b}, {"out": buffers[0]})
 
 
+def test_a_buffer_is_in_turn_one_input_the_other_and_the_output(session: Session) -> None:
+    g = Graph()
+    x, y = (g.input(name, (4, 16), "f32") for name in "xy")
+    g.output(g.add(g.silu(x), y), "sum")
+    executable, buffer = session.compile(g.text()), session.device.allocate((4, 16), "f32")
+    held, other = numbers(4, 16), numbers(4, 16, seed=1)
+    buffer.write(held)
+    np.testing.assert_allclose(one(executable.run({"x": buffer, "y": other})), silu(held) + other, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(one(executable.run({"x": other, "y": buffer})), silu(other) + held, rtol=1e-5, atol=1e-6)
+    executable.run({"x": other, "y": held}, {"sum": buffer})
+    np.testing.assert_allclose(buffer.numpy(), silu(other) + held, rtol=1e-5, atol=1e-6)
+
+
 def test_what_is_fetched_is_part_of_a_buffer_as_it_was_then(session: Session) -> None:
     buffer, values = session.device.allocate((3, 5), "f16"), numbers(3, 5).astype(np.float16)
     buffer.write(values)
@@ -178,6 +192,16 @@ def test_buffers_that_are_gone_take_what_was_bound_to_them_along(session: Sessio
         assert len(vars(executable)["_bound"]) == 1
         del a
     assert not vars(executable)["_bound"]
+
+
+def test_buffers_that_stay_remember_no_run_that_is_forgotten(session: Session) -> None:
+    executable, b = session.compile_problem(ADD), numbers(4, 16)
+    buffers = [session.device.allocate((4, 16), "f32") for _ in range(MAX_BOUND + 1)]
+    for buffer in buffers * 3:
+        executable.run({"a": buffer, "b": b})
+    assert sum(map(weakref.getweakrefcount, buffers)) == MAX_BOUND
+    del executable
+    assert not sum(map(weakref.getweakrefcount, buffers))
 
 
 def test_quantised_activations_run_on_the_host(session: Session) -> None:

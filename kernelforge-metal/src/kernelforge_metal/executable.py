@@ -21,6 +21,7 @@ from kernelforge_metal.timing import measure, measure_on_host, step_seconds
 if TYPE_CHECKING:
     from kernelforge.backend import Buffer, Catalog, Timing
     from kernelforge.plan import Plan
+    from kernelforge_metal.buffer import GpuBuffer
     from kernelforge_metal.device import CompiledKernel
     from kernelforge_metal.native import Gpu
 
@@ -39,6 +40,8 @@ class Bound:
 
     steps: list[list[Command]]
     segments: list[Segment]
+    watched: tuple[weakref.ref[GpuBuffer], ...]
+    """The buffers, which take this along when they go: their ids may be others' then."""
     ran: bool = False
     """With the present sizes."""
     recorded: Any = None
@@ -64,7 +67,7 @@ class GpuExecutable:
         self._layout = Layout(plan, kernels, gpu)
         self._dims: dict[str, int] | None = None
         self._words = np.zeros(1, np.uint32)
-        self._bound: dict[tuple[int, ...], Bound] = {}
+        self._bound: dict[tuple[tuple[int, int], ...], Bound] = {}
         self._uniforms: tuple[Any, Any] | None = None
 
     @property
@@ -214,14 +217,19 @@ class GpuExecutable:
 
     def _commands(self, given: Given) -> Bound:
         """The dispatches for the buffers that were given."""
-        key = tuple(id(b) for b in given.buffers.values())
+        key = tuple((value, id(b)) for value, b in given.buffers.items())
         if key not in self._bound:
             if len(self._bound) >= MAX_BOUND:
                 self._bound.pop(next(iter(self._bound)))
             made = [self._bind_step(i, given) for i in range(len(self._kernels))]
-            self._bound[key] = Bound(made, self._segments(made))
-            for buffer in given.buffers.values():  # its id may be another's then
-                weakref.finalize(buffer, self._bound.pop, key, None).atexit = False
+            own = weakref.ref(self)
+
+            def forget(_: weakref.ref[GpuBuffer]) -> None:
+                if (executable := own()) is not None:
+                    executable._bound.pop(key, None)
+
+            watched = tuple(weakref.ref(b, forget) for b in given.buffers.values())
+            self._bound[key] = Bound(made, self._segments(made), watched)
         return self._bound[key]
 
     def _bind_step(self, i: int, given: Given) -> list[Command]:
