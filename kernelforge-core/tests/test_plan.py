@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from kernelforge.constant import ArraySource
-from kernelforge.errors import AssetError, UsageError
+from kernelforge.errors import AssetError, PluginError, UsageError
 from kernelforge.graph import Graph
 from kernelforge.module import Module
+from kernelforge.op import Part
 from kernelforge.plan import ALIGNMENT, Plan
 from kernelforge.planning import make_plan
 from kernelforge.plugins import core_registry
@@ -189,6 +191,32 @@ def test_an_op_without_a_kernel_is_planned_as_its_parts(cache: str) -> None:
         for a, b in zip(*results, strict=True):
             a, b = (x.array if isinstance(x, HostBuffer) else x for x in (a, b))
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (Part("transformer.silu", ("x",), ("out",)), "op 'transformer.silu' is one of its own parts"),
+        (
+            Part("transformer.sinh", ("x",), ("out",)),
+            "parts of op 'transformer.silu' name op 'transformer.sinh', which",
+        ),
+        (Part("transformer.gelu", ("y",), ("out",)), "parts of op 'transformer.silu' name 'y', which is not there"),
+        (Part("transformer.gelu", ("x",), ("y",)), "parts of op 'transformer.silu' do not give 'out'"),
+    ],
+)
+def test_parts_that_do_not_make_the_whole_are_told(part: Part, message: str) -> None:
+    g = Graph()
+    g.output(g.silu(g.input("x", (4,), "f32")), "y")
+    silu = replace(REGISTRY.ops["transformer.silu"], parts=lambda _: (part,))
+    with pytest.raises(PluginError, match=message):
+        make_plan(
+            Module.parse(g.text(), REGISTRY).function(),
+            {**REGISTRY.ops, "transformer.silu": silu},
+            lambda p: select(p, REGISTRY.variants(p.op, "reference"), INFO),
+            target="reference",
+            has_kernel=lambda _: False,
+        )
 
 
 def test_dims_fix_dynamic_dimensions_in_every_problem() -> None:

@@ -199,8 +199,10 @@ class OpDef:
         return found
 
     def parts_of(self, problem: Problem) -> tuple[Part, ...]:
-        """See `parts`; empty when there are none."""
+        """See `parts`; empty when there are none. Raises PluginError for an op that is a part of itself."""
         found: tuple[Part, ...] = () if self.parts is None else resolve(self.parts)(problem)
+        if any(part.op == self.full_name for part in found):
+            raise PluginError(f"op '{self.full_name}' is one of its own parts")
         return found
 
     def problem_cost(self, problem: Problem) -> Cost:

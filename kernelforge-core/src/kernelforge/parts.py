@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+from kernelforge.errors import PluginError
 from kernelforge.module import Function, Node
 from kernelforge.op import OpDef
 from kernelforge.problem import Problem, TensorType
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 
 def taken_apart(function: Function, nodes: Collection[int], ops: Mapping[str, OpDef]) -> Function:
-    """`function` with these of its nodes, given by index, replaced by their ops' parts."""
+    """`function` with these of its nodes, given by index, replaced by their ops' parts. Raises PluginError for parts that name
+    what is not there, or leave out a result."""
     if not nodes:
         return function
     fresh = count(1 + max(v for node in function.nodes for v in node.results))
@@ -35,6 +37,8 @@ def _parts(node: Node, ops: Mapping[str, OpDef], fresh: count[int]) -> list[Node
     results = dict(zip(op.results, node.results, strict=True))
     made: list[Node] = []
     for part in op.parts_of(node.problem):
+        if unknown := [f"op '{part.op}'"] * (part.op not in ops) + [f"'{v}'" for v in part.operands if v not in values]:
+            raise PluginError(f"the parts of op '{node.op}' name {unknown[0]}, which is not there")
         problem = ops[part.op].problem([types[name] for name in part.operands], part.attrs)
         operands = tuple(values[name] for name in part.operands)
         for name, t in zip(part.results, problem.results, strict=True):
@@ -42,6 +46,8 @@ def _parts(node: Node, ops: Mapping[str, OpDef], fresh: count[int]) -> list[Node
             types[name] = t
         numbers = tuple(n for name in part.results if (n := values[name]) is not None)
         made.append(Node(part.op, operands, numbers, problem, node.location))
+    if missing := [name for name in results if name not in values]:
+        raise PluginError(f"the parts of op '{node.op}' do not give '{missing[0]}'")
     return made
 
 
