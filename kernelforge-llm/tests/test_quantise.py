@@ -260,3 +260,8 @@ def test_the_verb_writes_reports_and_is_read_by_the_others(tmp_path: Path) -> No
     wrong = subprocess.run([*command, "--random", "llama-1b", "--text", str(HELD_OUT)], capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "--text needs a tokenizer" in wrong.stderr
+    (tmp_path / "short.txt").write_text("")
+    command[-1] = str(tmp_path / "unwritten")
+    short = subprocess.run([*command, "--text", str(tmp_path / "short.txt")], capture_output=True, text=True)
+    assert (short.returncode, (tmp_path / "unwritten").exists()) == (2, False)
+    assert "the text has 0 tokens, of which none can be predicted" in short.stderr

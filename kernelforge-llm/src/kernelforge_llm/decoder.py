@@ -388,7 +388,7 @@ class Decoder:
 
     def _choose(self, history: list[int], count: int, sampler: Sampler) -> Generator[int, None, None]:
         """Up to `count` tokens after `history`, to which the caller adds what it takes."""
-        if not count:
+        if count < 1:
             return
         cache = self.new_cache()
         token = sampler(self.feed(cache, history), history)

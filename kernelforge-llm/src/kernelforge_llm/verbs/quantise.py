@@ -61,8 +61,11 @@ def llm_quantize(
     out = output.current()
     recipe = Recipe(weights, embeddings, head, skip, search)
     source = chosen_source(model, random)
-    if content is not None and source.tokenizer is None:
-        raise UsageError(f"--text needs a tokenizer, and '{source.name}' has none")
+    ids: Sequence[int] | None = None
+    if content is not None:
+        if source.tokenizer is None:
+            raise UsageError(f"--text needs a tokenizer, and '{source.name}' has none")
+        ids = perplexity.windows(source.tokenizer.encode(content, add_special=False), window, 1)[0]
     with open_session() as session:
         written = write_quantised(source, folder, recipe, session)
         out.print(
@@ -70,9 +73,7 @@ def llm_quantize(
             f"MB of them packed for {session.device.info.name}"
         )
         tensors = written.tensors
-        if content is not None:
-            assert source.tokenizer is not None
-            ids = perplexity.windows(source.tokenizer.encode(content, add_special=False), window, 1)[0]
+        if ids is not None:
             tensors = with_product_errors(tensors, source, open_source(folder), session, ids)
         _show_worst(out, tensors)
         data: dict[str, Any] = {
