@@ -44,6 +44,8 @@ def takes_gemv(problem: Problem, device: DeviceInfo) -> Verdict:
         return Reject("takes a constant right-hand side")
     if g.static_rows is None or g.batches:
         return Reject("takes one matrix with a known number of rows")
+    if not g.columns:
+        return Reject("takes at least one column")
     if not 0 < g.static_rows <= MAX_ROWS:
         return Reject(f"takes 1 to {MAX_ROWS} rows, not {g.static_rows}")
     return Accept()
