@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import mmap
 
@@ -51,3 +52,14 @@ def test_without_large_pages_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
     given = np.zeros(1 << 20, np.uint8)
     assert LargePages().hold(given) is given
+
+
+@needs_madvise
+def test_a_kernel_without_large_pages_gives_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(mmap.mmap):
+        def madvise(self, *_: int) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Refusing)
+    given = np.arange(1 << 14, dtype=np.float32)
+    assert np.array_equal(LargePages().hold(given), given)
