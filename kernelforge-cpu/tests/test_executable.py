@@ -156,6 +156,11 @@ def test_outputs_in_the_callers_arrays(session: Session) -> None:
             executable.run({"a": a, "b": a}, {"out": wrong})
     with pytest.raises(UsageError, match="output 'out' cannot be written to a list"):
         executable.run({"a": a, "b": a}, {"out": [0.0]})  # type: ignore[dict-item]  # which is the point
+    with pytest.raises(UsageError, match="output 'out' cannot be written to a NoneType"):
+        executable.run({"a": a, "b": a}, {"out": None})  # type: ignore[dict-item]
+    buffer = session.device.allocate((4, 16), "f32")
+    with pytest.raises(UsageError, match="a buffer that is in use in the same run"):
+        executable.run({"a": buffer, "b": a}, {"out": buffer})
     with pytest.raises(UsageError, match="there is no output 'sum' to write to"):
         executable.run({"a": a, "b": a}, {"sum": out})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -96,12 +96,26 @@ def bind_inputs(plan: Plan, inputs: Mapping[str, Array | Buffer]) -> tuple[dict[
     return arrays, dims
 
 
+def check_out(out: Mapping[str, Array | Buffer], inputs: Mapping[str, Array | Buffer], names: Collection[str]) -> None:
+    """Raises UsageError for an output that there is not, and for a buffer that the same run reads or writes otherwise."""
+    if unknown := out.keys() - names:
+        raise UsageError(f"there is no output '{min(unknown)}' to write to")
+    used = {id(given) for given in inputs.values()}
+    for name, target in out.items():
+        if isinstance(target, HostBuffer) and id(target) in used:
+            raise UsageError(f"output '{name}' cannot be written to a buffer that is in use in the same run")
+        used.add(id(target))
+
+
 def output_array(given: Array | Buffer, name: str, like: Array) -> Array:
     """The caller's array, or its buffer's, for an output that must be as `like`. Raises UsageError when it is not."""
     if isinstance(given, HostBuffer):
         given = given.array
     if not isinstance(given, np.ndarray):
-        raise UsageError(f"output '{name}' cannot be written to a {type(given).__name__}", hint="give a numpy array")
+        raise UsageError(
+            f"output '{name}' cannot be written to a {type(given).__name__}",
+            hint="give a numpy array, or a buffer of this device",
+        )
     fits = given.shape == like.shape and given.dtype == like.dtype
     if not fits or not given.flags.c_contiguous or not given.flags.writeable:
         raise UsageError(
@@ -146,6 +160,8 @@ class ReferenceExecutable:
     ) -> tuple[dict[int, Array], dict[str, int]]:
         """Where every value that is no view lives, and the sizes of the dynamic dimensions."""
         bound, dims = bind_inputs(self._plan, inputs)
+        if out:
+            check_out(out, inputs, {self._plan.values[i].name for i in self._plan.outputs})
         memory: dict[int, Array] = dict(self._constants)
         for i, array in bound.items():
             given = inputs[self._plan.values[i].name]
@@ -156,8 +172,6 @@ class ReferenceExecutable:
                 memory[i] = np.empty(value.type.array_shape(dims), to_numpy(value.type.dtype))
             if value.place == "output" and out is not None and value.name in out:
                 memory[i] = output_array(out[value.name], value.name, memory[i])
-        if out and (unknown := out.keys() - {self._plan.values[i].name for i in self._plan.outputs}):
-            raise UsageError(f"there is no output '{min(unknown)}' to write to")
         return memory, dims
 
     def bind(

@@ -16,9 +16,8 @@ from numpy.lib.stride_tricks import as_strided
 
 from kernelforge.backend import Buffer, Timing
 from kernelforge.dtype import to_numpy
-from kernelforge.errors import UsageError
 from kernelforge.explanation import Explanation, explain_plan
-from kernelforge.reference import HostBuffer, bind_inputs, output_array
+from kernelforge.reference import HostBuffer, bind_inputs, check_out, output_array
 from kernelforge_cpu.driver import StepTable
 from kernelforge_cpu.kernel import NativeKernel, PythonKernel
 from kernelforge_cpu.stamps import StampedTable
@@ -297,12 +296,14 @@ class CpuExecutable:
             memory = self._checked_inputs(inputs)
         for i, array in memory.items():
             self._place(i, quick_address(array))
+        if out:
+            check_out(out, inputs, {spec[2] for spec in self._output_specs})
         returned: list[Array | Buffer] = []
         for i, root, name, dtype, shape in self._output_specs:
             if name:
-                array = np.empty(shape, dtype)
-                given = None if out is None else out.get(name)
-                if given is not None:
+                array, given = np.empty(shape, dtype), None
+                if out is not None and name in out:
+                    given = out[name]
                     array = output_array(given, name, array)
                 memory[i] = array
                 self._place(i, quick_address(array))
@@ -310,8 +311,6 @@ class CpuExecutable:
             else:
                 given = inputs[self._plan.values[root].name]
                 returned.append(given if isinstance(given, HostBuffer) else memory[root])
-        if out and (unknown := out.keys() - {spec[2] for spec in self._output_specs}):
-            raise UsageError(f"there is no output '{min(unknown)}' to write to")
         return memory, tuple(returned)
 
     def _plain_inputs(self, inputs: Mapping[str, Array | Buffer]) -> dict[int, Array] | None:

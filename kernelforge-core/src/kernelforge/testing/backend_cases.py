@@ -212,6 +212,8 @@ def check_chain(bench: Bench, target: str) -> None:
     _right([buffers[STEPS % 2]], a + STEPS * b, "at the end of a chain of runs")
     wrong = device.allocate((4, 3), "f32")
     _refused(lambda: executable.run({"a": a, "b": b}, {"out": wrong}), UsageError, "an output buffer of another shape")
+    same = {"out": buffers[0]}
+    _refused(lambda: executable.run({"a": buffers[0], "b": b}, same), UsageError, "an output buffer that is an input")
 
 
 def check_in_place(bench: Bench, target: str) -> None:
