@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -184,6 +188,27 @@ def test_what_is_fetched_is_part_of_a_buffer_as_it_was_then(session: Session) ->
         buffer.fetch(3)
 
 
+def test_ctrl_c_while_the_gpu_works_ends_the_run_alone(session: Session) -> None:
+    """It is seen when the GPU is done, which calls Python: an exception there would be lost, and the result with it."""
+    n = 512
+    g = Graph()
+    x, y = (g.input(name, (n, n), "f32") for name in ("lhs", "rhs"))
+    g.output(x @ y, "out")
+    executable = session.compile(g.text())
+    inputs = {"lhs": numbers(n, n), "rhs": np.eye(n, dtype=np.float32)}
+    executable.run(inputs)
+    sender = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT))
+
+    def interrupted() -> None:
+        sender.start()
+        executable.run(inputs)
+        time.sleep(10)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    np.testing.assert_allclose(one(executable.run(inputs)), inputs["lhs"], rtol=1e-5, atol=1e-6)
+
+
 def test_buffers_that_are_gone_take_what_was_bound_to_them_along(session: Session) -> None:
     executable = session.compile_problem(ADD)
     for _ in range(3):
@@ -233,6 +258,29 @@ def test_sizes_grow_and_shrink_between_runs(session: Session) -> None:
         x = numbers(tokens, 24, seed=tokens)
         np.testing.assert_allclose(one(executable.run({"x": x})), silu(x + w) + w, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(one(call()), silu(small + w) + w, rtol=1e-5, atol=1e-6)
+
+
+def test_sizes_for_which_there_is_no_memory_leave_the_others(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(session.device, GpuDevice)
+    executable, w = session.compile(two_sums(), constants={"w": numbers(24)}), numbers(24)
+    x = numbers(3, 24)
+    bound = executable.bind({"x": x})
+    want = one(bound()).copy()
+    allocate = session.device.gpu.allocate
+
+    def full(nbytes: int, what: str) -> Any:
+        if what == "outputs":
+            raise DeviceError("the GPU has not enough memory")
+        return allocate(nbytes, what)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session.device.gpu, "allocate", full)
+        with pytest.raises(DeviceError, match="not enough memory"):
+            executable.run({"x": numbers(70, 24)})
+    np.testing.assert_array_equal(one(bound()), want)
+    np.testing.assert_allclose(
+        one(executable.run({"x": numbers(70, 24)}))[:3], silu(numbers(70, 24)[:3] + w) + w, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_nothing_to_do_is_done(session: Session) -> None:

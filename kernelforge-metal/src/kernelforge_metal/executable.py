@@ -166,6 +166,7 @@ class GpuExecutable:
         """Write the parameters for these sizes; make room if there is not enough."""
         if dims == self._dims:
             return
+        self._dims = None
         if self._layout.fit(dims):
             self._bound.clear()
         words: list[int] = []

@@ -39,7 +39,7 @@ class Layout:
         grown = {d: max(n, known.get(d, 0)) for d, n in dims.items()}
         if grown == self._bounds:
             return False
-        self._bounds, self._regions, self._scratch = grown, {}, {}
+        self._bounds, self._regions, self._scratch = None, {}, {}  # as long as memory may run out
         packed = self._plan.pack(grown, alignment=self._gpu.alignment)
         if packed.offsets:
             arena = self._gpu.allocate(packed.nbytes, "intermediate values")
@@ -51,6 +51,7 @@ class Layout:
         self._readable = self._gpu.readable(self._output_bytes) if self._output_ids else None
         self._staging = np.zeros(min(self._input_bytes, SMALL), np.uint8)
         self._place_scratch(grown)
+        self._bounds = grown
         return True
 
     def _padded(self, value: int, dims: Mapping[str, int]) -> int:

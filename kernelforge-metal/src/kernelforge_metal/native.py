@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kernelforge.errors import DeviceError
+from kernelforge.interruption import held_back
 from kernelforge_metal.adapters import FEATURES, Adapter, wgpu_adapter
 
 if TYPE_CHECKING:
@@ -221,7 +222,7 @@ class Gpu:
     def read(self, buffer: Any, nbytes: int, submission: int | None = None) -> Array:
         """Wait for everything that was submitted, or up to this submission; then the first bytes of a buffer made by
         `readable`."""
-        with self._errors("finish its work"):
+        with self._errors("finish its work"), held_back():
             size = -(-nbytes // 8) * 8
             ffi, lib, handle = self._ffi, self._lib, buffer._internal
             self._mapped = 0
