@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -197,7 +196,7 @@ def test_ctrl_c_while_the_gpu_works_ends_the_run_alone(session: Session) -> None
     executable = session.compile(g.text())
     inputs = {"lhs": numbers(n, n), "rhs": np.eye(n, dtype=np.float32)}
     executable.run(inputs)
-    sender = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT))
+    sender = threading.Timer(0.01, signal.raise_signal, (signal.SIGINT,))
 
     def interrupted() -> None:
         sender.start()
