@@ -39,6 +39,8 @@ BEST_ROWS = {"q4": 3, "q8": 4}
 """As many as 16 registers hold beside the weights: from there on LLVM's spills cost more than the loads that they save."""
 AHEAD = (1024, 2048, 4096)
 """Bytes of weights from memory that may be asked for ahead of use, over all streams together."""
+SINGLE_ROW_PARTS = 2
+"""Per thread: memory is read fastest in long stretches."""
 STREAMS = 4
 """Panels that a single row multiplies side by side: one stream of reads does not fill the memory's queues."""
 
@@ -129,7 +131,9 @@ def _build(dot: type[Dot], problem: Problem, config: Config, device: DeviceInfo)
     layout = Words(dtype, k.lanes, int(g.columns), int(g.inner))
     rhs = [k.buffer(i, "i8") for i in g.rhs]
     IntegerProduct(k, problem, g, tile, int(g.inner), group, rhs, layout, dot(dtype, k.lanes), ahead).emit()
-    return NativeKernel((Phase(k.name, shared_parts(problem, g, tile)),), k.text(), dict.fromkeys(g.rhs, layout.pack))
+    return NativeKernel(
+        (Phase(k.name, shared_parts(problem, g, tile, SINGLE_ROW_PARTS)),), k.text(), dict.fromkeys(g.rhs, layout.pack)
+    )
 
 
 @dataclass(frozen=True)

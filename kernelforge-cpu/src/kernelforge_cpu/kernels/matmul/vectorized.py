@@ -27,8 +27,6 @@ PART_BYTES = 48 * 1024
 """The same for work that waits for memory."""
 PARTS_PER_THREAD = 4
 """Parts are claimed as threads get free: a few each even out what they do not do at equal speed."""
-STREAMED_PARTS_PER_THREAD = 2
-"""The same where weights are read once: memory is read fastest in long stretches."""
 
 
 def takes_matmul(problem: Problem, device: DeviceInfo) -> Verdict:
@@ -97,7 +95,8 @@ def _packed_bytes(problem: Problem, g: Geometry, tile: Tile) -> Size:
     return Size(-(-matrix // 64) * 64).times(size_of(*rhs.shape[:-2]))
 
 
-def shared_parts(problem: Problem, g: Geometry, tile: Tile) -> Count:
+def shared_parts(problem: Problem, g: Geometry, tile: Tile, single_row_parts: int = PARTS_PER_THREAD) -> Count:
+    """`single_row_parts` a thread where there is one row."""
     inner, columns = int(g.inner), int(g.columns)
     flops, matrix = 2 * len(g.rhs) * inner * columns, problem.operand(g.rhs[0]).bytes_of(inner * columns)
     panels = -(-columns // tile.width)
@@ -110,8 +109,7 @@ def shared_parts(problem: Problem, g: Geometry, tile: Tile) -> Count:
         rows, products = g.rows.extent.evaluate(sizes), batches.evaluate(sizes)
         work = products * max(flops * rows // PART_FLOPS, len(g.rhs) * matrix // PART_BYTES)
         units = products * panels * -(-rows // tile.rows)
-        each = PARTS_PER_THREAD if rows > 1 else STREAMED_PARTS_PER_THREAD
-        wanted = max(1, min(work, units, each * threads))
+        wanted = max(1, min(work, units, (single_row_parts if rows == 1 else PARTS_PER_THREAD) * threads))
         return wanted if wanted < threads else wanted - wanted % threads
 
     return parts
