@@ -219,6 +219,24 @@ def test_parts_that_do_not_make_the_whole_are_told(part: Part, message: str) -> 
         )
 
 
+def test_parts_that_lead_back_to_their_op_are_told() -> None:
+    g = Graph()
+    g.output(g.silu(g.input("x", (4,), "f32")), "y")
+    ring = {"transformer.silu": "transformer.gelu", "transformer.gelu": "transformer.silu"}
+    circling = {
+        name: replace(REGISTRY.ops[name], parts=lambda _, other=other: (Part(other, ("x",), ("out",)),))
+        for name, other in ring.items()
+    }
+    with pytest.raises(PluginError, match=r"parts of op 'transformer\.silu' have parts without end"):
+        make_plan(
+            Module.parse(g.text(), REGISTRY).function(),
+            {**REGISTRY.ops, **circling},
+            lambda p: select(p, REGISTRY.variants(p.op, "reference"), INFO),
+            target="reference",
+            has_kernel=lambda _: False,
+        )
+
+
 def test_dims_fix_dynamic_dimensions_in_every_problem() -> None:
     plan = plan_of(CACHED, dims={"tokens": 1})
     assert plan.dims == ()

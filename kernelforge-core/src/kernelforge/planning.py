@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from kernelforge.constant import Constant, Folded, Named
-from kernelforge.errors import UsageError
+from kernelforge.errors import PluginError, UsageError
 from kernelforge.module import Function, Node
 from kernelforge.op import OpDef
 from kernelforge.parts import taken_apart
@@ -18,6 +18,8 @@ Chooser = Callable[[Problem], Selection]
 """Selects a kernel for a problem (`Session` binds variants, device and records)."""
 
 COPY = "transformer.cast"
+NESTED_PARTS = 8
+"""How often an op is taken apart, and its parts, and theirs: more goes round in circles."""
 """A cast to the same dtype copies: used where a value must move into other memory."""
 
 
@@ -36,15 +38,18 @@ def make_plan(
     `dims` fixes dynamic dimensions, so that kernels are specialised for them; the others stay dynamic. An op that stands
     for others (`OpDef.parts`) is planned as those where `has_kernel` says that the target has no kernel for it. Raises
     UsageError for a dimension that the function does not have, when no kernel takes one of its problems, or when a
-    quantised cache would have to be copied.
+    quantised cache would have to be copied; PluginError for parts that lead back to their op.
     """
-    while True:
+    for _ in range(NESTED_PARTS + 1):
         planner = _Planner(function, ops, choose, has_kernel, dict(dims or {}))
         for index, node in enumerate(function.nodes):
             planner.add(index, node)
         if not planner.without_kernel:
             break
+        apart = function.nodes[min(planner.without_kernel)].op
         function = taken_apart(function, planner.without_kernel, ops)
+    else:
+        raise PluginError(f"the parts of op '{apart}' have parts without end, so that they lead back to it")
     outputs = tuple(planner.output(v, name) for v, name in zip(function.outputs, function.output_names, strict=True))
     steps = _group(planner.values, planner.steps)
     inputs = tuple(i for i, arg in enumerate(function.args) if not arg.constant)
