@@ -29,6 +29,7 @@ from kernelforge.dialects.transformer import (
     quantisation,
     rope,
     rope_cache,
+    sampling,
 )
 from kernelforge.dtype import WEIGHT_FORMATS
 from kernelforge.errors import UsageError
@@ -433,6 +434,12 @@ class Graph:
     def argmax(self, x: Tensor) -> Tensor:
         """Index of the largest element along the last axis, i32."""
         return self._one(lookup.ARGMAX, x)
+
+    def sample(
+        self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
+    ) -> Tensor:
+        """A token for each row of logits [rows, vocab], i32, drawn with `uniform`; all else [rows], `top_k` i32, the rest f32."""
+        return self._one(sampling.SAMPLE, logits, temperature, top_k, top_p, min_p, uniform)
 
     def reshape(self, x: Tensor, shape: Sequence[Dim]) -> Tensor:
         return self._one(layout.RESHAPE, x, shape=tuple(-1 if isinstance(d, str) else d for d in shape))

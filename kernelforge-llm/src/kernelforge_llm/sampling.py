@@ -1,25 +1,23 @@
 """Choosing the next token from its logits.
 
-The order is that of most decoders: repetition penalty, temperature, top-k, top-p, min-p, then one draw. Each filter
-sees the probabilities that the one before it left, scaled to sum to 1. Among equal logits the lowest id wins.
+First the repetition penalty, then the rule of the op `transformer.sample` and one draw. Equal seeds draw the same tokens on every
+device, but for a number within 1e-5 of where the probabilities of two tokens meet: rounding decides there.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from kernelforge.dialects.transformer.sampling import choose
 from kernelforge.errors import KernelForgeError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-
-_LEAST_TEMPERATURE = 1e-30  # a float32 that divides without becoming 0; no two logits of one scale are that close
-_COLUMNS = 512
 
 
 class Sampler(Protocol):
@@ -77,35 +75,58 @@ def check_choice(token: int, logit: float) -> None:
         )
 
 
-def make_sampler(sampling: Sampling) -> Sampler:
-    """A sampler with its own random numbers: equal seeds and logits give equal tokens."""
-    if sampling.temperature == 0.0 and sampling.repetition_penalty == 1.0:
-        return greedy
-    import numpy as np
+class Draws:
+    """Numbers in [0, 1) as float32, which can be seen before they are taken."""
 
-    generator = np.random.Generator(np.random.PCG64(sampling.seed))
-    temperature = np.float32(max(sampling.temperature, _LEAST_TEMPERATURE))
+    def __init__(self, seed: int | None) -> None:
+        """`seed`: None for others in each run."""
+        import numpy as np
 
-    def sample(logits: NDArray[np.float32], history: Sequence[int], /) -> int:
-        if sampling.repetition_penalty != 1.0 and len(history):
+        self._generator = np.random.Generator(np.random.PCG64(seed))
+        self._seen: deque[np.float32] = deque()
+        self._largest = np.nextafter(np.float32(1), np.float32(0))
+
+    def ahead(self, count: int) -> np.float32:
+        """The number that comes after `count` others."""
+        while len(self._seen) <= count:
+            self._seen.append(min(self._largest.dtype.type(self._generator.random()), self._largest))
+        return self._seen[count]
+
+    def take(self) -> np.float32:
+        """The next one."""
+        found = self.ahead(0)
+        self._seen.popleft()
+        return found
+
+
+@dataclass(frozen=True)
+class RandomSampler:
+    """Draws as `transformer.sample` does (`kernelforge.dialects.transformer.sampling.choose`), on the host."""
+
+    sampling: Sampling
+    draws: Draws
+
+    def __call__(self, logits: NDArray[np.float32], history: Sequence[int], /) -> int:
+        sampling = self.sampling
+        if self.needs_history and len(history):
             logits = _penalise(logits, history, sampling.repetition_penalty)
         best = greedy(logits)
         if sampling.temperature == 0.0:
             return best
-        ids = _top_k(logits, sampling.top_k)
-        kept = logits if ids is None else logits[ids]
-        with np.errstate(over="ignore"):  # a tiny temperature makes all but the largest -inf, as it should
-            weights = np.exp((kept - logits[best]) / temperature)
-        if sampling.top_p < 1.0:
-            inside = _top_p(weights, sampling.top_p)
-            ids, weights = inside if ids is None else ids[inside], weights[inside]
-        if sampling.min_p > 0.0:
-            weights = np.where(weights >= sampling.min_p, weights, 0.0)
-        sums = weights.cumsum(dtype=np.float64)
-        drawn = int(sums.searchsorted(generator.random() * sums[-1], side="right"))
-        return drawn if ids is None else int(ids[drawn])
+        uniform = float(self.draws.take())
+        return choose(logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, uniform)
 
-    return sample
+    @property
+    def needs_history(self) -> bool:
+        """Whether what is drawn depends on more than the logits and the numbers."""
+        return self.sampling.repetition_penalty != 1.0
+
+
+def make_sampler(sampling: Sampling) -> Sampler:
+    """A sampler with its own random numbers: equal seeds and logits give equal tokens."""
+    if sampling.temperature == 0.0 and sampling.repetition_penalty == 1.0:
+        return greedy
+    return RandomSampler(sampling, Draws(sampling.seed))
 
 
 def _penalise(logits: NDArray[np.float32], history: Sequence[int], penalty: float) -> NDArray[np.float32]:
@@ -116,40 +137,6 @@ def _penalise(logits: NDArray[np.float32], history: Sequence[int], penalty: floa
     result = logits.copy()
     result[seen] = np.where(found > 0, found / penalty, found * penalty)
     return result
-
-
-def _top_k(logits: NDArray[np.float32], k: int) -> NDArray[np.int64] | None:
-    """Ids of the k largest logits, ascending; None for all."""
-    import numpy as np
-
-    if not 0 < k < logits.size:
-        return None
-    columns = max(_COLUMNS, 2 * k)
-    whole = logits.size - logits.size % columns
-    ids: NDArray[np.int64] | None = None
-    if whole > 2 * columns:
-        # Each column's maximum is a logit, so that the k-th largest of them is at most the k-th largest logit: what is
-        # below it is out, and few are left for the slower selection.
-        maxima = logits[:whole].reshape(-1, columns).max(axis=0)
-        ids = np.flatnonzero(logits >= np.partition(maxima, columns - k)[columns - k])
-        logits = logits[ids]
-    least = np.partition(logits, logits.size - k)[logits.size - k]
-    above = np.flatnonzero(logits > least)
-    level = np.flatnonzero(logits == least)[: k - above.size]
-    chosen = np.sort(np.concatenate([above, level]))
-    return chosen if ids is None else ids[chosen]
-
-
-def _top_p(weights: NDArray[np.float32], p: float) -> NDArray[np.int64]:
-    """Places of the largest weights that together first reach the share `p`, ascending."""
-    import numpy as np
-
-    # Weights below the cut sum to less than 1 - p, so that all that is wanted lies above it: few are left to be sorted.
-    total = float(weights.sum(dtype=np.float64))
-    places = np.flatnonzero(weights >= (1.0 - p) * total / weights.size)
-    order = places[np.argsort(-weights[places], kind="stable")]
-    count = int(weights[order].cumsum(dtype=np.float64).searchsorted(p * total)) + 1
-    return np.sort(order[:count])
 
 
 def _check(name: str, value: object, good: bool, wanted: str) -> None:

@@ -93,6 +93,7 @@ CASES = (
     Case("silu", "silu", (_f32(256, 1536),)),
     Case("embedding", "embedding", (_weight(49152, 576, dtype="bf16"), _i32(64)), {"dtype": "f32"}),
     Case("argmax", "argmax", (_f32(1, 49152),)),
+    Case("sample", "sample", (_f32(1, 49152), _f32(1), _i32(1), *[_f32(1)] * 3)),
 )
 
 

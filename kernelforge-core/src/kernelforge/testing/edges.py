@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from kernelforge.dialects.transformer.sampling import settled
+from kernelforge.testing.values import changed
 
 if TYPE_CHECKING:
     from kernelforge.problem import Problem
@@ -105,3 +109,16 @@ def halfway(problem: Problem, arrays: Arrays, rng: Generator) -> Arrays:
         halves = 1.0 + rng.integers(0, 512, x.shape) * 2.0**-9 if x.dtype.kind != "i" else x
         x[...] = np.asarray(halves).astype(x.dtype)
     return arrays
+
+
+def drawn(change: str) -> Callable[[Problem, Arrays, Generator], Arrays]:
+    """Sampling: these values in the logits alone, and numbers whose draw rounding does not decide."""
+
+    def make(problem: Problem, arrays: Arrays, rng: Generator) -> Arrays:
+        if change == "masked":
+            arrays = masked_logits(problem, arrays, rng)
+        else:
+            arrays[0] = changed(change, _present(arrays, 0), problem.operand(0).dtype, rng)
+        return settled(arrays, rng)
+
+    return make

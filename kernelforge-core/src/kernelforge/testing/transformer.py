@@ -9,7 +9,7 @@ from math import prod
 from kernelforge.dtype import GROUP
 from kernelforge.op import OpDef
 from kernelforge.problem import Attr, Problem, TensorType
-from kernelforge.testing import edges
+from kernelforge.testing import edges, values
 from kernelforge.testing.families import SIZES, Choice, Family
 
 Operands = Sequence[TensorType | None]
@@ -215,6 +215,24 @@ ARGMAX = Family(
     zero=("rows",),
     extremes={"vocabulary": {"rows": 2, "n": VOCABULARY}},
     values={"masked": edges.masked_logits, "signed-zeros": edges.signed_zeros},
+)
+
+
+def _sample(op: OpDef, c: Choice) -> Problem:
+    each = TensorType((c["rows"],), "f32")
+    logits = TensorType((c["rows"], c["n"]), c["dtype"])
+    return _made(op, [logits, each, TensorType((c["rows"],), "i32"), each, each, each])
+
+
+SAMPLE = Family(
+    {"dtype": FLOATS},
+    _sample,
+    ROWS,
+    tiled=("n",),
+    dynamic="rows",
+    zero=("rows",),
+    extremes={"vocabulary": {"rows": 2, "n": VOCABULARY}},
+    values={name: edges.drawn(name) for name in (*values.ALL, *values.FIRST, "masked")},
 )
 
 
@@ -439,6 +457,7 @@ FAMILIES = {
         "kv_cache_update": KV_CACHE_UPDATE,
         "rope_cache_update": ROPE_CACHE_UPDATE,
         "argmax": ARGMAX,
+        "sample": SAMPLE,
         "reshape": _moving("reshape", shape=("rows", "flat", "split")),
         "transpose": _moving("transpose", perm=("reversed", "swapped", "last")),
         "slice": _moving("slice", size=("rest", "one")),

@@ -65,7 +65,7 @@ def value_names(op: OpDef, problem: Problem) -> tuple[str, ...]:
         return ("normal",)
     if any(t.dtype not in FLOATS if op.exact else t.dtype in WEIGHT_FORMATS for t in problem.results):
         return ("normal", "zeros", "ties")  # what has no integer has no defined one either
-    return ("normal", *ALL, *FIRST, *family_of(op).values)
+    return tuple(dict.fromkeys(("normal", *ALL, *FIRST, *family_of(op).values)))
 
 
 def fill(name: str, op: OpDef, problem: Problem, rng: Generator) -> list[Array | None]:
@@ -73,18 +73,22 @@ def fill(name: str, op: OpDef, problem: Problem, rng: Generator) -> list[Array |
     arrays = op.make_inputs(problem, rng)
     if name in (special := family_of(op).values):
         return special[name](problem, arrays, rng)
-    changes = {**ALL, **FIRST}
     first = True
     for i, (array, t) in enumerate(zip(arrays, problem.operands, strict=True)):
         if array is None or t is None or t.dtype not in FLOATS or name == "normal":
             continue
         if first or name in ALL:
-            with np.errstate(all="ignore"):
-                wide = changes[name](array.astype(np.float64), rng)
-                if name == "denormal" and t.dtype == "f16":
-                    wide *= 2.0**112
-                if name == "huge" and t.dtype == "f16":
-                    wide = np.clip(wide, -60000.0, 60000.0)
-                arrays[i] = wide.astype(to_numpy(t.dtype))
+            arrays[i] = changed(name, array, t.dtype, rng)
         first = False
     return arrays
+
+
+def changed(name: str, array: Array, dtype: str, rng: Generator) -> Array:
+    """A float operand with the values `name`, one of `ALL` or `FIRST`."""
+    with np.errstate(all="ignore"):
+        wide = {**ALL, **FIRST}[name](array.astype(np.float64), rng)
+        if name == "denormal" and dtype == "f16":
+            wide *= 2.0**112
+        if name == "huge" and dtype == "f16":
+            wide = np.clip(wide, -60000.0, 60000.0)
+        return wide.astype(to_numpy(dtype))

@@ -15,6 +15,7 @@ from kernelforge.dialects.transformer.norms import ADD_RMS_NORM, LAYER_NORM, RMS
 from kernelforge.dialects.transformer.quantisation import DEQUANTIZE, QUANTIZE
 from kernelforge.dialects.transformer.rope import ROPE
 from kernelforge.dialects.transformer.rope_cache import ROPE_CACHE_UPDATE
+from kernelforge.dialects.transformer.sampling import SAMPLE
 
 OPS = (
     MATMUL,
@@ -35,6 +36,7 @@ OPS = (
     KV_CACHE_UPDATE,
     ROPE_CACHE_UPDATE,
     ARGMAX,
+    SAMPLE,
     RESHAPE,
     TRANSPOSE,
     SLICE,
