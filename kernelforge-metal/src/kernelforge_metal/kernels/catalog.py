@@ -46,6 +46,9 @@ VARIANTS = (
     ),
     _wgsl("argmax", "lookup:build_argmax", summary="several workgroups on long rows"),
     _wgsl(
+        "sample", "sampling:build_sample", f"{HERE}.sampling:takes_sample", summary="radix selection, nothing sorted"
+    ),
+    _wgsl(
         "attention",
         "attention:build_attention",
         f"{HERE}.attention:takes_attention",

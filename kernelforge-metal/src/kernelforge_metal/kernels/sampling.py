@@ -1,0 +1,417 @@
+"""sample: a token from each row of logits, without sorting them.
+
+What top-k and top-p keep are the logits above a threshold, and the first few of those equal to it. Thresholds are found in the
+logits' bits, ordered as numbers are, eight at a time: every workgroup tallies a part of the row, for each value of the next
+eight bits how many logits have it and what their probabilities sum to, and from the whole tally all of them tell which value
+the threshold has (radix selection). Top-k takes four tallies, top-p three more; the first is of both. Then the probabilities
+that are left are summed up part by part, and one workgroup finds the part, and in it the token, that the given number falls on.
+
+Probabilities, relative to the largest, are summed in 64-bit fixed point (two words, 2^-44 a unit): sums are the same in any
+order, so that devices differ by the rounding of `exp` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from kernelforge.variant import Accept, Reject
+from kernelforge_metal import wgsl
+from kernelforge_metal.kernel import Binding, Dispatch, GpuKernel, Size
+from kernelforge_metal.kernels.lookup import KEY
+from kernelforge_metal.kernels.norms import FUNCTIONS
+from kernelforge_metal.kernels.tensors import count, product_text, takes, tensor
+
+if TYPE_CHECKING:
+    from kernelforge.problem import Problem
+    from kernelforge.variant import Config, DeviceInfo, Verdict
+
+THREADS = 256
+EACH = 8
+"""Consecutive logits of a thread."""
+PART = THREADS * EACH
+MOST = THREADS * PART
+"""Logits of a row: as many parts as a workgroup has threads."""
+
+TALLIES = 7
+LEVELS = TALLIES + 1
+"""Dispatches between the first and the last: one a tally, and one for the sums."""
+STATE_WORDS = 20
+
+
+def takes_sample(problem: Problem, device: DeviceInfo) -> Verdict:
+    size = problem.operand(0).shape[1]
+    if not isinstance(size, int):
+        return Reject("takes a number of logits that is known when it is built")
+    if size > MOST:
+        return Reject(f"takes at most {MOST} logits, not {size}")
+    verdict = takes(problem, device)
+    return verdict if isinstance(verdict, Reject) else Accept()
+
+
+STATE = """
+struct State {
+  below: vec2<u32>,      // sum of what is above the threshold of top-k, as far as its bits are known
+  inside: vec2<u32>,     // the same of top-p
+  goal: vec2<u32>,       // sum that top-p has to reach
+  tie: vec2<u32>,        // probability of a logit equal to the threshold
+  largest: f32,
+  place: u32,
+  temperature: f32,
+  k: u32,                // 0: all
+  p: u32,                // of 2^32; 0: all
+  min_p: f32,
+  k_bits: u32,
+  k_above: u32,
+  p_bits: u32,
+  threshold: u32,
+  ties: u32,             // how many of those equal to the threshold are kept
+  greedy: u32,
+}
+"""
+
+NUMBERS = f"""
+fn add(a: vec2<u32>, b: vec2<u32>) -> vec2<u32> {{
+  let low = a.x + b.x;
+  return vec2<u32>(low, a.y + b.y + select(0u, 1u, low < a.x));
+}}
+fn minus(a: vec2<u32>, b: vec2<u32>) -> vec2<u32> {{
+  return vec2<u32>(a.x - b.x, a.y - b.y - select(0u, 1u, a.x < b.x));
+}}
+fn less(a: vec2<u32>, b: vec2<u32>) -> bool {{ return a.y < b.y || (a.y == b.y && a.x < b.x); }}
+fn product(a: u32, b: u32) -> vec2<u32> {{
+  let low = (a & 0xffffu) * (b & 0xffffu);
+  let first = (a >> 16u) * (b & 0xffffu) + (low >> 16u);
+  let second = (a & 0xffffu) * (b >> 16u) + (first & 0xffffu);
+  return vec2<u32>((second << 16u) | (low & 0xffffu), (a >> 16u) * (b >> 16u) + (first >> 16u) + (second >> 16u));
+}}
+fn times(a: vec2<u32>, b: u32) -> vec2<u32> {{ return product(a.x, b) + vec2<u32>(0u, a.y * b); }}
+fn share(a: vec2<u32>, b: u32) -> vec2<u32> {{ return add(vec2<u32>(product(a.x, b).y, 0u), product(a.y, b)); }}
+
+fn weight(x: f32, state: State) -> f32 {{
+  let d = (x - state.largest) / state.temperature;
+  if (d >= 0.0) {{ return 1.0; }}
+  if (d > -40.0) {{ return exp(d); }}
+  return 0.0;
+}}
+fn fixed(w: f32) -> vec2<u32> {{
+  let scaled = w * 4096.0;
+  let whole = floor(scaled);
+  return vec2<u32>(u32((scaled - whole) * 4294967296.0), u32(whole));
+}}
+fn number(key: u32) -> f32 {{ return bitcast<f32>(select(~key, key & 0x7fffffffu, key >= 0x80000000u)); }}
+
+var<workgroup> sums: array<vec3<u32>, {THREADS}>;
+var<workgroup> latest: atomic<u32>;
+fn before(thread: u32) -> vec3<u32> {{
+  if (thread == 0u) {{ return vec3<u32>(); }}
+  return sums[thread - 1u];
+}}
+fn scan(value: vec3<u32>, thread: u32) {{
+  var total = value;
+  workgroupBarrier();
+  sums[thread] = total;
+  for (var step = 1u; step < {THREADS}u; step <<= 1u) {{
+    workgroupBarrier();
+    if (thread >= step) {{
+      let other = sums[thread - step];
+      total = vec3<u32>(add(total.xy, other.xy), total.z + other.z);
+    }}
+    workgroupBarrier();
+    sums[thread] = total;
+  }}
+  workgroupBarrier();
+}}
+fn last(wanted: bool, thread: u32) -> u32 {{
+  if (thread == 0u) {{ atomicStore(&latest, 0u); }}
+  workgroupBarrier();
+  if (wanted) {{ atomicMax(&latest, thread); }}
+  workgroupBarrier();
+  let found = atomicLoad(&latest);
+  workgroupBarrier();
+  return found;
+}}
+"""
+"""Sums of 64 bits, low word first; probabilities as such numbers; `scan` leaves in `sums` those of all threads up to each, `last`
+finds the last thread with something wanted."""
+
+SEARCH = f"""
+var<workgroup> keys: array<u32, {THREADS}>;
+var<workgroup> places: array<u32, {THREADS}>;
+fn search(best_key: u32, best_place: u32, thread: u32) {{
+  keys[thread] = best_key;
+  places[thread] = best_place;
+  for (var half = {THREADS // 2}u; half > 0u; half >>= 1u) {{
+    workgroupBarrier();
+    if (thread < half) {{
+      let a = keys[thread]; let b = keys[thread + half];
+      if (b > a || (b == a && places[thread + half] < places[thread])) {{
+        keys[thread] = b;
+        places[thread] = places[thread + half];
+      }}
+    }}
+  }}
+  workgroupBarrier();
+}}
+"""
+TAKE = "if (k > best || (k == best && i < place)) { best = k; place = i; }"
+
+
+def build_sample(problem: Problem, config: Config, device: DeviceInfo) -> GpuKernel:
+    names = ("logits", "temperature", "top_k", "top_p", "min_p", "drawn", "out")
+    logits, *choices, uniform, out = (tensor(problem, i, name, device) for i, name in enumerate(names))
+    rows, size = problem.operand(0).shape
+    assert isinstance(size, int)
+    parts = -(-size // PART)
+    temperature, top_k, top_p, min_p, drawn = (
+        t.load(f"row * {t.type.element_strides()[0]}u") for t in (*choices, uniform)
+    )
+    row_step, step = logits.type.element_strides()
+    value = logits.load(f"row * {row_step}u + i * {step}u")
+    begin = f"""
+  let flat = {wgsl.FLAT};
+  let row = flat / {parts}u;
+  let part = flat % {parts}u;
+  if (row >= {product_text(problem, (rows,))}) {{ return; }}
+  let end = min((part + 1u) * {PART}u, {size}u);
+"""
+    each = f"for (var i = part * {PART}u + ids.thread; i < end; i += {THREADS}u)"
+    header = f"{wgsl.IDS}{wgsl.BF16}{FUNCTIONS}{KEY}{STATE}"
+    largest = f"""{header}{SEARCH}
+@compute @workgroup_size({THREADS})
+fn main(ids: Ids) {{{begin}
+  for (var i = part * {THREADS}u + ids.thread; i < {TALLIES * 768}u; i += {parts * THREADS}u) {{
+    atomicStore(&tallies[row * {TALLIES * 768}u + i], 0u);
+  }}
+  var best = 0u;
+  var place = 0xffffffffu;
+  {each} {{ let k = key({value}); {TAKE} }}
+  search(best, place, ids.thread);
+  if (ids.thread == 0u) {{ parts[flat * 2u] = vec4<u32>(keys[0], places[0], 0u, 0u); }}
+  if (ids.thread == 0u && part == 0u) {{
+    var state = State();
+    state.temperature = {temperature};
+    state.k = u32(max({top_k}, 0));
+    state.greedy = select(1u, 0u, state.temperature >= 1e-30 && state.k != 1u);
+    if (state.k >= {size}u) {{ state.k = 0u; }}
+    let nucleus = {top_p};
+    if (nucleus < 1.0) {{ state.p = max(u32(max(nucleus, 0.0) * 4294967296.0), 1u); }}
+    state.min_p = {min_p};
+    states[row * {LEVELS + 1}u] = state;
+  }}
+}}
+"""
+    narrow = f"""{header}{NUMBERS}{SEARCH}
+var<workgroup> lows: array<atomic<u32>, 256>;
+var<workgroup> highs: array<atomic<u32>, 256>;
+var<workgroup> counts: array<atomic<u32>, 256>;
+var<private> state: State;
+var<private> row: u32;
+
+fn load_tally(slot: u32, bin: u32) -> vec3<u32> {{
+  let at = (row * {TALLIES}u + slot) * 768u + bin;
+  return vec3<u32>(atomicLoad(&tallies[at]), atomicLoad(&tallies[at + 256u]), atomicLoad(&tallies[at + 512u]));
+}}
+fn narrow_k(slot: u32, thread: u32) {{
+  let bin = load_tally(slot, 255u - thread);
+  scan(bin, thread);
+  let found = last(bin.z > 0u && state.k_above + before(thread).z < state.k, thread);
+  if (state.k > 0u) {{
+    let above = before(found);
+    state.k_bits = (state.k_bits << 8u) | (255u - found);
+    state.k_above += above.z;
+    state.below = add(state.below, above.xy);
+  }}
+}}
+fn narrow_p(slot: u32, thread: u32) {{
+  let bin = load_tally(slot, 255u - thread);
+  scan(bin, thread);
+  let found = last(bin.z > 0u && less(add(state.inside, before(thread).xy), state.goal), thread);
+  if (state.p > 0u) {{
+    state.p_bits = (state.p_bits << 8u) | (255u - found);
+    state.inside = add(state.inside, before(found).xy);
+  }}
+}}
+fn set_goal(thread: u32) {{
+  scan(load_tally(0u, 255u - thread), thread);
+  var total = sums[{THREADS - 1}].xy;
+  if (state.k > 0u) {{
+    let tie = fixed(weight(number(state.k_bits), state));
+    total = add(state.below, times(tie, state.k - state.k_above));
+  }}
+  state.goal = share(total, state.p);
+  if (less(state.goal, vec2<u32>(1u, 0u))) {{ state.goal = vec2<u32>(1u, 0u); }}
+}}
+fn set_threshold() {{
+  if (state.p > 0u) {{
+    state.threshold = state.p_bits;
+    let tie = fixed(weight(number(state.p_bits), state));
+    let rest = minus(state.goal, state.inside);
+    for (var bit = {1 << (size.bit_length() - 1)}u; bit > 0u; bit >>= 1u) {{
+      if (less(times(tie, state.ties | bit), rest)) {{ state.ties |= bit; }}
+    }}
+    state.ties += 1u;
+  }} else if (state.k > 0u) {{
+    state.threshold = state.k_bits;
+    state.ties = state.k - state.k_above;
+  }}
+  let w = weight(number(state.threshold), state);
+  if (w >= state.min_p) {{ state.tie = fixed(w); }}
+}}
+
+@compute @workgroup_size({THREADS})
+fn main(ids: Ids) {{{begin.replace("let row =", "row =")}
+  state = states[row * {LEVELS + 1}u + p.level];
+  if (p.level == 0u) {{
+    var best = 0u;
+    var place = 0xffffffffu;
+    if (ids.thread < {parts}u) {{
+      best = parts[(row * {parts}u + ids.thread) * 2u].x;
+      place = parts[(row * {parts}u + ids.thread) * 2u].y;
+    }}
+    search(best, place, ids.thread);
+    state.largest = number(keys[0]);
+    state.place = places[0];
+    if (keys[0] <= 0x007fffffu || keys[0] >= 0xff800000u) {{ state.greedy = 1u; }}
+    if (state.greedy != 0u) {{ state.k = 0u; state.p = 0u; }}
+  }}
+  if (p.level >= 1u && p.level <= 4u) {{ narrow_k(p.level - 1u, ids.thread); }}
+  if (p.level == 4u) {{ set_goal(ids.thread); narrow_p(0u, ids.thread); }}
+  if (p.level >= 5u) {{ narrow_p(p.level - 1u, ids.thread); }}
+  if (p.level == {TALLIES}u) {{ set_threshold(); }}
+  if (ids.thread == 0u && part == 0u) {{ states[row * {LEVELS + 1}u + p.level + 1u] = state; }}
+  if (p.level == {TALLIES}u) {{
+    var sum = vec3<u32>();
+    if (state.greedy == 0u) {{
+      {each} {{
+        let x = {value};
+        let k = key(x);
+        let w = weight(x, state);
+        if (k > state.threshold && w >= state.min_p) {{ sum = vec3<u32>(add(sum.xy, fixed(w)), sum.z); }}
+        if (k == state.threshold) {{ sum.z += 1u; }}
+      }}
+    }}
+    scan(sum, ids.thread);
+    if (ids.thread == 0u) {{ parts[flat * 2u + 1u] = vec4<u32>(sums[{THREADS - 1}], 0u); }}
+    return;
+  }}
+  atomicStore(&lows[ids.thread], 0u);
+  atomicStore(&highs[ids.thread], 0u);
+  atomicStore(&counts[ids.thread], 0u);
+  workgroupBarrier();
+  let of_k = p.level < 4u;
+  let shift = 8u * select(6u - p.level, 3u - p.level, of_k);
+  let known = select(state.p_bits, state.k_bits, of_k);
+  let wanted = select(state.p > 0u, state.k > 0u || (p.level == 0u && state.p > 0u), of_k);
+  if (wanted) {{
+    {each} {{
+      let x = {value};
+      let k = key(x);
+      if (p.level == 0u || (k >> shift) >> 8u == known) {{
+        let bin = (k >> shift) & 255u;
+        let mass = fixed(weight(x, state));
+        let old = atomicAdd(&lows[bin], mass.x);
+        let high = mass.y + select(0u, 1u, old + mass.x < old);
+        if (high > 0u) {{ atomicAdd(&highs[bin], high); }}
+        atomicAdd(&counts[bin], 1u);
+      }}
+    }}
+  }}
+  workgroupBarrier();
+  let found = atomicLoad(&counts[ids.thread]);
+  if (found > 0u) {{
+    let at = (row * {TALLIES}u + p.level) * 768u + ids.thread;
+    let low = atomicLoad(&lows[ids.thread]);
+    let old = atomicAdd(&tallies[at], low);
+    atomicAdd(&tallies[at + 256u], atomicLoad(&highs[ids.thread]) + select(0u, 1u, old + low < old));
+    atomicAdd(&tallies[at + 512u], found);
+  }}
+}}
+"""
+    place = out.type.element_strides()[0]
+    draw = f"""{header}{NUMBERS}
+@compute @workgroup_size({THREADS})
+fn main(ids: Ids) {{
+  let row = {wgsl.FLAT};
+  if (row >= {product_text(problem, (rows,))}) {{ return; }}
+  let state = states[row * {LEVELS + 1}u + {LEVELS}u];
+  var part = vec4<u32>();
+  if (ids.thread < {parts}u) {{ part = parts[(row * {parts}u + ids.thread) * 2u + 1u]; }}
+  scan(vec3<u32>(0u, 0u, part.z), ids.thread);
+  let kept = min(part.z, state.ties - min(state.ties, before(ids.thread).z));
+  let mass = add(part.xy, times(state.tie, kept));
+  scan(vec3<u32>(mass, part.z), ids.thread);
+  let aim = share(sums[{THREADS - 1}].xy, u32(clamp({drawn}, 0.0, 0.99999994) * 4294967296.0));
+  let found = last((mass.x | mass.y) > 0u && !less(aim, before(ids.thread).xy), ids.thread);
+  let skipped = before(found);
+  let rest = minus(aim, skipped.xy);
+
+  let first = found * {PART}u + ids.thread * {EACH}u;
+  let end = min(first + {EACH}u, {size}u);
+  var equal = 0u;
+  for (var i = first; i < end; i++) {{ equal += select(0u, 1u, key({value}) == state.threshold); }}
+  scan(vec3<u32>(0u, 0u, equal), ids.thread);
+  let rank = skipped.z + before(ids.thread).z;
+  var own: array<vec2<u32>, {EACH}>;
+  var sum = vec2<u32>();
+  equal = rank;
+  for (var i = first; i < end; i++) {{
+    let x = {value};
+    let k = key(x);
+    let w = weight(x, state);
+    var mine = vec2<u32>();
+    if (k > state.threshold && w >= state.min_p) {{ mine = fixed(w); }}
+    if (k == state.threshold) {{
+      if (equal < state.ties) {{ mine = state.tie; }}
+      equal += 1u;
+    }}
+    own[i - first] = mine;
+    sum = add(sum, mine);
+  }}
+  scan(vec3<u32>(sum, 0u), ids.thread);
+  let winner = last((sum.x | sum.y) > 0u && !less(rest, before(ids.thread).xy), ids.thread);
+  if (ids.thread == winner) {{
+    var so_far = before(winner).xy;
+    var token = state.place;
+    if (state.greedy == 0u) {{
+      for (var i = first; i < end; i++) {{
+        let mine = own[i - first];
+        if ((mine.x | mine.y) > 0u && !less(rest, so_far)) {{ token = i; }}
+        so_far = add(so_far, mine);
+      }}
+    }}
+    {out.store(f"row * {place}u", "i32(token)")}
+  }}
+}}
+"""
+    rows_count = count(problem, (rows,))
+    tallies, states, sums = (
+        Binding("tallies", 7, "atomic<u32>"),
+        Binding("states", 8, "State"),
+        Binding("parts", 9, "vec4<u32>"),
+    )
+    everywhere = wgsl.grid(scaled(rows_count, parts))
+    parameters = tuple(t.binding for t in choices)
+    return GpuKernel(
+        (
+            Dispatch(largest, (logits.binding, *parameters, tallies, states, sums), everywhere),
+            *(
+                Dispatch(narrow, (logits.binding, tallies, states, sums), everywhere, (("level", level),))
+                for level in range(LEVELS)
+            ),
+            Dispatch(draw, (logits.binding, uniform.binding, states, sums, out.binding), wgsl.grid(rows_count)),
+        ),
+        scratch=(
+            scaled(rows_count, TALLIES * 768 * 4),
+            scaled(rows_count, (LEVELS + 1) * STATE_WORDS * 4),
+            scaled(rows_count, parts * 2 * 16),
+        ),
+    )
+
+
+def scaled(number: Size, factor: int) -> Size:
+    """`number`, at least 1, times `factor`: a binding holds at least one element."""
+    if callable(number):
+        counted: Callable[[Sequence[int]], int] = number
+        return lambda dims: max(1, counted(dims)) * factor
+    return max(1, number) * factor
