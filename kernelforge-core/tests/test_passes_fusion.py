@@ -544,6 +544,86 @@ def test_norm_quantize_leaves_formats_of_weights_alone() -> None:
     assert ops(check(g, "fuse-norm-quantize")) == ops(g)
 
 
+# fuse-norm-matmul
+
+NORM_MATMUL = "fuse-norm-matmul"
+
+
+def normalised() -> tuple[Graph, Tensor]:
+    g, x = start()
+    return g, g.rms_norm(x, g.constant("n", (6,), D), eps=1e-3)
+
+
+@pytest.mark.parametrize("epilogue", ["none", "silu"])
+def test_a_norm_moves_into_its_product(epilogue: str) -> None:
+    g, normed = normalised()
+    b, r = g.constant("b", (8,), D), g.input("r", ("tokens", 8), D)
+    w = g.constant("w", (8, 6), D)
+    g.output(g.matmul(normed, w, b, r, transpose_rhs=True, epilogue=epilogue), "y")
+    after = check(g, NORM_MATMUL)
+    assert ops(after) == {"rms_norm_matmul": 1}
+    attrs = dict(after.function().nodes[0].problem.attrs)
+    assert attrs == {"eps": 1e-3, "epilogue": epilogue, "transpose_rhs": True}
+
+
+def test_a_norm_moves_into_a_gated_pair() -> None:
+    g, normed = normalised()
+    gate, up = (g.constant(name, (6, 8), D) for name in ("gate", "up"))
+    g.output(g.glu_matmul(normed, gate, up, activation="gelu"), "y")
+    after = check(g, NORM_MATMUL)
+    assert ops(after) == {"rms_norm_glu_matmul": 1}
+    attrs = dict(after.function().nodes[0].problem.attrs)
+    assert attrs == {"activation": "gelu", "eps": 1e-3, "transpose_rhs": False}
+
+
+def norm_of_two_readers() -> Graph:
+    g, normed = normalised()
+    g.output(linear(g, normed, "w", 8), "y")
+    g.output(g.silu(normed), "other")
+    return g
+
+
+def norm_that_is_an_output() -> Graph:
+    g, normed = normalised()
+    g.output(normed, "norm")
+    g.output(linear(g, normed, "w", 8), "y")
+    return g
+
+
+def norm_of_a_transposed_side() -> Graph:
+    g, x = start(3, 6)
+    normed = g.rms_norm(x, g.constant("n", (6,), D))
+    g.output(g.matmul(normed, g.constant("w", (3, 8), D), transpose_lhs=True), "y")
+    return g
+
+
+def norm_of_a_computed_side() -> Graph:
+    g, normed = normalised()
+    g.output(g.matmul(normed, g.input("w", (6, 8), D)), "y")
+    return g
+
+
+def norm_on_the_right() -> Graph:
+    g, normed = normalised()
+    g.output(g.matmul(g.constant("w", (8, 6), D), normed, transpose_rhs=True), "y")
+    return g
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        norm_of_two_readers,
+        norm_that_is_an_output,
+        norm_of_a_transposed_side,
+        norm_of_a_computed_side,
+        norm_on_the_right,
+    ],
+)
+def test_a_norm_is_left_alone(build: Callable[[], Graph]) -> None:
+    g = build()
+    assert ops(check(g, NORM_MATMUL)) == ops(g)
+
+
 # fuse-qkv
 
 

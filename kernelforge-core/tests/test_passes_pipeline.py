@@ -80,7 +80,7 @@ def test_every_printed_module_parses_back() -> None:
     texts: list[str] = []
     pipeline = Pipeline.parse(DEFAULT, REGISTRY)
     pipeline.run(decoder().module(REGISTRY), lambda _, module: texts.append(str(module)))
-    assert len(texts) == 10
+    assert len(texts) == 11
     assert all(str(Module.parse(text, REGISTRY)) == text for text in texts)
 
 
@@ -139,14 +139,14 @@ def test_default_pipeline_on_a_decoder(bias: bool) -> None:
     after = check(decoder(bias=bias), DEFAULT)
     assert ops(after) == {
         "embedding": 1,
-        "rms_norm": 5,
         "concat": 4 if bias else 2,
-        "matmul": 7,  # merged q, k and v, then o with its residual; down with its residual; the head
+        "rms_norm_matmul": 3,  # merged q, k and v; the head
+        "matmul": 4,  # o with its residual; down with its residual
         "split": 2,
         "reshape": 8,
         "rope_cache_update": 2,
         "attention": 2,
-        "glu_matmul": 2,
+        "rms_norm_glu_matmul": 2,
     }
 
 

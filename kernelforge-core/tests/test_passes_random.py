@@ -17,6 +17,7 @@ PASSES = [
     "fuse-epilogue",
     "fuse-epilogue{residual=false}",
     "fuse-glu",
+    "fuse-norm-matmul",
     "fuse-norm-quantize",
     "fuse-qkv",
     "fuse-rope-cache",

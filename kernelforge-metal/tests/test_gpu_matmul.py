@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kernelforge.dialects.transformer import OPS
 from kernelforge.dialects.transformer.matmul import GLU_MATMUL, MATMUL
+from kernelforge.dialects.transformer.norm_matmul import RMS_NORM_GLU_MATMUL, RMS_NORM_MATMUL
 from kernelforge.dtype import to_numpy
 from kernelforge.problem import Problem, parse_problem
 from kernelforge.quant import dequantize, quantize
@@ -43,6 +45,12 @@ def _inferred(name: str, op: Any, operands: str, attrs: dict[str, Any]) -> Probl
     return made
 
 
+def normed(x: str, w: str, more: str = "_, _", **attrs: Any) -> Problem:
+    """Of normalised rows, with a gain of the type of x."""
+    dtype, width = x.partition("[")[0], x.rpartition(",")[2]
+    return _inferred("rms_norm_matmul", RMS_NORM_MATMUL, f"{x}, {dtype}[{width}, {w}, {more}", attrs)
+
+
 def linear(m: int | str, n: int, k: int, w: str, x: str = "f32", **attrs: Any) -> Problem:
     return matmul(f"{x}[{m},{k}]", f"{w}[{n},{k}]@const", transpose_rhs=True, **attrs)
 
@@ -72,6 +80,43 @@ def test_gemv_in_workgroup_memory(plain_gpu: Session, w: str) -> None:
 @pytest.mark.parametrize("w", WEIGHTS)
 def test_gated_gemv(gpu: Session, w: str) -> None:
     verify(gpu, glu("f32[2,128]", f"{w}[21,128]@const", transpose_rhs=True, activation="gelu"), "gemv")
+
+
+@pytest.mark.parametrize(("m", "n", "k", "w"), [LOW[0], *LOW[7:]])
+def test_gemv_of_normalised_rows(gpu: Session, m: int, n: int, k: int, w: str) -> None:
+    k += 3 * (not w.startswith("q"))
+    problem = normed(f"f32[{m},{k}]", f"{w}[{n},{k}]@const", f"f32[{n}], f32[{m},{n}]", transpose_rhs=True, eps=1e-2)
+    assert gpu.select(problem).variant.name == "gemv"
+    verify(gpu, problem, "gemv", {"columns": 4, "threads": 32, "unroll": 2})
+
+
+@pytest.mark.parametrize("w", ["f16", "q8", "q4"])
+def test_gemv_of_normalised_rows_in_workgroup_memory(plain_gpu: Session, w: str) -> None:
+    problem = normed("bf16[2,96]", f"{w}[36,96]@const", transpose_rhs=True, epilogue="silu")
+    verify(plain_gpu, problem, "gemv-shared", {"columns": 8, "threads": 64, "unroll": 1})
+
+
+@pytest.mark.parametrize("w", WEIGHTS)
+def test_gated_gemv_of_normalised_rows(gpu: Session, w: str) -> None:
+    operands = f"f32[2,128], f16[128]@const, {w}[21,128]@const, {w}[21,128]@const"
+    verify(gpu, _inferred("rms_norm_glu_matmul", RMS_NORM_GLU_MATMUL, operands, {"transpose_rhs": True}), "gemv")
+
+
+@pytest.mark.parametrize("variant", ["gemv", "gemv-shared"])
+def test_what_a_norm_makes_of_nan_infinity_and_zeros(gpu: Session, variant: str) -> None:
+    """Rows with NaN or infinity are NaN, and so are zeros without eps; the others do not see them."""
+    rng = np.random.default_rng(0)
+    lhs = rng.standard_normal((4, 96)).astype(np.float32)
+    lhs[0, 95], lhs[1, 7], lhs[2] = np.nan, np.inf, 0.0
+    weight, gain = rng.standard_normal((12, 96)).astype(np.float32), np.ones(96, np.float32)
+    problem = normed("f32[4,96]", "f32[12,96]@const", transpose_rhs=True, eps=0.0)
+    executable = gpu.compile_problem(problem, constants={"rhs": weight}, variant=variant)
+    (out,) = executable.run({"lhs": lhs, "gain": gain})
+    (want,) = RMS_NORM_MATMUL.compute(problem, [lhs, gain, weight, None, None])
+    got = np.asarray(out)
+    assert np.isnan(got[:3]).all()
+    assert np.isnan(want[:3]).all()
+    assert np.allclose(got[3], want[3], atol=1e-4)
 
 
 SMALL: Config = dict(zip(NAMES, (32, 32, 32, 4, 4, 16, 1), strict=True))
@@ -176,7 +221,7 @@ def info(*features: str, **limits: int) -> DeviceInfo:
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.op.partition('.')[2]}-{v.name}")
 def test_shaders_of_all_samples_are_written(variant: KernelVariant) -> None:
     """With shapes of real models; the default is legal, on devices with everything and with nothing."""
-    op = MATMUL if variant.op.endswith(".matmul") else GLU_MATMUL
+    op = next(op for op in OPS if op.full_name == variant.op)
     taken = 0
     for problem in list(op.samples(random.Random(2)))[::5]:
         for device in (info("subgroup", "shader-f16", max_compute_workgroup_storage_size=49152), info()):
@@ -212,6 +257,9 @@ def test_reasons_to_refuse() -> None:
     assert "not f64" in reason("direct", matmul("f64[1,8]", "f64[8,8]"), info())
     assert "same number of elements apart" in reason(
         "gemm", matmul("f32[2,3,9,20]:[1999,600,20,1]", "f32[2,3,20,12]"), info()
+    )
+    assert "rows of at least one" in reason(
+        "gemv-shared", normed("f32[1,0]", "f32[8,0]@const", transpose_rhs=True), info()
     )
     for name in ("gemv-shared", "gemm", "direct"):
         assert BY_NAME["matmul", name].judge(one, info()) == Accept()

@@ -24,6 +24,11 @@ PASSES = (
     ),
     PassSpec("fuse-glu", "kernelforge.passes.fuse_glu:FuseGlu", "Compute a gated pair of matmuls in one op."),
     PassSpec(
+        "fuse-norm-matmul",
+        "kernelforge.passes.fuse_norm_matmul:FuseNormMatmul",
+        "Compute an RMS norm in the product that reads it.",
+    ),
+    PassSpec(
         "fuse-norm-quantize",
         "kernelforge.passes.fuse_norm_quantize:FuseNormQuantize",
         "Write an RMS norm in 8 bits where it is read so.",

@@ -25,6 +25,7 @@ from kernelforge.dialects.transformer import (
     layout,
     lookup,
     matmul,
+    norm_matmul,
     norms,
     quantisation,
     rope,
@@ -300,6 +301,38 @@ class Graph:
     ) -> Tensor:
         """act(x [..., M, K] @ gate [K, N]) * (x @ up [K, N])."""
         return self._one(matmul.GLU_MATMUL, x, gate, up, transpose_rhs=transpose_rhs, activation=activation)
+
+    def rms_norm_matmul(
+        self,
+        lhs: Tensor,
+        gain: Tensor,
+        rhs: Tensor,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        *,
+        eps: float = 1e-5,
+        transpose_rhs: bool = False,
+        epilogue: str = "none",
+    ) -> Tensor:
+        """`matmul` of the rms_norm of lhs [..., M, K] with gain [K]."""
+        operands = (lhs, gain, rhs, bias, residual)
+        attrs: dict[str, Attr] = {"eps": eps, "transpose_rhs": transpose_rhs, "epilogue": epilogue}
+        return self._one(norm_matmul.RMS_NORM_MATMUL, *operands, **attrs)
+
+    def rms_norm_glu_matmul(
+        self,
+        x: Tensor,
+        gain: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        *,
+        eps: float = 1e-5,
+        transpose_rhs: bool = False,
+        activation: str = "silu",
+    ) -> Tensor:
+        """`glu_matmul` of the rms_norm of x [..., M, K] with gain [K]."""
+        attrs: dict[str, Attr] = {"eps": eps, "transpose_rhs": transpose_rhs, "activation": activation}
+        return self._one(norm_matmul.RMS_NORM_GLU_MATMUL, x, gain, gate, up, **attrs)
 
     def attention(
         self,

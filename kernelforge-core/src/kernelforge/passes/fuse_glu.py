@@ -8,10 +8,9 @@ from typing import ClassVar
 from kernelforge.mlir import ir
 from kernelforge.module import Module
 from kernelforge.passes import Pass
-from kernelforge.passes.matmuls import GELU, MATMUL, SILU, activation_of
+from kernelforge.passes.matmuls import GELU, GLU_MATMUL, MATMUL, SILU, activation_of
 from kernelforge.passes.rewriting import Body, Op, tensor_type
 
-GLU_MATMUL = "transformer.glu_matmul"
 MUL = "transformer.mul"
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from kernelforge.passes.rewriting import Op
 
 GELU = "transformer.gelu"
+GLU_MATMUL = "transformer.glu_matmul"
 MATMUL = "transformer.matmul"
+RMS_NORM_GLU_MATMUL = "transformer.rms_norm_glu_matmul"
+RMS_NORM_MATMUL = "transformer.rms_norm_matmul"
 SILU = "transformer.silu"
 
 

@@ -12,16 +12,21 @@ from kernelforge.errors import UsageError
 from kernelforge.mlir import ir
 from kernelforge.module import Module
 from kernelforge.passes import Pass
-from kernelforge.passes.matmuls import MATMUL
+from kernelforge.passes.matmuls import GLU_MATMUL, MATMUL, RMS_NORM_GLU_MATMUL, RMS_NORM_MATMUL
 from kernelforge.passes.rewriting import Body, Op, tensor_type
 from kernelforge.quant import warn_not_quantised
 
 EMBEDDING = "transformer.embedding"
-GLU_MATMUL = "transformer.glu_matmul"
 QUANTIZE = "transformer.quantize"
 TRANSPOSE = "transformer.transpose"
 
-WEIGHTS: Mapping[str, tuple[int, ...]] = {EMBEDDING: (0,), GLU_MATMUL: (1, 2), MATMUL: (1,)}
+WEIGHTS: Mapping[str, tuple[int, ...]] = {
+    EMBEDDING: (0,),
+    GLU_MATMUL: (1, 2),
+    MATMUL: (1,),
+    RMS_NORM_GLU_MATMUL: (2, 3),
+    RMS_NORM_MATMUL: (2,),
+}
 """By op: its operands that are weights."""
 
 

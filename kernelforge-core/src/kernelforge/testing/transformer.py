@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 
-from kernelforge.dtype import GROUP
+from kernelforge.dialects.transformer import matmul as products
+from kernelforge.dtype import ACTIVATION_FORMAT, GROUP
 from kernelforge.op import OpDef
 from kernelforge.problem import Attr, Problem, TensorType
 from kernelforge.testing import edges, values
@@ -146,6 +147,31 @@ ATTENTION = Family(
 )
 
 NORM_VALUES = {"small-variance": edges.small_variance}
+
+
+def _normed(family: Family, product: OpDef) -> Family:
+    """Of the op that multiplies, as `product` does, rows that it normalises first."""
+
+    def make(op: OpDef, c: Choice) -> Problem:
+        plain = family.make(product, {**c, "transpose_lhs": False})
+        lhs, *others = plain.operands
+        gain = TensorType(plain.operand(0).shape[-1:], c["gain"], constant=c["constant"])
+        attrs = {name: value for name, value in plain.attrs if name != "transpose_lhs"}
+        return op.problem([lhs, gain, *others], {**attrs, "eps": c["eps"]})
+
+    factors = {name: values for name, values in family.factors.items() if name != "transpose_lhs"}
+    factors["dtype"] = [types for types in factors["dtype"] if not types.startswith(ACTIVATION_FORMAT)]
+    return replace(
+        family,
+        factors={**factors, "gain": FLOATS, "eps": (1e-5, 1e-2)},
+        make=make,
+        zero=("m", "n"),
+        extremes={
+            "long-k": {"m": 3, "n": 5, "k": LONG},
+            "long-k-4-bit": {"m": 3, "n": 5, "k": LONG, "dtype": "f32*q4"},
+        },
+        values=NORM_VALUES,
+    )
 
 
 def _rows(c: Choice) -> tuple[int, ...]:
@@ -441,6 +467,8 @@ FAMILIES = {
     for name, family in {
         "matmul": MATMUL,
         "glu_matmul": GLU_MATMUL,
+        "rms_norm_matmul": _normed(MATMUL, products.MATMUL),
+        "rms_norm_glu_matmul": _normed(GLU_MATMUL, products.GLU_MATMUL),
         "attention": ATTENTION,
         "softmax": SOFTMAX,
         "rms_norm": NORM,

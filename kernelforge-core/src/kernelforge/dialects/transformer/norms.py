@@ -39,28 +39,33 @@ def _check_rows(name: str, x: TensorType, attrs: Attrs) -> None:
         raise OpError(f"attribute 'eps' is {attrs['eps']}, must not be negative")
 
 
-def _check_weight(name: str, weight: TensorType, x: TensorType) -> None:
+def _check_weight(name: str, weight: TensorType, x: TensorType, of: str = "x") -> None:
     want_float(name, weight)
-    want_shape(name, weight, x.shape[-1:], "the last dimension of operand 'x'")
+    want_shape(name, weight, x.shape[-1:], f"the last dimension of operand '{of}'")
+
+
+def check_norm(name: str, x: TensorType, weight_name: str, weight: TensorType, attrs: Attrs) -> None:
+    """`x` can be normalised, and `weight` scales its columns."""
+    _check_rows(name, x, attrs)
+    _check_weight(weight_name, weight, x, name)
 
 
 def infer_rms_norm(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ...]:
     x, weight = required(operands, 0), required(operands, 1)
-    _check_rows("x", x, attrs)
-    _check_weight("weight", weight, x)
+    check_norm("x", x, "weight", weight, attrs)
     return (TensorType(x.shape, x.dtype),)
 
 
-def _rms_norm(x: Array, weight: Array, eps: float) -> Array:
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019)."""
     import numpy as np
 
     return np.asarray(x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight)
 
 
 def rms_norm_reference(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019)."""
     x, weight = arrays
-    return (_rms_norm(x, weight, float_attr(attrs, "eps")),)
+    return (rms_norm(x, weight, float_attr(attrs, "eps")),)
 
 
 def rms_norm_cost(problem: Problem) -> Cost:
@@ -196,7 +201,7 @@ def infer_add_rms_norm(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType
 def add_rms_norm_reference(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
     x, residual, weight = arrays
     total = x + residual
-    return (total, _rms_norm(total, weight, float_attr(attrs, "eps")))
+    return (total, rms_norm(total, weight, float_attr(attrs, "eps")))
 
 
 def add_rms_norm_cost(problem: Problem) -> Cost:

@@ -1,4 +1,4 @@
-"""Variants of `transformer.matmul` and `transformer.glu_matmul`. Cheap to import: builders are named, not loaded."""
+"""Variants of `transformer.matmul` and its kin. Cheap to import: builders are named, not loaded."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ _KINDS = (
     ("gemm", "gemm:build_gemm", "gemm:takes_gemm", "gemm", 20),
 )
 """Name, build, supports, family of configs, priority."""
+
+_NORMALISING = ("gemv", "gemv-shared")
+"""With more rows than these take, norm and product are run one after the other: `OpDef.parts`."""
 
 _SUMMARIES = {
     "gemv": "a few rows; each weight is read once, sums across subgroups",
@@ -32,8 +35,9 @@ VARIANTS = (
             default=f"{HERE}.{family}:{family}_default",
             priority=priority,
         )
-        for op in ("matmul", "glu_matmul")
+        for op in ("matmul", "glu_matmul", "rms_norm_matmul", "rms_norm_glu_matmul")
         for name, build, supports, family, priority in _KINDS
+        if not op.startswith("rms_norm") or name in _NORMALISING
     ),
     *(
         KernelVariant(

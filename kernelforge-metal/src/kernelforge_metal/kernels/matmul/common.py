@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from kernelforge.errors import UsageError
 from kernelforge.variant import Accept, Reject
 from kernelforge_metal.kernel import is_value
-from kernelforge_metal.kernels.matmul.geometry import product_of
+from kernelforge_metal.kernels.matmul.geometry import product_of, rhs_of
 from kernelforge_metal.kernels.matmul.result import stored_columns
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def takes_products(problem: Problem, device: DeviceInfo) -> Verdict:
 
 def takes_any_product(problem: Problem, device: DeviceInfo) -> Verdict:
     """Whether dtypes and strides are such that any of the kernels can read them."""
-    rhs = (1, 2) if problem.op.endswith(".glu_matmul") else (1,)
+    rhs = rhs_of(problem)
     for i, t in enumerate((*problem.operands, *problem.results)):
         if t is None:
             continue

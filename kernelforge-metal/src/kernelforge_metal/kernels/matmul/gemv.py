@@ -6,18 +6,19 @@ long as enough of them are under way, and that of unpacking for four bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kernelforge.variant import Accept, ConfigSpace, Reject
-from kernelforge_metal.kernel import Binding, Dispatch, GpuKernel, Size
-from kernelforge_metal.kernels.matmul.common import start_of, takes_products
+from kernelforge_metal.kernel import Dispatch, GpuKernel, Size
+from kernelforge_metal.kernels.matmul.common import takes_products
 from kernelforge_metal.kernels.matmul.geometry import product_of
-from kernelforge_metal.kernels.matmul.numbers import Q4, Q8, floats, vector_element
+from kernelforge_metal.kernels.matmul.numbers import Q4, Q8, floats
 from kernelforge_metal.kernels.matmul.result import Result, stored_columns
+from kernelforge_metal.kernels.matmul.vectors import Vectors
 from kernelforge_metal.kernels.matmul.weights import OCTETS, QUAD, Quads, Rows, pieces, weights_of
-from kernelforge_metal.wgsl import BF16, FLAT, IDS, SUBGROUP, SUBGROUP_IDS, element, grid, load
+from kernelforge_metal.wgsl import BF16, FLAT, IDS, SUBGROUP, SUBGROUP_IDS, grid
 
 if TYPE_CHECKING:
     from kernelforge.problem import Problem
@@ -46,6 +47,8 @@ def takes_gemv(problem: Problem, device: DeviceInfo) -> Verdict:
         return Reject("takes one matrix with a known number of rows")
     if not g.columns:
         return Reject("takes at least one column")
+    if g.gain is not None and not g.inner:
+        return Reject("takes rows of at least one element")
     if not 0 < g.static_rows <= MAX_ROWS:
         return Reject(f"takes 1 to {MAX_ROWS} rows, not {g.static_rows}")
     return Accept()
@@ -120,7 +123,12 @@ class Gemv:
 
     @property
     def sums(self) -> int:
-        """Of a thread: for each weight, row and column."""
+        """Of a thread: for each weight, row and column, then the squares of each row that is normalised."""
+        return self.squares + (0 if self.product.gain is None else self.rows)
+
+    @property
+    def squares(self) -> int:
+        """The number of the first row's."""
         return len(self.names) * self.rows * self.columns
 
     def sum(self, weight: int, row: int, column: int) -> str:
@@ -129,31 +137,34 @@ class Gemv:
     # --- lhs ---
 
     @property
-    def wide(self) -> bool:
-        """Whether four numbers of a row of lhs are one load."""
+    def lhs(self) -> Vectors:
         g = self.product
-        return g.lhs_inner == 1 and g.inner % 4 == 0 and g.rows.lhs % 4 == 0
+        return Vectors(g, self.device, "x", 0, g.lhs_inner, g.rows.lhs, self.covered)
 
     @property
-    def lhs_element(self) -> str:
-        dtype = self.product.problem.operand(0).dtype
-        return vector_element(dtype) if self.wide else element(dtype, self.device)
+    def gain(self) -> Vectors | None:
+        g = self.product
+        if g.gain is None:
+            return None
+        (step,) = g.problem.operand(g.gain).element_strides()
+        return Vectors(g, self.device, "gain", g.gain, step, 0, self.covered)
 
     @property
-    def lhs_function(self) -> str:
-        """`lhs(row, i)`: the numbers 4 i to 4 i + 3 of a row, zeros past its end."""
-        g = self.product
-        dtype, start = g.problem.operand(0).dtype, f"{start_of(g.problem, 0, 'x')} + row * {g.rows.lhs}u"
-        covered = self.weights.units * (OCTETS if isinstance(self.weights, Quads) else self.weights.steps)
-        if self.wide:
-            guard = f"if (i >= {g.inner // 4}u) {{ return vec4<f32>(); }} " if covered > g.inner else ""
-            value = floats(f"x[(({start}) >> 2u) + i]", dtype)
-            return f"fn lhs(row: u32, i: u32) -> vec4<f32> {{ {guard}return {value}; }}\n"
-        lines = ["fn lhs(row: u32, i: u32) -> vec4<f32> {", "  var v = vec4<f32>();"]
-        for j, lane in enumerate("xyzw"):
-            read = load("x", dtype, self.device, f"{start} + (4u * i + {j}u) * {g.lhs_inner}u")
-            lines.append(f"  if (4u * i + {j}u < {g.inner}u) {{ v.{lane} = {read}; }}")
-        return "\n".join([*lines, "  return v;", "}\n"])
+    def covered(self) -> int:
+        """Steps of the inner dimension in all units."""
+        return self.weights.units * (OCTETS if isinstance(self.weights, Quads) else self.weights.steps)
+
+    def numbers(self, i: int, places: Sequence[str]) -> Iterator[str]:
+        """`x{i}_{m}_{j}`: the four numbers of row m at each place, as they are multiplied by the weights."""
+        for j, place in enumerate(places):
+            if self.product.gain is None:
+                for m in range(self.rows):
+                    yield f"let x{i}_{m}_{j} = x_four({m}u, {place});"
+                continue
+            yield f"let g{i}_{j} = gain_four(0u, {place});"
+            for m in range(self.rows):
+                yield f"let l{i}_{m}_{j} = x_four({m}u, {place}); let x{i}_{m}_{j} = l{i}_{m}_{j} * g{i}_{j};"
+                yield f"z{self.squares + m} += dot(l{i}_{m}_{j}, l{i}_{m}_{j});"
 
     # --- the sums ---
 
@@ -205,9 +216,7 @@ class Gemv:
     def floats(self, i: int) -> Iterator[str]:
         dtype = self.weights.dtype
         vectors = 1 if dtype == "f32" else 2
-        for m in range(self.rows):
-            for j in range(vectors):
-                yield f"let x{i}_{m}_{j} = lhs({m}u, {vectors}u * u{i} + {j}u);"
+        yield from self.numbers(i, [f"{vectors}u * u{i} + {j}u" for j in range(vectors)])
         for n in range(len(self.names)):
             for c in range(self.columns):
                 word = f"w{i}_{n}_{c}"
@@ -217,9 +226,7 @@ class Gemv:
                         yield f"{self.sum(n, m, c)} += dot(x{i}_{m}_{j}, {part});"
 
     def quads(self, i: int) -> Iterator[str]:
-        for m in range(self.rows):
-            for j in range(2):
-                yield f"let x{i}_{m}_{j} = lhs({m}u, u{i} + (u{i} & ~7u) + {j * OCTETS}u);"
+        yield from self.numbers(i, [f"u{i} + (u{i} & ~7u) + {j * OCTETS}u" for j in range(2)])
         for n in range(len(self.names)):
             for c in range(self.columns):
                 q, r = divmod(c, QUAD)
@@ -277,14 +284,19 @@ class Gemv:
 
     def stores(self, result: Result) -> Iterator[str]:
         """Each thread finishes one column, or four, of one row."""
-        v, each = result.vector, self.rows * self.columns
+        g, v, each = self.product, result.vector, self.rows * self.columns
         yield f"for (var i = t; i < {each // v}u; i += {self.threads}u) {{"
         yield f"let row = i / {self.columns // v}u; let own = i % {self.columns // v}u * {v}u; let batch = 0u;"
         yield "if (column0 + own < columns) {"
+        scaled = ""
+        if g.gain is not None:
+            mean = f"total({self.squares}u + row, ids) / {g.inner}.0"
+            yield f"let scale = 1.0 / sqrt({mean} + {float(str(g.problem.attr('eps')))!r});"
+            scaled = " * scale"
         values = []
         for j in range(v):
             place = f"row * {self.columns}u + own + {j}u"
-            sums = [f"total({place} + {n * each}u, ids)" for n in range(len(self.names))]
+            sums = [f"total({place} + {n * each}u, ids){scaled}" for n in range(len(self.names))]
             values.append(result.finished(sums, "row", f"first + column0 + own + {j}u"))
         value = values[0] if v == 1 else f"vec4<f32>({', '.join(values)})"
         yield f"store(batch, row, first + column0 + own, {value});"
@@ -308,7 +320,8 @@ class Gemv:
         result = Result(g, self.device, 4 if narrow else 1)
         word = "vec4<f32>" if self.weights.dtype == "f32" else "vec4<u32>"
         weights = [self.weights.bindings(n, i, piece, word) for n, i in zip(self.names, g.rhs, strict=True)]
-        bindings = [Binding("x", 0, self.lhs_element), *(b for found in weights for b in found), *result.bindings]
+        vectors = [v for v in (self.lhs, self.gain) if v is not None]
+        bindings = [*(v.binding for v in vectors), *(b for found in weights for b in found), *result.bindings]
         columns = min(piece.columns, g.columns - piece.first)
         numbers: tuple[tuple[str, Size], ...] = ()
         place = f"let first = 0u; let columns = {columns}u;"
@@ -319,7 +332,7 @@ class Gemv:
             SUBGROUP_IDS if self.subgroups else IDS,
             BF16 if "bf16" in dtypes else "",
             {"q8": Q8, "q4": Q4}.get(self.weights.dtype, ""),
-            self.lhs_function,
+            *(v.function for v in vectors),
             result.functions,
             self.shared,
             f"@compute @workgroup_size({self.threads})",

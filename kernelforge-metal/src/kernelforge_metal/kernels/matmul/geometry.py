@@ -35,7 +35,7 @@ ONE = Axis((1,), 0, 0, 0, 0)
 
 @dataclass(frozen=True)
 class Product:
-    """act(lhs @ rhs + bias) + residual, or act(x @ gate) * (x @ up)."""
+    """act(lhs @ rhs + bias) + residual, or act(x @ gate) * (x @ up), of rows that may be RMS-normalised first."""
 
     problem: Problem
     batches: tuple[Axis, ...]
@@ -54,6 +54,8 @@ class Product:
     bias: int | None
     residual: int | None
     activation: str
+    gain: int | None = None
+    """Index of what the normalised rows of lhs are multiplied by, None where lhs is taken as it is."""
 
     @property
     def out(self) -> int:
@@ -67,9 +69,10 @@ class Product:
 
 def product_of(problem: Problem) -> Product:
     """Raises UsageError where strides depend on a dynamic dimension, or sizes of the matrix itself are dynamic."""
-    glu = problem.op.endswith(".glu_matmul")
-    lhs, rhs, out = problem.operand(0), problem.operand(1), problem.results[0]
-    transpose_lhs = not glu and bool(problem.attr("transpose_lhs"))
+    first, *_ = rhs_of(problem)
+    glu, normed = is_gated(problem), first == 2
+    lhs, rhs, out = problem.operand(0), problem.operand(first), problem.results[0]
+    transpose_lhs = not glu and not normed and bool(problem.attr("transpose_lhs"))
     transpose_rhs = bool(problem.attr("transpose_rhs"))
     *outer, row_step, inner_step = lhs.element_strides()
     inner = lhs.shape[-1]
@@ -78,8 +81,7 @@ def product_of(problem: Problem) -> Product:
     *matrices, rhs_rows, rhs_columns = _strides(rhs)
     if transpose_rhs:
         rhs_rows, rhs_columns = rhs_columns, rhs_rows
-    optional = {i: problem.operands[i] for i in (2, 3) if not glu and i < len(problem.operands)}
-    residual = optional.get(3)
+    bias, residual = (None, None) if glu else (*problem.operands, None, None)[first + 1 : first + 3]
     across = matrices if rhs.rank > 2 else [0] * len(outer)
     steps = zip(
         (*outer, row_step),
@@ -106,12 +108,23 @@ def product_of(problem: Problem) -> Product:
         inner_step,
         rhs_rows,
         rhs_columns,
-        rhs=(1, 2) if glu else (1,),
+        rhs=rhs_of(problem),
         transpose_rhs=transpose_rhs,
-        bias=2 if optional.get(2) is not None else None,
-        residual=3 if residual is not None else None,
+        bias=first + 1 if bias is not None else None,
+        residual=first + 2 if residual is not None else None,
         activation=str(problem.attr("activation" if glu else "epilogue")),
+        gain=1 if normed else None,
     )
+
+
+def is_gated(problem: Problem) -> bool:
+    return problem.op.endswith("glu_matmul")
+
+
+def rhs_of(problem: Problem) -> tuple[int, ...]:
+    """The indices of the right-hand sides: they follow lhs, and the gain of its norm."""
+    first = 2 if ".rms_norm_" in problem.op else 1
+    return (first, first + 1) if is_gated(problem) else (first,)
 
 
 def _strides(t: TensorType) -> tuple[int, ...]:
