@@ -40,6 +40,7 @@ class FakeGpu:
     def __init__(self, clock: Clock, ticks: Sequence[float] | None) -> None:
         self.clock, self.ticks, self.runs = clock, ticks, 0
         self.has_timestamps = ticks is not None
+        self.queue = self
 
     def encoder(self) -> None: ...
 

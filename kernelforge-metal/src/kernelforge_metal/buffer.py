@@ -12,7 +12,7 @@ import numpy as np
 from kernelforge.dtype import to_numpy
 from kernelforge.errors import UsageError
 from kernelforge.problem import TensorType
-from kernelforge_metal.native import Region
+from kernelforge_metal.queue import Region
 
 if TYPE_CHECKING:
     from kernelforge_metal.native import Gpu
@@ -43,7 +43,7 @@ class GpuBuffer:
 
     def numpy(self) -> Array:
         with self._gpu.lock:
-            data = self._gpu.download(Region(self.memory, 0, self._nbytes))
+            data = self._gpu.queue.download(Region(self.memory, 0, self._nbytes))
         return data.view(to_numpy(self._dtype)).reshape(self._shape)
 
     def fetch(self, *index: int) -> Callable[[], Array]:
@@ -58,12 +58,12 @@ class GpuBuffer:
         first = place * nbytes
         skipped = first % 4  # copies start at whole words
         with self._gpu.lock:
-            begun = self._gpu.fetch(Region(self.memory, first - skipped, skipped + nbytes))
+            begun = self._gpu.queue.fetch(Region(self.memory, first - skipped, skipped + nbytes))
 
         @cache
         def take() -> Array:
             with self._gpu.lock:
-                data = self._gpu.take(begun)
+                data = self._gpu.queue.take(begun)
             return data[skipped:].view(dtype).reshape(shape)
 
         return take
@@ -75,4 +75,4 @@ class GpuBuffer:
             )
         if array.size:
             with self._gpu.lock:
-                self._gpu.upload(self.memory, 0, np.ascontiguousarray(array))
+                self._gpu.queue.upload(self.memory, 0, np.ascontiguousarray(array))

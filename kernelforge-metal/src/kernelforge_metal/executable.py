@@ -15,7 +15,8 @@ from kernelforge.explanation import Explanation, explain_plan
 from kernelforge_metal.inputs import Given, check_inputs, take_out
 from kernelforge_metal.kernel import HostKernel, is_value, size_of
 from kernelforge_metal.layout import Layout
-from kernelforge_metal.native import Command, Region
+from kernelforge_metal.native import Command
+from kernelforge_metal.queue import Region
 from kernelforge_metal.timing import measure, measure_on_host, step_seconds
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class GpuExecutable:
             if all(isinstance(s, list) for s in segments):
                 commands = [c for s in segments if isinstance(s, list) for c in s]
                 return measure(self._gpu, commands, self._uniform_group, repeats)
-            return measure_on_host(lambda: self._execute(given), self._gpu.wait, repeats)
+            return measure_on_host(lambda: self._execute(given), self._gpu.queue.wait, repeats)
 
     def explain(self, inputs: Mapping[str, Array | Buffer] | None = None, *, repeats: int = 9) -> Explanation:
         if inputs is None:
@@ -212,7 +213,7 @@ class GpuExecutable:
             buffer = self._gpu.allocate(self._words.nbytes + 256, "parameters")
             group = self._gpu.bind_group(self._gpu.uniform_layout, [Region(buffer, 0, 128)])
             self._uniforms = (buffer, group)
-        self._gpu.upload(self._uniforms[0], 0, self._words)
+        self._gpu.queue.upload(self._uniforms[0], 0, self._words)
 
     # --- commands ---
 
@@ -293,19 +294,25 @@ class GpuExecutable:
         bound = self._commands(given)
         segments = bound.segments
         if len(segments) == 1 and isinstance(segments[0], list):
+            commands = segments[0]
             recorded, bound.recorded = bound.recorded, None
-            self._gpu.submit(recorded if recorded is not None else self._record(segments[0], given))
-            if bound.ran:
-                bound.recorded = self._record(segments[0], given)
-            bound.ran = True
+            if recorded is None:
+                recorded = self._record(commands, given)
+
+            def ahead() -> None:
+                if bound.ran and self._dims == given.dims:
+                    bound.recorded = self._record(commands, given)
+                bound.ran = True
+
+            self._gpu.queue.submit_soon(recorded, ahead)
             return
         for segment in segments:
             if isinstance(segment, int):
                 self._run_on_host(segment, given)
             else:
-                self._gpu.submit(self._record(segment, given))
+                self._gpu.queue.submit(self._record(segment, given))
         if not segments or not isinstance(segments[-1], list):
-            self._gpu.submit(self._record([], given))
+            self._gpu.queue.submit(self._record([], given))
 
     def _record(self, commands: Sequence[Command], given: Given) -> Any:
         encoder = self._gpu.encoder()
@@ -334,7 +341,7 @@ class GpuExecutable:
         for root in {self._plan.root(v) for v in step.results}:
             region = self._layout.region(root, given)
             if memory[root].size:
-                self._gpu.upload(region.buffer, region.offset, memory[root])
+                self._gpu.queue.upload(region.buffer, region.offset, memory[root])
 
 
 def strided(memory: Array, value: Any, dims: Mapping[str, int]) -> Array:

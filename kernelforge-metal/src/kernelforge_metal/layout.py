@@ -9,7 +9,7 @@ import numpy as np
 
 from kernelforge.dtype import to_numpy
 from kernelforge_metal.kernel import HostKernel, size_of
-from kernelforge_metal.native import Region
+from kernelforge_metal.queue import Region, copy
 
 if TYPE_CHECKING:
     from kernelforge.plan import Plan
@@ -48,7 +48,7 @@ class Layout:
         sent = [i for i in self._plan.inputs if not self._plan.values[i].donated]
         self._inputs, self._input_bytes = self._row(sent, grown, "inputs")
         self._outputs, self._output_bytes = self._row(self._output_ids, grown, "outputs")
-        self._readable = self._gpu.readable(self._output_bytes) if self._output_ids else None
+        self._readable = self._gpu.queue.readable(self._output_bytes) if self._output_ids else None
         self._staging = np.zeros(min(self._input_bytes, SMALL), np.uint8)
         self._place_scratch(grown)
         self._bounds = grown
@@ -118,16 +118,16 @@ class Layout:
                     nbytes = self._padded(i, self._bounds or {})
                     self._regions[i] = Region(self._gpu.allocate(nbytes, "an input"), 0, nbytes)
                 region = self._regions[i]
-                self._gpu.upload(region.buffer, region.offset, raw)
+                self._gpu.queue.upload(region.buffer, region.offset, raw)
         if staged >= 0:
-            self._gpu.upload(self._regions[staged].buffer, 0, self._staging)
+            self._gpu.queue.upload(self._regions[staged].buffer, 0, self._staging)
 
     def copy_outputs(self, encoder: Any, given: Given) -> None:
         """Encode the copy of the outputs to where `read` takes them from."""
         start, end = self._read_range(given)
         if end > start:
             buffer = self._regions[self._output_ids[0]].buffer
-            self._gpu.copy(encoder, Region(buffer, start, end - start), self._readable)
+            copy(encoder, Region(buffer, start, end - start), self._readable)
 
     def _read_range(self, given: Given) -> tuple[int, int]:
         """The start of the first output that is read back, the end of the last."""
@@ -143,8 +143,8 @@ class Layout:
         first, end = self._read_range(given)
         kept = [i for i in self._output_ids if i in given.buffers]
         if end == first and not kept:
-            self._gpu.wait()
-        data = self._gpu.read(self._readable, end - first) if end > first else np.empty(0, np.uint8)
+            self._gpu.queue.wait()
+        data = self._gpu.queue.read(self._readable, end - first) if end > first else np.empty(0, np.uint8)
         made = {}
         for i in self._output_ids:
             if i not in given.buffers:
@@ -157,5 +157,5 @@ class Layout:
         """The memory of a value that is no view, read back."""
         t = self._plan.values[root].type
         region = self.region(root, given)
-        data = self._gpu.download(Region(region.buffer, region.offset, t.nbytes(given.dims)))
+        data = self._gpu.queue.download(Region(region.buffer, region.offset, t.nbytes(given.dims)))
         return data.view(to_numpy(t.dtype)).reshape(t.array_shape(given.dims))

@@ -1,5 +1,6 @@
-"""The GPU as this package uses it: buffers, pipelines, bind groups, command streams, timestamps. The only module that calls wgpu
-for work; hot calls go to its C functions directly, which wgpu-py's checks would make twice as expensive.
+"""The GPU as this package uses it: buffers, pipelines, bind groups, command streams, timestamps. Only this module and
+`kernelforge_metal.queue` call wgpu for work; hot calls go to its C functions directly, which wgpu-py's checks would make twice as
+expensive.
 
 Everything that wgpu raises comes out as a DeviceError that says what to do.
 """
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kernelforge.errors import DeviceError
-from kernelforge.interruption import held_back
 from kernelforge_metal.adapters import FEATURES, Adapter, wgpu_adapter
+from kernelforge_metal.queue import Queue, Region
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
@@ -25,21 +26,8 @@ if TYPE_CHECKING:
 CHECKS = "KERNELFORGE_GPU_CHECKS"
 """Environment variable: 1 keeps wgpu's bounds and loop checks in all shaders."""
 
-MAX_SPARE = 4
-"""Buffers of a size that are kept to be read from again."""
-
 MAX_QUERIES = 4096
 """Timestamps of a query set, on every device."""
-
-
-@dataclass(frozen=True)
-class Region:
-    """A range of a GPU buffer."""
-
-    buffer: Any
-    """A `wgpu.GPUBuffer`."""
-    offset: int
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -67,17 +55,6 @@ class Command:
     """The objects behind the handles."""
 
 
-@dataclass(eq=False)
-class Fetch:
-    """A reading of a region that was asked for."""
-
-    region: Region
-    target: Any
-    """The buffer that the host reads."""
-    submission: int | None = None
-    """The number of the submission that copies to it."""
-
-
 class Gpu:
     """An opened adapter, with those of the features that `adapter` names. Raises DeviceError when it cannot be opened."""
 
@@ -85,26 +62,20 @@ class Gpu:
         from wgpu.backends.wgpu_native import ffi, lib
 
         self._ffi, self._lib = ffi, lib
-        self.lock = (
-            RLock()
-        )  # one run or transfer at a time: they share a queue, and a poll ends the mappings of all threads
-        self._mapped = 0
-        self._map_info = self._map_callback()
+        self.lock = RLock()
+        """One run or transfer at a time: they share a queue, and a poll ends the mappings of all threads."""
         self.lost = False
         self.name = adapter.name
         with self._errors("open the device"):
             self.device = _request(wgpu_adapter(adapter), adapter.features)
-        self.queue = self.device.queue
+        self.queue = Queue(self.device, self._errors, self.name)
         self.features = frozenset(f for f in FEATURES if f in self.device.features)
         self.immediates = "immediates" in self.features
         self.alignment = max(64, self.limit("min-storage-buffer-offset-alignment"))
         self.checks = os.environ.get(CHECKS, "") not in ("", "0")
         self._pipelines: dict[tuple[str, tuple[bool, ...], int, bool], Pipeline] = {}
         self._layouts: dict[tuple[bool, ...], Any] = {}
-        self._readback: Any = None  # where `download` copies to
         self._queries: Any = None
-        self._fetches: list[Fetch] = []  # asked for, not yet submitted
-        self._spare: dict[int, list[Any]] = {}
 
     def limit(self, name: str) -> int:
         """One of the device's limits by wgpu's name."""
@@ -150,108 +121,6 @@ class Gpu:
         with self._errors(f"allocate {size / 2**20:.0f} MiB for {what}"):
             usage = BufferUsage.STORAGE | BufferUsage.COPY_DST | BufferUsage.COPY_SRC | BufferUsage.UNIFORM
             return self.device.create_buffer(size=size, usage=usage)
-
-    def upload(self, buffer: Any, offset: int, data: Array) -> None:
-        """Write the bytes of a C-contiguous array; they are padded with zeros to a multiple of 4."""
-        raw = data.reshape(-1).view(np.uint8)
-        step = 64 << 20
-        self._copy_fetched()
-        with self._errors("take data"):
-            for start in range(0, raw.size, step):
-                part = raw[start : start + step]
-                if part.size % 4:
-                    part = np.concatenate([part, np.zeros(-part.size % 4, np.uint8)])
-                self.queue.write_buffer(buffer, offset + start, part)
-
-    def download(self, region: Region) -> Array:
-        """The bytes of a region; waits for what was submitted."""
-        if region.nbytes == 0:
-            return np.empty(0, np.uint8)
-        if self._readback is None or self._readback.size < region.nbytes:
-            self._readback = self.readable(region.nbytes)
-        encoder = self.encoder()
-        self.copy(encoder, region, self._readback)
-        self.submit(self.finish(encoder))
-        return self.read(self._readback, region.nbytes)
-
-    def readable(self, nbytes: int) -> Any:
-        """A buffer from which `read` takes what was copied to it."""
-        from wgpu import BufferUsage
-
-        size = max(256, -(-nbytes // 256) * 256)
-        with self._errors(f"allocate {size} bytes to read from"):
-            return self.device.create_buffer(size=size, usage=BufferUsage.MAP_READ | BufferUsage.COPY_DST)
-
-    def copy(self, encoder: Any, region: Region, target: Any) -> None:
-        """Encode a copy of a region to the start of a buffer."""
-        nbytes = -(-region.nbytes // 4) * 4
-        encoder.copy_buffer_to_buffer(region.buffer, region.offset, target, 0, nbytes)
-
-    def fetch(self, region: Region) -> Fetch:
-        """Ask for the bytes of a region as what was submitted so far leaves them; `take` hands them out."""
-        if not region.nbytes:
-            return Fetch(region, None)
-        spare = self._spare.get(region.nbytes)
-        fetch = Fetch(region, spare.pop() if spare else self.readable(region.nbytes))
-        self._fetches.append(fetch)
-        return fetch
-
-    def take(self, fetch: Fetch) -> Array:
-        """Wait for what was submitted before the fetch; then its bytes. Once only."""
-        if not fetch.region.nbytes:
-            return np.empty(0, np.uint8)
-        self._copy_fetched()
-        data = self.read(fetch.target, fetch.region.nbytes, fetch.submission)
-        spare = self._spare.setdefault(fetch.region.nbytes, [])
-        if len(spare) < MAX_SPARE:
-            spare.append(fetch.target)
-        return data
-
-    def _copy_fetched(self) -> None:
-        """Submit the copies of what was asked for, all in one: before anything that may change it."""
-        if not self._fetches:
-            return
-        fetches, self._fetches = self._fetches, []
-        encoder = self.encoder()
-        for fetch in fetches:
-            self.copy(encoder, fetch.region, fetch.target)
-        number = self._submit(self.finish(encoder))
-        for fetch in fetches:
-            fetch.submission = number
-
-    def read(self, buffer: Any, nbytes: int, submission: int | None = None) -> Array:
-        """Wait for everything that was submitted, or up to this submission; then the first bytes of a buffer made by
-        `readable`."""
-        with self._errors("finish its work"), held_back():
-            size = -(-nbytes // 8) * 8
-            ffi, lib, handle = self._ffi, self._lib, buffer._internal
-            self._mapped = 0
-            lib.wgpuBufferMapAsync(handle, lib.WGPUMapMode_Read, 0, size, self._map_info)
-            until = ffi.NULL if submission is None else ffi.new("WGPUSubmissionIndex *", submission)
-            lib.wgpuDevicePoll(self.device._internal, True, until)
-            if self._mapped != lib.WGPUMapAsyncStatus_Success:
-                raise DeviceError(
-                    f"the GPU {self.name} cannot hand over its results: status {self._mapped}", hint="open it again"
-                )
-            pointer = lib.wgpuBufferGetConstMappedRange(handle, 0, size)
-            data = np.frombuffer(ffi.buffer(pointer, size), np.uint8)[:nbytes].copy()
-            lib.wgpuBufferUnmap(handle)
-        return data
-
-    def _map_callback(self) -> Any:
-        """What a mapping calls. wgpu-py's own mapping wakes a second thread that polls, too: handing over between the two costs
-        a step of a decoder several milliseconds."""
-        ffi, lib = self._ffi, self._lib
-
-        @ffi.callback("void(WGPUMapAsyncStatus, WGPUStringView, void *, void *)")  # type: ignore[untyped-decorator]
-        def mapped(status: int, message: Any, first: Any, second: Any) -> None:
-            self._mapped = status
-
-        self._callback = mapped  # kept: C holds no reference
-        info = ffi.new("WGPUBufferMapCallbackInfo *")
-        info.mode = lib.WGPUCallbackMode_AllowProcessEvents
-        info.callback = mapped
-        return info[0]
 
     # --- code ---
 
@@ -360,23 +229,6 @@ class Gpu:
         with self._errors("record commands"):
             return encoder.finish()
 
-    def submit(self, recorded: Any) -> None:
-        self._copy_fetched()
-        self._submit(recorded)
-
-    def _submit(self, recorded: Any) -> int:
-        """The number of the submission."""
-        from wgpu.backends.wgpu_native import _api
-
-        with self._errors("run commands"):
-            handles = self._ffi.new("WGPUCommandBuffer[]", [recorded._internal])
-            return int(_api.libf.wgpuQueueSubmitForIndex(self.queue._internal, 1, handles))
-
-    def wait(self) -> None:
-        """Until everything that was submitted is done."""
-        with self._errors("finish its work"):
-            self.device._poll_wait()
-
     # --- timestamps ---
 
     @property
@@ -400,8 +252,8 @@ class Gpu:
 
     def timestamps(self, count: int) -> Array:
         """Seconds, float64, of the first `count` queries."""
-        ticks = self.download(Region(self._resolved, 0, 8 * count)).view(np.uint64)
-        period = float(self._lib.wgpuQueueGetTimestampPeriod(self.queue._internal))
+        ticks = self.queue.download(Region(self._resolved, 0, 8 * count)).view(np.uint64)
+        period = float(self._lib.wgpuQueueGetTimestampPeriod(self.device.queue._internal))
         return np.asarray((ticks - ticks.min()).astype(np.float64) * period * 1e-9)
 
     def pointer(self, words: Array) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kernelforge.constant import Constant, evaluate
-from kernelforge_metal.native import Region
+from kernelforge_metal.queue import Region
 
 if TYPE_CHECKING:
     from kernelforge.backend import TensorSource
@@ -55,5 +55,5 @@ def send(gpu: Gpu, array: Array, what: str) -> Region:
     """A new buffer with the bytes of `array` in row-major order."""
     buffer = gpu.allocate(array.nbytes, f"constant '{what}'")
     if array.size:
-        gpu.upload(buffer, 0, np.ascontiguousarray(array))
+        gpu.queue.upload(buffer, 0, np.ascontiguousarray(array))
     return Region(buffer, 0, buffer.size)

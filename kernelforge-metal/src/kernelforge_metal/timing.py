@@ -55,8 +55,8 @@ def measure(gpu: Gpu, commands: Sequence[Command], uniforms: Any, repeats: int) 
         encoder = gpu.encoder()
         for _ in range(n):
             gpu.encode(encoder, commands, uniforms)
-        gpu.submit(gpu.finish(encoder))
-        gpu.wait()
+        gpu.queue.submit(gpu.finish(encoder))
+        gpu.queue.wait()
 
     return slope(batch, repeats)
 
@@ -68,8 +68,8 @@ def stamped(gpu: Gpu, passes: Sequence[Sequence[Command]], uniforms: Any) -> tup
         gpu.encode(encoder, commands, uniforms, (2 * i, 2 * i + 1))
     gpu.resolve(encoder, 2 * len(passes))
     start = time.perf_counter()
-    gpu.submit(gpu.finish(encoder))
-    gpu.wait()
+    gpu.queue.submit(gpu.finish(encoder))
+    gpu.queue.wait()
     wall = time.perf_counter() - start
     return gpu.timestamps(2 * len(passes)).reshape(-1, 2), wall
 
