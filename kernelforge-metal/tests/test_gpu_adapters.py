@@ -39,7 +39,8 @@ def test_adapter_keeps_what_kernels_ask_for() -> None:
     info = card().info
     assert info.target == "gpu"
     assert info.name == "Card 7"
-    assert info.features == {"shader-f16", "asynchronous"}
+    assert info.features == {"shader-f16", "asynchronous", "dot4"}
+    assert card(backend_type="Metal").info.features == {"shader-f16", "asynchronous"}
     assert info.limits == (("max-buffer-size", 1 << 30),)
     assert info.fingerprint == "gpu/Vulkan/10de:2335/Card 7/driver 1.2"
 

@@ -73,7 +73,8 @@ def test_gemv(gpu: Session, m: int, n: int, k: int, w: str) -> None:
 @pytest.mark.parametrize("w", WEIGHTS)
 def test_gemv_in_workgroup_memory(plain_gpu: Session, w: str) -> None:
     problem = matmul("f16[2,96]", f"{w}[36,96]@const", "bf16[36]", "f32[2,36]", transpose_rhs=True, epilogue="silu")
-    assert plain_gpu.select(problem).variant.name == "gemv-shared"
+    quantised = w.startswith("q")
+    assert plain_gpu.select(problem).variant.name == ("gemv-integer-shared" if quantised else "gemv-shared")
     verify(plain_gpu, problem, "gemv-shared", {"columns": 8, "threads": 64, "unroll": 1})
 
 
@@ -86,8 +87,9 @@ def test_gated_gemv(gpu: Session, w: str) -> None:
 def test_gemv_of_normalised_rows(gpu: Session, m: int, n: int, k: int, w: str) -> None:
     k += 3 * (not w.startswith("q"))
     problem = normed(f"f32[{m},{k}]", f"{w}[{n},{k}]@const", f"f32[{n}], f32[{m},{n}]", transpose_rhs=True, eps=1e-2)
-    assert gpu.select(problem).variant.name == "gemv"
-    verify(gpu, problem, "gemv", {"columns": 4, "threads": 32, "unroll": 2})
+    variant = "gemv-integer" if w.startswith("q") else "gemv"
+    assert gpu.select(problem).variant.name == variant
+    verify(gpu, problem, variant, {"columns": 4, "threads": 32, "unroll": 2})
 
 
 @pytest.mark.parametrize("w", ["f16", "q8", "q4"])
@@ -102,21 +104,55 @@ def test_gated_gemv_of_normalised_rows(gpu: Session, w: str) -> None:
     verify(gpu, _inferred("rms_norm_glu_matmul", RMS_NORM_GLU_MATMUL, operands, {"transpose_rhs": True}), "gemv")
 
 
-@pytest.mark.parametrize("variant", ["gemv", "gemv-shared"])
-def test_what_a_norm_makes_of_nan_infinity_and_zeros(gpu: Session, variant: str) -> None:
+@pytest.mark.parametrize(("w", "variant"), [("f32", "gemv"), ("f32", "gemv-shared"), ("q4", "gemv-integer")])
+def test_what_a_norm_makes_of_nan_infinity_and_zeros(gpu: Session, w: str, variant: str) -> None:
     """Rows with NaN or infinity are NaN, and so are zeros without eps; the others do not see them."""
     rng = np.random.default_rng(0)
     lhs = rng.standard_normal((4, 96)).astype(np.float32)
     lhs[0, 95], lhs[1, 7], lhs[2] = np.nan, np.inf, 0.0
     weight, gain = rng.standard_normal((12, 96)).astype(np.float32), np.ones(96, np.float32)
-    problem = normed("f32[4,96]", "f32[12,96]@const", transpose_rhs=True, eps=0.0)
-    executable = gpu.compile_problem(problem, constants={"rhs": weight}, variant=variant)
+    constant = quantize(weight, w) if w == "q4" else weight
+    problem = normed("f32[4,96]", f"{w}[12,96]@const", transpose_rhs=True, eps=0.0)
+    executable = gpu.compile_problem(problem, constants={"rhs": constant}, variant=variant)
     (out,) = executable.run({"lhs": lhs, "gain": gain})
-    (want,) = RMS_NORM_MATMUL.compute(problem, [lhs, gain, weight, None, None])
+    (want,) = RMS_NORM_MATMUL.compute(problem, [lhs, gain, constant, None, None])
     got = np.asarray(out)
     assert np.isnan(got[:3]).all()
     assert np.isnan(want[:3]).all()
     assert np.allclose(got[3], want[3], atol=1e-4)
+
+
+QUANTISED = ("q8", "q4")
+
+
+@pytest.mark.parametrize("w", QUANTISED)
+def test_gemv_in_integers(gpu: Session, plain_gpu: Session, w: str) -> None:
+    config: Config = {"columns": 4, "threads": 32, "unroll": 2}
+    verify(gpu, linear(1, 37, 1056, w), "gemv-integer", config)
+    verify(gpu, glu("bf16[3,128]", f"{w}[24,128]@const", transpose_rhs=True), "gemv-integer", config)
+    operands = ("f16[2,96]:[1,2]", f"{w}[36,96]@const", "bf16[36]", "f32[2,36]")
+    verify(plain_gpu, matmul(*operands, transpose_rhs=True, epilogue="silu"), "gemv-integer-shared", config)
+
+
+@pytest.mark.parametrize("w", QUANTISED)
+def test_integers_are_exact_where_f32_sums_are(gpu: Session, w: str) -> None:
+    """At any magnitude, and beside others that are larger by 2^20; also where a scale for them would not be a normal number."""
+    rng = np.random.default_rng(4)
+    weight = quantize(rng.standard_normal((8, 64)).astype(np.float32), w)
+    weight["scale"] = 0.5
+    lhs = rng.integers(-500, 501, (4, 64)).astype(np.float32)
+    lhs[0, ::4] += 2.0**20 * np.sign(lhs[0, ::4])
+    lhs[1:] *= np.array([[2.0**-115], [2.0**-130], [2.0**100]], np.float32)
+    executable = gpu.compile_problem(
+        linear(4, 8, 64, w),
+        constants={"rhs": weight},
+        variant="gemv-integer",
+        config={"columns": 4, "threads": 32, "unroll": 1},
+    )
+    got = np.asarray(executable.run({"lhs": lhs})[0])
+    exact = lhs.astype(np.float64) @ dequantize(weight).astype(np.float64).T
+    assert np.array_equal(got[1:], exact[1:])
+    assert abs(got[0] - exact[0]).max() <= 2.0**-23 * abs(exact[0]).max()
 
 
 SMALL: Config = dict(zip(NAMES, (32, 32, 32, 4, 4, 16, 1), strict=True))
@@ -182,8 +218,10 @@ def test_any_number_of_rows_with_one_kernel(gpu: Session, w: str) -> None:
         assert (abs(np.asarray(out) - want.exact) <= want.allowed).all()
 
 
-@pytest.mark.parametrize("variant", ["gemv", "gemm", "direct"])
-@pytest.mark.parametrize("w", WEIGHTS)
+@pytest.mark.parametrize(
+    ("w", "variant"),
+    [*((w, v) for w in WEIGHTS for v in ("gemv", "gemm", "direct")), *((w, "gemv-integer") for w in QUANTISED)],
+)
 def test_nan_and_infinity_stay_in_their_row(gpu: Session, w: str, variant: str) -> None:
     """Rows and columns that a tile reads beside its own, and zeros beyond the last step, must not spread them."""
     weight = np.random.default_rng(1).standard_normal((12, 96)).astype(np.float32)
@@ -222,9 +260,9 @@ def info(*features: str, **limits: int) -> DeviceInfo:
 def test_shaders_of_all_samples_are_written(variant: KernelVariant) -> None:
     """With shapes of real models; the default is legal, on devices with everything and with nothing."""
     op = next(op for op in OPS if op.full_name == variant.op)
-    taken = 0
-    for problem in list(op.samples(random.Random(2)))[::5]:
-        for device in (info("subgroup", "shader-f16", max_compute_workgroup_storage_size=49152), info()):
+    taken, step = 0, 1 if "integer" in variant.name else 5  # few are quantised
+    for problem in list(op.samples(random.Random(2)))[::step]:
+        for device in (info("subgroup", "shader-f16", "dot4", max_compute_workgroup_storage_size=49152), info("dot4")):
             verdict = variant.judge(problem, device)
             if isinstance(verdict, Reject):
                 assert verdict.reason
@@ -234,7 +272,7 @@ def test_shaders_of_all_samples_are_written(variant: KernelVariant) -> None:
             assert isinstance(kernel, GpuKernel)
             for dispatch in kernel.dispatches:
                 text = shader(problem, kernel, dispatch, immediates=True)
-                assert ("subgroupAdd" in text) == (variant.name == "gemv")
+                assert ("subgroupAdd" in text) == (variant.name in ("gemv", "gemv-integer"))
                 assert dispatch.grid([1] * len(problem.dims)) >= (1, 1, 1)
     assert taken > 3
 
@@ -292,18 +330,16 @@ def test_packed_quantised_weights_have_the_same_numbers(w: str) -> None:
     weight = quantize(np.random.default_rng(0).standard_normal((6, 96)).astype(np.float32), w)
     layout = Quads(w, 6, 96)
     data = layout.packs().pack(weight)
-    words = data[: 16 * layout.quads * layout.units * layout.words].view(np.uint8)
-    scales = data[len(words) :].view(np.float16).reshape(layout.quads, layout.pairs, 2, 4)
+    words = data[: 16 * layout.quads * layout.units].view(np.uint8).reshape(layout.quads, layout.units, 4, 4)
+    scales = data[words.size :].view(np.float16).reshape(layout.quads, layout.groups, 4)
     for column in range(6):
         for k in range(96):
-            quad, lane, pair, group, octet, j = column // 4, column % 4, k // 64, k % 64 // 32, k % 32 // 4, k % 4
+            quad, lane = divmod(column, 4)
             if w == "q8":
-                word = (quad * layout.pairs + pair) * 16 + group * 8 + octet
-                number = int(words[16 * word + 4 * lane + j].view(np.int8))
+                number = int(words[quad, k // 4, lane, k % 4].view(np.int8))
             else:
-                word = (quad * layout.pairs + pair) * 8 + octet
-                number = int(words[16 * word + 4 * lane + 2 * group + j // 2] >> 4 * (j % 2) & 15) - 8
-            assert number * np.float32(scales[quad, pair, group, lane]) == dequantize(weight)[column, k]
+                number = int(words[quad, k // 8, lane, k % 4] >> 4 * (k % 8 // 4) & 15) - 8
+            assert number * np.float32(scales[quad, k // 32, lane]) == dequantize(weight)[column, k]
 
 
 def test_pieces_cover_a_weight() -> None:

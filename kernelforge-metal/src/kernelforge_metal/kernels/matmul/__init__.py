@@ -7,16 +7,32 @@ from kernelforge.variant import KernelVariant
 HERE = "kernelforge_metal.kernels.matmul"
 
 _KINDS = (
-    ("gemv", "gemv:build_gemv_subgroups", "gemv:takes_gemv_subgroups", "gemv", 30),
-    ("gemv-shared", "gemv:build_gemv", "gemv:takes_gemv", "gemv", 25),
-    ("gemm", "gemm:build_gemm", "gemm:takes_gemm", "gemm", 20),
+    (
+        "gemv-integer",
+        "gemv_integers:build_integers_subgroups",
+        "gemv_integers:takes_integers_subgroups",
+        "gemv_integers:integers",
+        40,
+    ),
+    (
+        "gemv-integer-shared",
+        "gemv_integers:build_integers",
+        "gemv_integers:takes_integers",
+        "gemv_integers:integers",
+        35,
+    ),
+    ("gemv", "gemv:build_gemv_subgroups", "gemv:takes_gemv_subgroups", "gemv:gemv", 30),
+    ("gemv-shared", "gemv:build_gemv", "gemv:takes_gemv", "gemv:gemv", 25),
+    ("gemm", "gemm:build_gemm", "gemm:takes_gemm", "gemm:gemm", 20),
 )
 """Name, build, supports, family of configs, priority."""
 
-_NORMALISING = ("gemv", "gemv-shared")
+_NORMALISING = ("gemv-integer", "gemv-integer-shared", "gemv", "gemv-shared")
 """With more rows than these take, norm and product are run one after the other: `OpDef.parts`."""
 
 _SUMMARIES = {
+    "gemv-integer": "a few rows times quantised weights in integers, sums across subgroups",
+    "gemv-integer-shared": "the same, sums in workgroup memory",
     "gemv": "a few rows; each weight is read once, sums across subgroups",
     "gemv-shared": "the same, sums in workgroup memory",
     "gemm": "tiles of the result, their operands in workgroup memory",
@@ -31,8 +47,8 @@ VARIANTS = (
             build=f"{HERE}.{build}",
             summary=_SUMMARIES[name],
             supports=f"{HERE}.{supports}",
-            space=f"{HERE}.{family}:{family}_space",
-            default=f"{HERE}.{family}:{family}_default",
+            space=f"{HERE}.{family}_space",
+            default=f"{HERE}.{family}_default",
             priority=priority,
         )
         for op in ("matmul", "glu_matmul", "rms_norm_matmul", "rms_norm_glu_matmul")

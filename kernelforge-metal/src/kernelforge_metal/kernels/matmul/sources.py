@@ -159,15 +159,15 @@ class Packed:
     def blocks(self) -> int:
         """Of steps that are stored."""
         w = self.weights
-        return w.units * (2 if isinstance(w, Quads) or w.dtype != "f32" else 1)
+        return w.units * w.steps // BLOCK
 
     def setup(self, n: str) -> Iterator[str]:
         w = self.weights
         if isinstance(w, Quads):
             quad = f"column0 / {QUAD}u + {n}_r"
             yield f"let {n}_q = {quad if self.last is None else f'min({quad}, {self.last})'};"
-            yield f"let {n}_p = {n}_q * {w.units * w.words}u;"
-            yield f"let {n}_d = {n}_q * {w.pairs}u;"
+            yield f"let {n}_p = {n}_q * {w.units}u;"
+            yield f"let {n}_d = {n}_q * {w.groups}u;"
             return
         for r in range(BLOCK):
             column = f"column0 + {n}_r * {BLOCK}u + {r}u"
@@ -187,12 +187,11 @@ class Packed:
             yield f"if ({block} < {self.blocks}u) {{"
         if isinstance(w, Quads):
             yield f"let {n}_o = {block};"
-            at = f"{n}_o" if w.words == 2 else f"({n}_o >> 4u << 3u) + ({n}_o & 7u)"
+            at = f"{n}_o" if w.steps == BLOCK else f"({n}_o >> 1u)"
             yield f"{n}_w = {self.name}[{n}_p + {at}];"
-            yield f"let {n}_f = {self.name}_scales[{n}_d + ({n}_o >> 4u)];"
-            yield f"{n}_s = select({n}_f.xy, {n}_f.zw, ({n}_o & 8u) != 0u);"
-            if w.words == 1:
-                yield f"{n}_h = ({n}_o & 8u) << 1u;"
+            yield f"{n}_s = {self.name}_scales[{n}_d + ({n}_o >> 3u)];"
+            if w.steps != BLOCK:
+                yield f"{n}_h = ({n}_o & 1u) << 2u;"
         else:
             for r in range(BLOCK):
                 yield f"{n}_w{r} = {self.name}[{n}_p{r} + {block}];"
@@ -212,9 +211,9 @@ class Packed:
                 yield f"let v{r} = {floats(f'{n}_w{r}', w.dtype)};"
                 continue
             word, scale = f"{n}_w.{lane}", f"unpack2x16float({n}_s.{'xy'[r // 2]}).{'xy'[r % 2]}"
-            if w.words == 2:
+            if w.steps == BLOCK:
                 yield f"let v{r} = {scale} * q8_numbers({word});"
             else:
                 yield f"let n{r} = {word} >> {n}_h;"
-                numbers = ", ".join(nibble(f"n{r}", i) for i in range(4))
+                numbers = ", ".join(nibble(f"n{r}", 2 * i) for i in range(4))
                 yield f"let v{r} = {scale} * vec4<f32>({numbers});"

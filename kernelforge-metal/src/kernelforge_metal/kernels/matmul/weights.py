@@ -5,10 +5,10 @@ words of 16 bytes. Neighbouring threads read neighbouring words.
 
 - f32, f16, bf16: the columns one after the other, each with its inner dimension padded with zeros to whole units. A unit is a
   word: 4 or 8 steps. Where nothing is padded that is the plain row-major [columns, inner].
-- q8, q4: four columns together, in pairs of groups of 32. Unit `o` (0 to 7) of a pair holds the steps 4 o to 4 o + 3 of both
-  groups: a u32 of four int8 for each column and group (q8: a word for each group), or a u32 of eight nibbles for each column,
-  the first group's in the lower half (q4). Behind all units are the scales, a word for a pair: the f16 scales of the first
-  group for the four columns, then those of the second.
+- q8, q4: four columns together. Unit `i` of a quad is a vec4<u32>, a u32 for each column: the four int8 of steps 4 i to 4 i + 3
+  (q8), or the eight nibbles of steps 8 i to 8 i + 7 (q4), of which the lower halves of the four bytes are the first four and
+  the upper halves the last, so that a mask makes four numbers for a dot product of bytes. A unit lies in one group of 32: one
+  scale. Behind all units are the scales, a vec2<u32> for each quad and group: the f16 scales of its four columns.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 WORD = 16
-PAIR = 2 * GROUP
-OCTETS = 8
-"""Units of a pair of groups."""
+SCALES = 8
+"""Bytes of the scales of a group in four columns."""
 QUAD = 4
 """Columns of a quantised weight that are stored together."""
-ALIGNED = 64
-"""Columns of which every weight fills a whole number of 256-byte blocks: a binding begins at one."""
+ALIGNED = 128
+"""Columns of which every weight, and its scales, fill a whole number of 256-byte blocks: a binding begins at one."""
+PADDED = 64
+"""Columns of which the units of every weight do."""
 
 
 @dataclass(frozen=True)
@@ -99,69 +100,67 @@ class Quads:
     inner: int
 
     @property
-    def pairs(self) -> int:
-        return -(-self.inner // PAIR)
+    def steps(self) -> int:
+        """Of the inner dimension in a unit."""
+        return 4 if self.dtype == "q8" else 8
 
     @property
     def units(self) -> int:
         """Of four columns."""
-        return self.pairs * OCTETS
+        return self.inner // self.steps
 
     @property
-    def words(self) -> int:
-        """Of a unit."""
-        return 2 if self.dtype == "q8" else 1
+    def groups(self) -> int:
+        return self.inner // GROUP
+
+    @property
+    def group_units(self) -> int:
+        """Of a group."""
+        return GROUP // self.steps
 
     @property
     def quads(self) -> int:
         """Padded with zeros, so that the scales begin at a multiple of 256 bytes."""
-        return -(-self.columns // ALIGNED) * ALIGNED // QUAD
+        return -(-self.columns // PADDED) * PADDED // QUAD
 
     @property
     def column_bytes(self) -> int:
-        return WORD * self.units * self.words // QUAD
+        return WORD * self.units // QUAD
 
     def packs(self, *, transposed: bool = True) -> Pack:
         def packed(weight: Array) -> Array:
             import numpy as np
 
-            columns, groups = weight.shape
-            wide = np.zeros((self.quads * QUAD, 2 * self.pairs), weight.dtype)
-            wide[:columns, :groups] = weight
-            grid = wide.reshape(self.quads, QUAD, self.pairs, 2)
-            scales = np.ascontiguousarray(grid["scale"].transpose(0, 2, 3, 1))
-            values = grid["values"]
+            padded = np.zeros((self.quads * QUAD, self.groups), weight.dtype)
+            padded[: len(weight)] = weight
+            quads = padded.reshape(self.quads, QUAD, self.groups)
+            values = quads["values"]
             if self.dtype == "q4":
-                values = np.concatenate([values & 15, values >> 4], axis=-1)
-            values = values.reshape(self.quads, QUAD, self.pairs, 2, OCTETS, 4)
-            if self.dtype == "q8":
-                units = values.transpose(0, 2, 3, 4, 1, 5)
-            else:
-                units = (values[..., 0::2] | values[..., 1::2] << 4).transpose(0, 2, 4, 1, 3, 5)
-            parts = (np.ascontiguousarray(units), scales)
-            return np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
+                values = np.concatenate([values & 15, values >> 4], axis=-1).reshape(*quads.shape, 4, 2, 4)
+                values = values[..., 0, :] | values[..., 1, :] << 4
+            units = values.reshape(self.quads, QUAD, self.units, 4).transpose(0, 2, 1, 3)
+            parts = (units, quads["scale"].transpose(0, 2, 1))
+            return np.concatenate([np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts])
 
         return Pack(f"quads:{self.dtype}", packed)
 
     def bindings(self, name: str, index: int, piece: Piece, element: str = "vec4<u32>") -> list[Binding]:
         """Of the units, and of the scales as `<name>_scales`."""
         quads, first = (self.quads if piece.whole else piece.columns // QUAD), piece.first // QUAD
-        unit, scale = WORD * self.units * self.words, WORD * self.pairs
+        unit, scale = WORD * self.units, SCALES * self.groups
         return [
             Binding(name, index, element, first * unit, quads * unit),
-            Binding(f"{name}_scales", index, element, self.quads * unit + first * scale, quads * scale),
+            Binding(f"{name}_scales", index, "vec2<u32>", self.quads * unit + first * scale, quads * scale),
         ]
 
     def functions(self, name: str) -> str:
         """`<name>_at(column, k)`: one number, for kernels that are not in a hurry."""
-        at, half = f"(column >> 2u) * {self.units * self.words}u", "((k >> 5u) & 1u)"
+        word = f"{name}[(column >> 2u) * {self.units}u + k / {self.steps}u][column & 3u]"
         if self.dtype == "q8":
-            word = f"{name}[{at} + (k >> 6u) * 16u + {half} * 8u + ((k >> 2u) & 7u)][column & 3u]"
             value = f"f32(i32({word} << (24u - ((k & 3u) << 3u))) >> 24u)"
         else:
-            word = f"{name}[{at} + (k >> 6u) * 8u + ((k >> 2u) & 7u)][column & 3u]"
-            value = f"(f32(({word} >> (({half} << 4u) + ((k & 3u) << 2u))) & 15u) - 8.0)"
-        scale = f"{name}_scales[(column >> 2u) * {self.pairs}u + (k >> 6u)][{half} * 2u + ((column >> 1u) & 1u)]"
+            value = f"(f32(({word} >> (((k & 3u) << 3u) + (k & 4u))) & 15u) - 8.0)"
+        scale = f"{name}_scales[(column >> 2u) * {self.groups}u + k / {GROUP}u][(column >> 1u) & 1u]"
         return (
             f"fn {name}_at(column: u32, k: u32) -> f32 {{\n"
             f"  return {value} * unpack2x16float({scale} >> ((column & 1u) << 4u)).x;\n}}\n"
