@@ -25,7 +25,7 @@ demo: $(SYNCED) ## generate text with the model that comes with the package
 	@.venv/bin/kernelforge llm-inference --prompt "$$PROMPT" --max-tokens 100 --temperature 0.6 --seed 3
 
 test: $(SYNCED) ## run all tests
-	.venv/bin/pytest
+	.venv/bin/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(SYNCED) ## check style and format
 	.venv/bin/ruff check
