@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -148,3 +151,36 @@ def test_a_cached_plan_computes_the_same(state: Path) -> None:
     second = session().compile(module(), constants=weights).run(inputs)
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package's file of kernels, older than this process."""
+    folder = tmp_path / "site" / "acme_stamped"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("")
+    (folder / "kernels.py").write_text("SIZE = 1\n")
+    monkeypatch.syspath_prepend(folder.parent)
+    monkeypatch.setattr(plan_cache, "STARTED", time.time() + 60)
+    return folder / "kernels.py"
+
+
+def stamp(*packages: str) -> str | None:
+    return plan_cache._stamp.__wrapped__(packages)
+
+
+def test_the_stamp_is_of_packages_that_are_not_imported_yet(package: Path) -> None:
+    first = stamp("acme_stamped")
+    assert first == stamp("acme_stamped")
+    package.write_text("SIZE = 2\n")
+    assert first != stamp("acme_stamped")
+    assert len({first, stamp("acme_stamped", "kernelforge"), stamp("acme_missing"), stamp("kernelforge")}) == 4
+
+
+def test_code_that_changed_after_the_process_began_has_no_stamp(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process may run what the file held before: that must not be kept as what it holds now."""
+    monkeypatch.setattr(plan_cache, "STARTED", time.time() - 60)
+    assert stamp("acme_stamped") is None
+    if sys.platform != "win32":
+        os.utime(package, (1, 1))
+        assert stamp("acme_stamped") is None

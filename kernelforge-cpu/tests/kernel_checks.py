@@ -53,12 +53,13 @@ def native(problems: Sequence[Problem], target: CpuTarget, config: Config | None
             assert variant.judge(p, info) == Accept(), p
             canonical = p.canonical()
             built[p] = variant.build_kernel(canonical, config or variant.default_config(canonical, info), info)
+            _ = built[p].text  # written for `target`
     return built
 
 
 def module(kernels: Mapping[Problem, NativeKernel]) -> str:
     """The text of all kernels together."""
-    return "\n".join(dict.fromkeys(k.mlir for k in kernels.values()))
+    return "\n".join(dict.fromkeys(k.text for k in kernels.values()))
 
 
 def problem(op: str, *operands: str, **attrs: Attr) -> Problem:

@@ -52,7 +52,7 @@ class Products:
             chosen = v.default_config(canonical, info) if config is None else config
             self.kernels.append(v.build_kernel(canonical, chosen, info))
         self.cases = [p for p, _ in cases]
-        texts = [text for text in dict.fromkeys(k.mlir for k in self.kernels) if text]
+        texts = [text for text in dict.fromkeys(k.text for k in self.kernels) if text]
         self.library = load([compile_object("\n".join(texts))])
 
     def run(self, index: int, arrays: Arrays, sizes: Mapping[str, int] | None = None, parts: int = 1) -> Array:

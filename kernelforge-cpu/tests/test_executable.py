@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from kernelforge import plan_cache
 from kernelforge.bench.dispatch import measure_dispatch
 from kernelforge.constant import ArraySource
 from kernelforge.errors import PluginError, UsageError
@@ -20,6 +22,7 @@ from kernelforge.problem import Problem, parse_problem
 from kernelforge.selection import NO_RECORDS
 from kernelforge.session import Session
 from kernelforge.variant import Config, DeviceInfo, KernelVariant
+from kernelforge_cpu.emit import KernelBuilder
 from kernelforge_cpu.kernel import NativeKernel, Phase, PythonKernel
 from kernelforge_cpu.store import address, quick_address
 
@@ -323,3 +326,32 @@ def test_a_kernel_that_packs_otherwise_than_it_tells_is_an_error() -> None:
         opened.compile_problem(ADD)
     assert "'cpu/transformer.add/liar'" in str(raised.value)
     assert "packs {}, its layouts say {1: 'panels'}" in str(raised.value)
+
+
+def test_text_is_written_only_where_no_object_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KERNELFORGE_HOME", str(tmp_path))
+    monkeypatch.setattr(plan_cache, "_stamp", lambda packages: "the code")
+    written: list[str] = []
+    write = KernelBuilder.text
+    x = numbers(5, 64)
+
+    def text(k: KernelBuilder) -> str:
+        written.append(k.name)
+        return write(k)
+
+    monkeypatch.setattr(KernelBuilder, "text", text)
+
+    def run() -> Array:
+        with Session("cpu", threads=1, records=NO_RECORDS) as session:
+            return one(session.compile(two_layers(), constants={"w": W}).run({"x": x}))
+
+    first, kernels = run(), len(written)
+    assert kernels
+    np.testing.assert_array_equal(run(), first)
+    assert len(written) == kernels
+    monkeypatch.setattr(plan_cache, "_stamp", lambda packages: "other code")
+    np.testing.assert_array_equal(run(), first)
+    assert len(written) == 2 * kernels
+    monkeypatch.setattr(plan_cache, "_stamp", lambda packages: None)
+    np.testing.assert_array_equal(run(), first)
+    assert len(written) == 3 * kernels

@@ -128,7 +128,7 @@ def test_instructions_of_every_level(level: str) -> None:
     """Rows are computed by vectors of the level's full width, fused where it can; what is done once for a row is not."""
     target = LEVELS[level]
     for p, kernel in native(list(COUNTED), target).items():
-        op, code = p.op.partition(".")[2], assembly(kernel.mlir, cpu=target)
+        op, code = p.op.partition(".")[2], assembly(kernel.text, cpu=target)
         packed, single = arithmetic(code, target)
         assert set(single) <= COUNTED[p], f"{op}: {single}"
         assert 4 <= len(packed) >= 2 * len(single), f"{op}: {len(packed)} vector instructions, {single}"

@@ -160,7 +160,7 @@ def test_instructions_of_every_level(
     monkeypatch.setattr(isa, "host_target", lambda: target)
     p, info = linear(4, 64, 64, q), device(target.lanes)
     v = variant(p, name)
-    code = assembly(v.build_kernel(p, v.default_config(p, info), info).mlir, cpu=target)
+    code = assembly(v.build_kernel(p, v.default_config(p, info), info).text, cpu=target)
     tile = code[code.index("_rows4:") :]
     tile = tile[: tile.index("\tret")]
     assert len(re.findall(instruction, tile)) >= 32

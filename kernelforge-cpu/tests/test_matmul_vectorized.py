@@ -165,7 +165,7 @@ def test_each_level_keeps_its_sums_in_its_widest_registers(
     p = matmul("f32[?0,64]", f"{dtype}[64,100]@const")
     v = variant(p, "vectorized")
     config = v.default_config(p, info)
-    code = assembly(v.build_kernel(p, config, info).mlir, cpu=target)
+    code = assembly(v.build_kernel(p, config, info).text, cpu=target)
     products = code.split(f"_rows{config['rows']}:")[1].split("retq" if "x86" in level else "ret\n")[0]
     loop = max(
         re.split(r"\n[.L]\w+:|\n\s+j\w+\s.*|\n\s+b\.\w+.*", products),

@@ -149,3 +149,34 @@ def test_no_warning_when_all_is_well() -> None:
         warnings.simplefilter("error")
         objects.load_objects([text(11)])
         objects.load_objects([text(11)])
+
+
+def refuse() -> list[str]:
+    raise AssertionError("written again")
+
+
+def test_objects_that_are_known_are_loaded_without_their_texts(empty_cache: Path) -> None:
+    for texts in (lambda: [text(5, "five"), text(6, "six")], refuse):
+        library = objects.load_objects(texts, name="both")
+        assert (result(library, "five"), result(library, "six")) == (5, 6)
+    assert (objects.STATS.compiled, objects.STATS.hits) == (2, 2)
+    with pytest.raises(AssertionError, match="written again"):
+        objects.load_objects(refuse, name="others")
+    with pytest.raises(AssertionError, match="written again"):
+        objects.load_objects(refuse, replace(host_target(), features="x"), name="both")
+
+
+@pytest.mark.parametrize("kind", ["plans/*.objects", "objects/*.o"])
+@pytest.mark.parametrize("damage", ["gone", "empty", "foreign"])
+@pytest.mark.filterwarnings("ignore:the cached object .* is damaged")
+def test_texts_are_written_again_where_a_file_is_not_what_it_was(empty_cache: Path, kind: str, damage: str) -> None:
+    objects.load_objects(lambda: [text(7)], name="one")
+    (file,) = empty_cache.parent.glob(kind)
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(b"" if damage == "empty" else b"../../else")
+    with pytest.raises(AssertionError, match="written again"):
+        objects.load_objects(refuse, name="one")
+    for texts in (lambda: [text(7)], refuse):
+        assert result(objects.load_objects(texts, name="one")) == 7

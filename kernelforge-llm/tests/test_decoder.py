@@ -134,6 +134,14 @@ def test_max_tokens(oracle: Decoder) -> None:
     assert len(list(oracle.generate([1], 1))) == 1
 
 
+def test_the_step_for_one_token_is_compiled_only_for_a_second_token(numpy_session: Session, folder: Path) -> None:
+    decoder = open_decoder(open_source(folder), numpy_session)
+    assert len(list(decoder.generate([1, 2, 3], 1, ignore_eos=True))) == 1
+    assert "_one" not in vars(decoder)
+    assert len(list(decoder.generate([1, 2, 3], 2, ignore_eos=True))) == 2
+    assert "_one" in vars(decoder)
+
+
 def test_a_full_context_ends_generation(oracle: Decoder) -> None:
     # The last token needs no place in the cache: it is not read again.
     assert len(list(oracle.generate([3] * 44, 5, ignore_eos=True))) == 5

@@ -15,10 +15,11 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache, lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from kernelforge import home
+from kernelforge import STARTED, home
 from kernelforge.constant import Constant, Folded, Named
 from kernelforge.discovery import GIVEN
 from kernelforge.errors import KernelForgeWarning, UsageError
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 FORMAT = 2
 MAX_FILES = 256
 """The oldest plans beyond this number are deleted; one is some hundred kilobytes."""
+CLOCK_STEP_S = 0.05
+"""How far the time of a change may be behind the clock."""
 
 
 _tensor_type = lru_cache(maxsize=1024)(parse_tensor_type)  # a model's layers are alike
@@ -56,19 +59,19 @@ def keep_plan(key: str, plan: Plan) -> None:
     _keep(f"{key}.json", plan_to_json(plan))
 
 
-def cached_module(key: str) -> str | None:
-    """The text of a module that took long to write, stored under `key`; None when there is none."""
+def cached_text(key: str, kind: str) -> str | None:
+    """A text of some kind that took long to write, stored under `key`; None when there is none or the file is damaged."""
     try:
-        content = (_folder() / f"{key}.mlir").read_text(encoding="utf-8")
+        content = (_folder() / f"{key}.{kind}").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return None
     digest, _, text = content.partition("\n")
     return text if digest == _digest(text) else None
 
 
-def keep_module(key: str, text: str) -> None:
-    """Store a module's text, as `keep_plan` does a plan."""
-    _keep(f"{key}.mlir", f"{_digest(text)}\n{text}")
+def keep_text(key: str, kind: str, text: str) -> None:
+    """Store a text, as `keep_plan` does a plan."""
+    _keep(f"{key}.{kind}", f"{_digest(text)}\n{text}")
 
 
 def _digest(text: str) -> str:
@@ -91,8 +94,9 @@ def plan_key(*parts: object) -> str:
 
 
 def code_stamp(registry: Registry) -> str | None:
-    """Changes when the source of any plugin changes, or another one is installed; None when that cannot be told (a plugin
-    given as an object, whose code may be anywhere)."""
+    """Changes when the source of any plugin changes, or another one is installed; None when that cannot be told: a plugin was
+    given as an object, whose code may be anywhere, or a file was changed after this process began, which may run what it
+    held before."""
     packages = {"kernelforge"}
     for descriptor in (d for found in registry.hooks.values() for d in found):
         for field in fields(descriptor):
@@ -107,19 +111,30 @@ def code_stamp(registry: Registry) -> str | None:
 
 
 @cache
-def _stamp(packages: tuple[str, ...]) -> str:
+def _stamp(packages: tuple[str, ...]) -> str | None:
     digest = hashlib.sha256()
     for package in packages:
-        module = sys.modules.get(package)
-        origin = getattr(module, "__file__", None)
-        if origin is None:
-            continue
-        root = Path(origin)
-        files = sorted(root.parent.rglob("*.py")) if root.name == "__init__.py" else [root]
-        for file in files:
+        digest.update(f"{package}\n".encode())
+        for file in _sources(package):
             status = file.stat()
+            # Setting a file's time back does not set back when that was done.
+            changed = status.st_mtime if sys.platform == "win32" else status.st_ctime
+            if changed > STARTED - CLOCK_STEP_S:
+                return None
             digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
+
+
+def _sources(package: str) -> list[Path]:
+    """The files of a package, imported or not; none of one that is not there."""
+    module = sys.modules.get(package)
+    spec = find_spec(package) if module is None else getattr(module, "__spec__", None)
+    if spec is None:
+        return []
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    if not folders:
+        return [Path(spec.origin)] if spec.has_location and spec.origin else []
+    return sorted(file for folder in folders for file in folder.rglob("*.py"))
 
 
 def _folder() -> Path:

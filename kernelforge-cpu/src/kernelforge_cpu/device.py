@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from kernelforge.dtype import to_numpy
 from kernelforge.errors import PluginError, UsageError
 from kernelforge.faults import failed
+from kernelforge.plan_cache import code_stamp, plan_key
 from kernelforge.problem import TensorType
 from kernelforge.reference import HostBuffer
+from kernelforge.registry import Registry
 from kernelforge.variant import DeviceInfo, config_key
 from kernelforge_cpu.executable import CpuExecutable, LinkedKernel
 from kernelforge_cpu.kernel import NativeKernel, PythonKernel
@@ -66,7 +68,7 @@ class CpuDevice:
         from kernelforge_cpu.jit import llvm_ir
 
         kernels = {self._key(s): self._build(s, catalog) for s in plan.steps}
-        texts = dict.fromkeys(k.mlir for k in kernels.values() if isinstance(k, NativeKernel) and k.mlir)
+        texts = dict.fromkeys(k.text for k in kernels.values() if isinstance(k, NativeKernel) and k.mlir)
         return "\n".join(llvm_ir(text) for text in texts)
 
     def close(self) -> None:
@@ -104,9 +106,13 @@ class CpuDevice:
 
         fresh = {self._key(s): s for s in steps if self._key(s) not in self._kernels}
         built = {key: self._build(step, catalog) for key, step in fresh.items()}
-        texts = list(dict.fromkeys(k.mlir for k in built.values() if isinstance(k, NativeKernel) and k.mlir))
+        written = [k for k in built.values() if isinstance(k, NativeKernel) and k.mlir]
         try:
-            library = load_objects(texts, threads=self._info.threads) if texts else None
+            library = None
+            if written:
+                lazy = any(not isinstance(k.mlir, str) for k in written)
+                name = self._name(list(fresh), catalog) if lazy else None
+                library = load_objects(lambda: [k.text for k in written], threads=self._info.threads, name=name)
         except Exception:
             self._blame(fresh, built, catalog)
             raise
@@ -122,6 +128,16 @@ class CpuDevice:
             self._kernels[key] = LinkedKernel(kernel, tuple(addresses), library)
         return [self._kernels[self._key(s)] for s in steps]
 
+    def _name(self, keys: Sequence[tuple[str, str, str]], catalog: Catalog) -> str | None:
+        """The hash of all that decides the texts of these kernels; None when that cannot be told."""
+        code = code_stamp(catalog) if isinstance(catalog, Registry) else None
+        info = self._info
+        return (
+            None
+            if code is None
+            else plan_key(code, info.fingerprint, sorted(info.features), info.limits, info.threads, keys)
+        )
+
     def _blame(
         self,
         steps: Mapping[tuple[str, str, str], Step],
@@ -134,7 +150,7 @@ class CpuDevice:
         for key, kernel in built.items():
             try:
                 if isinstance(kernel, NativeKernel) and kernel.mlir:
-                    load_objects([kernel.mlir])
+                    load_objects([kernel.text])
             except Exception as error:
                 step = steps[key]
                 variant = catalog.variant(self._info.target, step.problem.op, step.variant)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -66,9 +67,10 @@ class NativeKernel:
     """Native code for one problem."""
 
     phases: tuple[Phase, ...]
-    mlir: str = ""
+    mlir: str | Callable[[], str] = ""
     """A module with the functions that the phases name. Symbols carry a hash of problem and config, so that the kernels of
-    one plan may be linked together."""
+    one plan may be linked together. Text that takes long to write comes from a function: it is called only when no object is
+    known for this problem, config and device. The code of the variant's plugin must decide all else that it writes."""
     packs: Mapping[int, Pack] = field(default_factory=dict)
     """By operand index; only constants can be packed."""
     tables: tuple[Array, ...] = ()
@@ -77,6 +79,11 @@ class NativeKernel:
     """Bytes of one buffer shared by all parts and phases, 64-byte aligned, undefined when the first phase starts."""
     keep: Any = None
     """Kept alive as long as the kernel (the owner of a foreign address)."""
+
+    @cached_property
+    def text(self) -> str:
+        """The module, written now if it was not yet."""
+        return self.mlir if isinstance(self.mlir, str) else self.mlir()
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 from kernelforge import home
 from kernelforge.errors import KernelForgeWarning, UsageError
+from kernelforge.plan_cache import cached_text, keep_text
 from kernelforge_cpu import jit
 from kernelforge_cpu.isa import CpuTarget, host_target
 
@@ -25,6 +27,7 @@ SUM = 32
 FORMAT = "1"
 """Changes when the way from text to object changes other than by `jit.PIPELINE`."""
 DEFAULT_MAX_MB = 2048
+_KEY = re.compile("[0-9a-f]{64}")
 FRESH_S = 86_400.0
 """A hit marks a file as used (for eviction) at most once in this time."""
 
@@ -50,13 +53,27 @@ class Stats:
 STATS = Stats()
 
 
-def load_objects(texts: Sequence[str], target: CpuTarget | None = None, *, threads: int = 1) -> jit.Library:
+def load_objects(
+    texts: Sequence[str] | Callable[[], Sequence[str]],
+    target: CpuTarget | None = None,
+    *,
+    threads: int = 1,
+    name: str | None = None,
+) -> jit.Library:
     """One library of all kernels in these MLIR modules (default target: the host), from the cache or compiled now, in up
     to `threads` processes.
+
+    `name` is a hash of all that decides the texts: under it is kept which objects they became, and as long as those are
+    there, `texts` is not called.
 
     Raises UsageError with the diagnostics of a text that does not compile.
     """
     target = target or host_target()
+    if name is not None:
+        name = key(name, target)
+        if (known := _known(name)) is not None:
+            return jit.load(known)
+    texts = list(dict.fromkeys(texts() if callable(texts) else texts))
     files = {text: folder() / f"{key(text, target)}.o" for text in texts}
     codes = {text: code for text, file in files.items() if (code := _cached(file)) is not None}
     start = time.perf_counter()
@@ -71,7 +88,22 @@ def load_objects(texts: Sequence[str], target: CpuTarget | None = None, *, threa
 
         compile_each(missing, target, keep, threads=threads)
         STATS.compile_s += time.perf_counter() - start
+    if name is not None:
+        keep_text(name, "objects", "\n".join(file.stem for file in files.values()))
     return jit.load([codes[text] for text in texts])
+
+
+def _known(name: str) -> list[bytes] | None:
+    """The objects that are kept under a name, unless one is missing or damaged."""
+    listed = cached_text(name, "objects")
+    if listed is None or not all(map(_KEY.fullmatch, stems := listed.split("\n"))):
+        return None
+    codes = [_read(folder() / f"{stem}.o") for stem in stems]
+    found = [code for code in codes if code is not None]
+    if len(found) < len(codes):
+        return None
+    STATS.hits += len(found)
+    return found
 
 
 def load_llvm(ir_text: str) -> jit.Library:

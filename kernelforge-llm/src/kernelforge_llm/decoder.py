@@ -394,7 +394,7 @@ class Decoder:
         token = sampler(self.feed(cache, history), history)
         room = min(count - 1, self.context - len(history))
         yield token
-        if sampler is greedy:
+        if sampler is greedy and room:  # the step for one token is not compiled in vain
             yield from self.continue_greedily(cache, token, room)
         else:
             for _ in range(room):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from kernelforge.dtype import GROUP, QUANTISED, from_numpy, to_numpy
 from kernelforge.errors import UsageError
 from kernelforge.importer import Program
-from kernelforge.plan_cache import cached_module, code_stamp, keep_module, plan_key
+from kernelforge.plan_cache import cached_text, code_stamp, keep_text, plan_key
 from kernelforge.variant import INT8_ACTIVATIONS
 from kernelforge_llm.architecture import Architecture, find_architecture
 from kernelforge_llm.cache import CacheFormat, cache_dtype
@@ -146,11 +146,11 @@ class Model:
         missing or misshapen tensor.
         """
         key = self._module_key
-        if key is not None and (kept := cached_module(key)) is not None:
+        if key is not None and (kept := cached_text(key, "mlir")) is not None:
             return kept
         text, as_asked = self._write_module()
         if key is not None and as_asked:
-            keep_module(key, text)
+            keep_text(key, "mlir", text)
         return text
 
     @property

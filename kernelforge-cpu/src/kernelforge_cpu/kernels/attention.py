@@ -60,11 +60,22 @@ def build_attention(problem: Problem, config: Config, device: DeviceInfo) -> Nat
 def _build_blocks(problem: Problem, key_block: int, config: Config, device: DeviceInfo) -> NativeKernel:
     from kernelforge_cpu.kernels.attention_access import Access
     from kernelforge_cpu.kernels.attention_run import Run
-    from kernelforge_cpu.kernels.attention_single import Single, Sums
 
     k = new_kernel(problem, config, device)
     access = Access(k, problem)
     run = Run(access, key_block)
+
+    def text() -> str:
+        _emit_blocks(access, run, key_block)
+        return k.text()
+
+    return NativeKernel((Phase(k.name, parts_of(problem, run)),), text)
+
+
+def _emit_blocks(access: Access, run: Run, key_block: int) -> None:
+    from kernelforge_cpu.kernels.attention_single import Single, Sums
+
+    k, problem = access.k, access.problem
     q = problem.operand(0)
     cached = problem.operands[3] is not None
     batch: Dim = q.shape[0] if q.rank == 4 else 1
@@ -87,7 +98,6 @@ def _build_blocks(problem: Problem, key_block: int, config: Config, device: Devi
             _emit_runs(access, run, single, sums, bundles, first, end)
         else:
             run.run(bundles, sequence, first, end - first, first + access.capacity - tokens)
-    return NativeKernel((Phase(k.name, parts_of(problem, run)),), k.text())
 
 
 def parts_of(problem: Problem, run: Run) -> Count:

@@ -54,11 +54,7 @@ def build(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
     single = Single(access, int(config["key_block"]))
     record = -(-single.rows * (single.padded + 2) // 16) * 16
     least = max(CHUNK, GRAIN // max(1, heads * size))
-    _emit_ranges(k, single, problem, least, record)
-
     merge = KernelBuilder(f"{k.name}_merge", k.target)
-    _emit_merge(merge, Access(merge, problem), single, tokens, least, record)
-
     work = size_of(*problem.operand(0).shape, problem.operand(1).shape[-3])
 
     def most(threads: int) -> int:
@@ -70,8 +66,12 @@ def build(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
     def scratch(dims: Sequence[int], threads: int) -> int:
         return 4 * (HEADER + most(threads) * tokens * record)
 
-    phases = (Phase(k.name, parts), Phase(merge.name, one_part))
-    return NativeKernel(phases, module_text(k, merge), scratch=scratch)
+    def text() -> str:
+        _emit_ranges(k, single, problem, least, record)
+        _emit_merge(merge, Access(merge, problem), single, tokens, least, record)
+        return module_text(k, merge)
+
+    return NativeKernel((Phase(k.name, parts), Phase(merge.name, one_part)), text, scratch=scratch)
 
 
 def _sums(k: KernelBuilder, rows: int, padded: int, at: Value) -> Sums:

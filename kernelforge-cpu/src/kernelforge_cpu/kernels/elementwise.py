@@ -27,15 +27,25 @@ def map_kernel(
     """The kernel that applies `body(builder, *elements)` over the shape of the problem's result."""
     k = new_kernel(problem, config, device)
     out = problem.results[0]
-    sources = [
-        Tensor(k.buffer(i, t.dtype), broadcast_strides(t, out.shape))
-        for i, t in enumerate(problem.operands)
-        if t is not None
-    ]
-    emit_map(
-        k, problem, out.shape, sources, tensor(k, problem, len(problem.operands)), lambda *v: body(k, *v), lanes=lanes
-    )
-    return NativeKernel((Phase(k.name, shared(problem, size_of(*out.shape), GRAIN)),), k.text())
+
+    def text() -> str:
+        sources = [
+            Tensor(k.buffer(i, t.dtype), broadcast_strides(t, out.shape))
+            for i, t in enumerate(problem.operands)
+            if t is not None
+        ]
+        emit_map(
+            k,
+            problem,
+            out.shape,
+            sources,
+            tensor(k, problem, len(problem.operands)),
+            lambda *v: body(k, *v),
+            lanes=lanes,
+        )
+        return k.text()
+
+    return NativeKernel((Phase(k.name, shared(problem, size_of(*out.shape), GRAIN)),), text)
 
 
 def build_silu(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:

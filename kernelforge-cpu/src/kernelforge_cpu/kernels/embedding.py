@@ -43,13 +43,17 @@ def build_packed(problem: Problem, config: Config, device: DeviceInfo) -> Native
     k = new_kernel(problem, config, device)
     table, shape = problem.operand(0), problem.results[0].shape
     layout = row_layouts(table, device)[str(config["layout"])]
-    ids, out = (tensor(k, problem, i) for i in (1, 2))
-    steps = [emit_size(k, problem, t.strides[0]) for t in (ids, out)]
-    with k.for_(*k.share(emit_size(k, problem, size_of(shape[0])))) as token:
-        row = k.convert(ids.pointer.load(token.i * steps[0]), "i64")
-        emit_row(k, layout, k.buffer(0, "i8"), row, int(table.shape[1]), out.pointer.at(token.i * steps[1]))
+
+    def text() -> str:
+        ids, out = (tensor(k, problem, i) for i in (1, 2))
+        steps = [emit_size(k, problem, t.strides[0]) for t in (ids, out)]
+        with k.for_(*k.share(emit_size(k, problem, size_of(shape[0])))) as token:
+            row = k.convert(ids.pointer.load(token.i * steps[0]), "i64")
+            emit_row(k, layout, k.buffer(0, "i8"), row, int(table.shape[1]), out.pointer.at(token.i * steps[1]))
+        return k.text()
+
     parts = shared(problem, size_of(*shape), GRAIN)
-    return NativeKernel((Phase(k.name, parts),), k.text(), {0: row_pack(layout)})
+    return NativeKernel((Phase(k.name, parts),), text, {0: row_pack(layout)})
 
 
 def build_embedding(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
@@ -57,17 +61,21 @@ def build_embedding(problem: Problem, config: Config, device: DeviceInfo) -> Nat
         return build_packed(problem, config, device)
     k = new_kernel(problem, config, device)
     shape = problem.results[0].shape
-    table, ids, out = (tensor(k, problem, i) for i in range(3))
-    steps = [emit_size(k, problem, t.strides[0]) for t in (table, ids, out)]
-    with k.for_(*k.share(emit_size(k, problem, size_of(shape[0])))) as token:
-        row = k.convert(ids.pointer.load(token.i * steps[1]), "i64")
-        source, result = table.pointer.at(row * steps[0]), out.pointer.at(token.i * steps[2])
 
-        def step(i: Value, valid: Value | None) -> None:
-            result.store(source.load(i, k.lanes, valid=valid), i, valid=valid)
+    def text() -> str:
+        table, ids, out = (tensor(k, problem, i) for i in range(3))
+        steps = [emit_size(k, problem, t.strides[0]) for t in (table, ids, out)]
+        with k.for_(*k.share(emit_size(k, problem, size_of(shape[0])))) as token:
+            row = k.convert(ids.pointer.load(token.i * steps[1]), "i64")
+            source, result = table.pointer.at(row * steps[0]), out.pointer.at(token.i * steps[2])
 
-        k.vectorize(0, emit_size(k, problem, size_of(shape[1])), step)
-    return NativeKernel((Phase(k.name, shared(problem, size_of(*shape), GRAIN)),), k.text())
+            def step(i: Value, valid: Value | None) -> None:
+                result.store(source.load(i, k.lanes, valid=valid), i, valid=valid)
+
+            k.vectorize(0, emit_size(k, problem, size_of(shape[1])), step)
+        return k.text()
+
+    return NativeKernel((Phase(k.name, shared(problem, size_of(*shape), GRAIN)),), text)
 
 
 def takes_quantised(problem: Problem, device: DeviceInfo) -> Verdict:
@@ -86,21 +94,25 @@ def build_quantised(problem: Problem, config: Config, device: DeviceInfo) -> Nat
     k = new_kernel(problem, config, device)
     table, shape = problem.operand(0), problem.results[0].shape
     columns, half = int(table.shape[1]), GROUP // 2
-    ids, out = (tensor(k, problem, i) for i in (1, 2))
-    steps = [emit_size(k, problem, t.strides[0]) for t in (ids, out)]
-    lanes = min(k.lanes, half)
-    with k.for_(*k.share(emit_size(k, problem, size_of(shape[0])))) as token:
-        row = k.convert(ids.pointer.load(token.i * steps[0]), "i64")
-        source, result = k.buffer(0, "i8").at(row * table.bytes_of(columns)), out.pointer.at(token.i * steps[1])
-        with k.for_(0, columns // GROUP) as group:
-            at = source.at(group.i * table.bytes_of(GROUP))
-            scale = k.broadcast(k.convert(at.of("f16").load(align=1), "f32"), lanes)
-            values, made = at.at(2), result.at(group.i * GROUP)
-            for first in range(0, GROUP if table.dtype == "q8" else half, lanes):
-                packed = values.load(first, lanes)
-                if table.dtype == "q8":
-                    made.store(k.convert(packed, "f32") * scale, first)
-                    continue
-                for at_half, nibbles in ((0, packed & 15), (half, k.shift_right_logical(packed, 4))):
-                    made.store((k.convert(nibbles, "f32") - 8.0) * scale, at_half + first)
-    return NativeKernel((Phase(k.name, shared(problem, size_of(*shape), GRAIN)),), k.text())
+
+    def text() -> str:
+        ids, out = (tensor(k, problem, i) for i in (1, 2))
+        steps = [emit_size(k, problem, t.strides[0]) for t in (ids, out)]
+        lanes = min(k.lanes, half)
+        with k.for_(*k.share(emit_size(k, problem, size_of(shape[0])))) as token:
+            row = k.convert(ids.pointer.load(token.i * steps[0]), "i64")
+            source, result = k.buffer(0, "i8").at(row * table.bytes_of(columns)), out.pointer.at(token.i * steps[1])
+            with k.for_(0, columns // GROUP) as group:
+                at = source.at(group.i * table.bytes_of(GROUP))
+                scale = k.broadcast(k.convert(at.of("f16").load(align=1), "f32"), lanes)
+                values, made = at.at(2), result.at(group.i * GROUP)
+                for first in range(0, GROUP if table.dtype == "q8" else half, lanes):
+                    packed = values.load(first, lanes)
+                    if table.dtype == "q8":
+                        made.store(k.convert(packed, "f32") * scale, first)
+                        continue
+                    for at_half, nibbles in ((0, packed & 15), (half, k.shift_right_logical(packed, 4))):
+                        made.store((k.convert(nibbles, "f32") - 8.0) * scale, at_half + first)
+        return k.text()
+
+    return NativeKernel((Phase(k.name, shared(problem, size_of(*shape), GRAIN)),), text)

@@ -32,10 +32,14 @@ def row_kernel(
     """The kernel that calls `body(builder, row length, *row addresses of the tensors in `rowwise`)` for every row."""
     k = new_kernel(problem, config, device)
     shape = problem.operand(0).shape
-    n = emit_size(k, problem, size_of(shape[-1]))
-    rows = [Tensor(t.pointer, t.strides[:-1]) for t in (tensor(k, problem, i) for i in rowwise)]
-    emit_each_row(k, problem, shape[:-1], rows, lambda _, *pointers: body(k, n, *pointers))
-    return NativeKernel((Phase(k.name, shared(problem, size_of(*shape), GRAIN)),), k.text())
+
+    def text() -> str:
+        n = emit_size(k, problem, size_of(shape[-1]))
+        rows = [Tensor(t.pointer, t.strides[:-1]) for t in (tensor(k, problem, i) for i in rowwise)]
+        emit_each_row(k, problem, shape[:-1], rows, lambda _, *pointers: body(k, n, *pointers))
+        return k.text()
+
+    return NativeKernel((Phase(k.name, shared(problem, size_of(*shape), GRAIN)),), text)
 
 
 def emit_fold(
@@ -98,22 +102,26 @@ def takes_rms_norm_quantize(problem: Problem, device: DeviceInfo) -> Verdict:
 
 def build_rms_norm_quantize(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
     k = new_kernel(problem, config, device)
-    x, shape = tensor(k, problem, 0), problem.operand(0).shape
-    weight, out, columns = k.buffer(1, problem.operand(1).dtype), k.buffer(2, "i8"), int(shape[-1])
 
-    def row(index: Value, source: Pointer) -> None:
-        scale = emit_rms(k, k.i64(columns), epsilon(problem), source)
-        own = out.at(index * (columns // GROUP * GROUP_BYTES))
-        with k.for_(0, columns // GROUP) as group:
-            start, factors = source.at(group.i * GROUP), weight.at(group.i * GROUP)
+    def text() -> str:
+        x, shape = tensor(k, problem, 0), problem.operand(0).shape
+        weight, out, columns = k.buffer(1, problem.operand(1).dtype), k.buffer(2, "i8"), int(shape[-1])
 
-            def load(i: int) -> Value:
-                return start.load_f32(i, k.lanes) * scale * factors.load_f32(i, k.lanes)
+        def row(index: Value, source: Pointer) -> None:
+            scale = emit_rms(k, k.i64(columns), epsilon(problem), source)
+            own = out.at(index * (columns // GROUP * GROUP_BYTES))
+            with k.for_(0, columns // GROUP) as group:
+                start, factors = source.at(group.i * GROUP), weight.at(group.i * GROUP)
 
-            emit_group(k, own.at(group.i * GROUP_BYTES), load)
+                def load(i: int) -> Value:
+                    return start.load_f32(i, k.lanes) * scale * factors.load_f32(i, k.lanes)
 
-    emit_each_row(k, problem, shape[:-1], [Tensor(x.pointer, x.strides[:-1])], row)
-    return NativeKernel((Phase(k.name, shared(problem, size_of(*shape), GRAIN)),), k.text())
+                emit_group(k, own.at(group.i * GROUP_BYTES), load)
+
+        emit_each_row(k, problem, shape[:-1], [Tensor(x.pointer, x.strides[:-1])], row)
+        return k.text()
+
+    return NativeKernel((Phase(k.name, shared(problem, size_of(*problem.operand(0).shape), GRAIN)),), text)
 
 
 def build_add_rms_norm(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:

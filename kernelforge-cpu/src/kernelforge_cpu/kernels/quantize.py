@@ -43,20 +43,23 @@ def takes_quantize(problem: Problem, device: DeviceInfo) -> Verdict:
 
 
 def build_quantize(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
-    k = new_kernel(problem, config, device)
-    x = tensor(k, problem, 0)
-    shape = problem.operand(0).shape
-    groups = int(shape[-1]) // GROUP
-    out = k.buffer(1, "i8")
+    k, shape = new_kernel(problem, config, device), problem.operand(0).shape
 
-    def row(index: Value, source: Pointer) -> None:
-        own = out.at(index * (groups * GROUP_BYTES))
-        with k.for_(0, groups) as loop:
-            start = source.at(loop.i * GROUP)
-            emit_group(k, own.at(loop.i * GROUP_BYTES), lambda i: start.load_f32(i, k.lanes))
+    def text() -> str:
+        x = tensor(k, problem, 0)
+        groups = int(shape[-1]) // GROUP
+        out = k.buffer(1, "i8")
 
-    emit_each_row(k, problem, shape[:-1], [Tensor(x.pointer, x.strides[:-1])], row)
-    return NativeKernel((Phase(k.name, shared(problem, size_of(*shape), GRAIN)),), k.text())
+        def row(index: Value, source: Pointer) -> None:
+            own = out.at(index * (groups * GROUP_BYTES))
+            with k.for_(0, groups) as loop:
+                start = source.at(loop.i * GROUP)
+                emit_group(k, own.at(loop.i * GROUP_BYTES), lambda i: start.load_f32(i, k.lanes))
+
+        emit_each_row(k, problem, shape[:-1], [Tensor(x.pointer, x.strides[:-1])], row)
+        return k.text()
+
+    return NativeKernel((Phase(k.name, shared(problem, size_of(*shape), GRAIN)),), text)
 
 
 def emit_group(k: Builder, out: Pointer, load: Callable[[int], Value]) -> None:

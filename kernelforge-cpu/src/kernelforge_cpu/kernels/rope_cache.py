@@ -34,43 +34,48 @@ def build_rope_cache_update(problem: Problem, config: Config, device: DeviceInfo
     cache = problem.operand(KEY_CACHE)
     assert isinstance(size, int)
     table, interleaved = rotations(size, problem.attrs), bool(problem.attr("interleaved"))
-    pairs = table.shape[2]
-    tensors = [tensor(k, problem, i) for i in range(ROTATED + 1)]
-    steps = [[emit_size(k, problem, s) for s in t.strides] for t in tensors]
-    query_count, count, capacity = (emit_size(k, problem, size_of(n)) for n in (heads, groups, cache.shape[1]))
-    row = cache.bytes_of(int(groups) * size) if cache.quantised else 0
-    turned = k.buffer(SCRATCH, "f32").at(k.part * (int(groups) * size)) if cache.quantised else None
 
-    def of(index: int, token: Value) -> Pointer:
-        return tensors[index].pointer.at(token * steps[index][0])
+    def text() -> str:
+        pairs = table.shape[2]
+        tensors = [tensor(k, problem, i) for i in range(ROTATED + 1)]
+        steps = [[emit_size(k, problem, s) for s in t.strides] for t in tensors]
+        query_count, count, capacity = (emit_size(k, problem, size_of(n)) for n in (heads, groups, cache.shape[1]))
+        row = cache.bytes_of(int(groups) * size) if cache.quantised else 0
+        turned = k.buffer(SCRATCH, "f32").at(k.part * (int(groups) * size)) if cache.quantised else None
 
-    def place(index: int, slot: Value, position: Value) -> Pointer:
-        if cache.quantised:
-            return k.buffer(index, "i8").at((slot * capacity + position) * row)
-        return tensors[index].pointer.at(slot * steps[index][0] + position * steps[index][1])
+        def of(index: int, token: Value) -> Pointer:
+            return tensors[index].pointer.at(token * steps[index][0])
 
-    with k.for_(*k.share(emit_size(k, problem, size_of(tokens)))) as token:
-        position, slot = (k.convert(of(i, token.i).load(), "i64") for i in (POSITIONS, SLOTS))
-        queries = Heads(of(QUERIES, token.i), of(ROTATED, token.i), query_count, (steps[QUERIES][1], steps[ROTATED][1]))
-        with k.if_(position.lt(0)) as branch:
-            emit_copied(k, queries, 0, size)
-        with branch.else_():
-            angles = k.buffer(TABLE, "f32").at(position * (2 * pairs))
-            emit_turned(k, queries, angles, size, pairs, interleaved=interleaved)
-            key, value = (of(i, token.i) for i in (KEYS, VALUES))
-            key_row, value_row = (place(i, slot, position) for i in (KEY_CACHE, VALUE_CACHE))
-            if turned is None:
-                keys = Heads(key, key_row, count, (steps[KEYS][1], steps[KEY_CACHE][2]))
-                emit_turned(k, keys, angles, size, pairs, interleaved=interleaved)
-                emit_copied(k, Heads(value, value_row, count, (steps[VALUES][1], steps[VALUE_CACHE][2])), 0, size)
-            else:
-                keys = Heads(key, turned, count, (steps[KEYS][1], k.i64(size)))
-                emit_turned(k, keys, angles, size, pairs, interleaved=interleaved)
-                emit_quantised(k, turned, key_row, int(groups), k.i64(size), size)
-                emit_quantised(k, value, value_row, int(groups), steps[VALUES][1], size)
+        def place(index: int, slot: Value, position: Value) -> Pointer:
+            if cache.quantised:
+                return k.buffer(index, "i8").at((slot * capacity + position) * row)
+            return tensors[index].pointer.at(slot * steps[index][0] + position * steps[index][1])
+
+        with k.for_(*k.share(emit_size(k, problem, size_of(tokens)))) as token:
+            position, slot = (k.convert(of(i, token.i).load(), "i64") for i in (POSITIONS, SLOTS))
+            queries = Heads(
+                of(QUERIES, token.i), of(ROTATED, token.i), query_count, (steps[QUERIES][1], steps[ROTATED][1])
+            )
+            with k.if_(position.lt(0)) as branch:
+                emit_copied(k, queries, 0, size)
+            with branch.else_():
+                angles = k.buffer(TABLE, "f32").at(position * (2 * pairs))
+                emit_turned(k, queries, angles, size, pairs, interleaved=interleaved)
+                key, value = (of(i, token.i) for i in (KEYS, VALUES))
+                key_row, value_row = (place(i, slot, position) for i in (KEY_CACHE, VALUE_CACHE))
+                if turned is None:
+                    keys = Heads(key, key_row, count, (steps[KEYS][1], steps[KEY_CACHE][2]))
+                    emit_turned(k, keys, angles, size, pairs, interleaved=interleaved)
+                    emit_copied(k, Heads(value, value_row, count, (steps[VALUES][1], steps[VALUE_CACHE][2])), 0, size)
+                else:
+                    keys = Heads(key, turned, count, (steps[KEYS][1], k.i64(size)))
+                    emit_turned(k, keys, angles, size, pairs, interleaved=interleaved)
+                    emit_quantised(k, turned, key_row, int(groups), k.i64(size), size)
+                    emit_quantised(k, value, value_row, int(groups), steps[VALUES][1], size)
+        return k.text()
 
     def scratch(dims: Sequence[int], threads: int) -> int:
         return threads * int(groups) * size * 4 if cache.quantised else 0
 
     work = size_of(tokens, heads, size)
-    return NativeKernel((Phase(k.name, shared(problem, work, GRAIN)),), k.text(), tables=(table,), scratch=scratch)
+    return NativeKernel((Phase(k.name, shared(problem, work, GRAIN)),), text, tables=(table,), scratch=scratch)

@@ -129,10 +129,14 @@ def _build(dot: type[Dot], problem: Problem, config: Config, device: DeviceInfo)
     dtype = problem.operand(g.rhs[0]).dtype
     tile = Tile(rows, len(g.rhs), 1, k.lanes, 1, registers(device))
     layout = Words(dtype, k.lanes, int(g.columns), int(g.inner))
-    rhs = [k.buffer(i, "i8") for i in g.rhs]
-    IntegerProduct(k, problem, g, tile, int(g.inner), group, rhs, layout, dot(dtype, k.lanes), ahead).emit()
+
+    def text() -> str:
+        rhs = [k.buffer(i, "i8") for i in g.rhs]
+        IntegerProduct(k, problem, g, tile, int(g.inner), group, rhs, layout, dot(dtype, k.lanes), ahead).emit()
+        return k.text()
+
     return NativeKernel(
-        (Phase(k.name, shared_parts(problem, g, tile, SINGLE_ROW_PARTS)),), k.text(), dict.fromkeys(g.rhs, layout.pack)
+        (Phase(k.name, shared_parts(problem, g, tile, SINGLE_ROW_PARTS)),), text, dict.fromkeys(g.rhs, layout.pack)
     )
 
 

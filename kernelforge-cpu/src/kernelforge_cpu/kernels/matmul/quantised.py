@@ -107,10 +107,14 @@ def build_quantised(problem: Problem, config: Config, device: DeviceInfo) -> Nat
     rows, panels, vectors, kc, group = (int(config[name]) for name in ("rows", "panels", "vectors", "kc", "group"))
     tile = Tile(rows, panels, vectors, k.lanes, 1, registers(device))
     layout = Groups(problem.operand(g.rhs[0]).dtype, vectors, k.lanes, int(g.columns), int(g.inner))
-    rhs = [k.buffer(i, "i8") for i in g.rhs]
-    QuantisedProduct(k, problem, g, tile, kc, group, rhs, layout).emit()
+
+    def text() -> str:
+        rhs = [k.buffer(i, "i8") for i in g.rhs]
+        QuantisedProduct(k, problem, g, tile, kc, group, rhs, layout).emit()
+        return k.text()
+
     packs = dict.fromkeys(g.rhs, layout.pack)
-    return NativeKernel((Phase(k.name, shared_parts(problem, g, tile)),), k.text(), packs)
+    return NativeKernel((Phase(k.name, shared_parts(problem, g, tile)),), text, packs)
 
 
 @dataclass(frozen=True)

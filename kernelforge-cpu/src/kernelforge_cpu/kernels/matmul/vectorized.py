@@ -65,8 +65,12 @@ def build_matmul(problem: Problem, config: Config, device: DeviceInfo) -> Native
     layout = Panels(vectors, k.lanes, dtype)
     packs = {i: layout.pack(g.transpose_rhs) for i in constant}
     if len(constant) == len(g.rhs):
-        Product(k, problem, g, tile, kc, group, [k.buffer(i, dtype) for i in g.rhs]).emit()
-        return NativeKernel((multiply,), k.text(), packs)
+
+        def text() -> str:
+            Product(k, problem, g, tile, kc, group, [k.buffer(i, dtype) for i in g.rhs]).emit()
+            return k.text()
+
+        return NativeKernel((multiply,), text, packs)
 
     pack = KernelBuilder(f"{k.name}_pack", k.target)
     size = _packed_bytes(problem, g, tile)
