@@ -107,6 +107,7 @@ def test_one_case_is_run_alone() -> None:
     case = next(c for c in collect_ids(Plugin([WRONG])) if "/half/" in c)
     found = run_plugin(registry(Plugin([WRONG])), Request("Plugin", case=case, isolate=False))
     assert [o.case for o in found.outcomes] == [case]
+    assert ": 1 case: 1 passed" in summary(found)
 
 
 def collect_ids(plugin: Plugin) -> list[str]:

@@ -79,6 +79,28 @@ def test_a_kernel_that_can_reads_a_constant_as_another_packs_it(width: int) -> N
     assert step.config_source == "shared-layout"
 
 
+def test_a_kernel_follows_in_each_of_its_constants() -> None:
+    rows_or_panels = ("rows", "panels8")
+
+    def layouts(problem: Problem, config: Config, device: DeviceInfo) -> Mapping[int, str]:
+        return {i: str(config[name]) for i, name in ((1, "gate"), (2, "up")) if config[name] != "rows"}
+
+    space = ConfigSpace((("gate", rows_or_panels), ("up", rows_or_panels)))
+    both = fake_target.variant("both", op="transformer.glu_matmul", space=space, layouts=layouts)
+    g = Graph()
+    x, gate, up = (
+        g.input("x", ("tokens", 32), "f32"),
+        g.constant("gate", (50, 32), "f32"),
+        g.constant("up", (50, 32), "f32"),
+    )
+    g.output(g.glu_matmul(x, gate, up, transpose_rhs=True), "y")
+    for name, table in (("a", gate), ("b", up)):
+        g.output(g.matmul(x, table, transpose_rhs=True), name)
+    session = Session("fake", registry=fake_target.registry(both, product()), records=Tuned({}), pipeline="")
+    step = session.plan(g.text()).steps[0]
+    assert (step.config, step.config_source) == ({"gate": "panels8", "up": "panels8"}, "shared-layout")
+
+
 def test_what_else_was_tuned_stays() -> None:
     step = planned(lookup(), product(), records=Tuned({"layout": "rows", "unroll": 2}))
     assert step.config == {"layout": "panels8", "unroll": 2}

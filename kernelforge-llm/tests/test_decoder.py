@@ -192,6 +192,16 @@ def test_a_refused_step_leaves_the_cache_as_it_was(oracle: Decoder) -> None:
     assert cache.lengths == [3]
     with pytest.raises(UsageError, match="sequence 0 holds 3 positions, cannot be cut to 4"):
         cache.truncate(0, 4)
+    for refused in (
+        lambda n: oracle.feed(cache, [1], n),
+        lambda n: next(oracle.continue_greedily(cache, 1, 1, n)),
+        lambda n: cache.truncate(n, 0),
+    ):
+        for number in (-1, 1):
+            with pytest.raises(UsageError, match=f"there is no sequence {number}") as raised:
+                refused(number)
+            assert raised.value.hint == "sequences are from 0 to 0"
+    assert cache.lengths == [3]
 
 
 def test_a_batch_is_at_most_what_was_asked_for(oracle: Decoder) -> None:
@@ -317,6 +327,14 @@ def test_a_missing_tensor_is_named(numpy_session: Session, folder: Path) -> None
         load(folder, session=numpy_session).logits([1])
     assert caught.value.hint is not None
     assert "mlp.up_proj.weight" in caught.value.hint
+
+
+@pytest.mark.parametrize(("weights", "said"), [("native", "f32"), ("f16", "f32"), ("q8", "q8")])
+def test_activations_are_quantised_only_beside_quantised_weights(
+    numpy_session: Session, folder: Path, weights: Any, said: str
+) -> None:
+    decoder = open_decoder(open_source(folder), numpy_session, weights=weights, activations="q8")
+    assert decoder.model.activation_dtype == said
 
 
 def test_a_misshapen_tensor_is_named(numpy_session: Session, folder: Path) -> None:

@@ -52,7 +52,9 @@ def copied(folder: Path, to: Path) -> Path:
 def test_the_folder_computes_what_the_option_does(weights: Any, cpu: Session, tmp_path: Path) -> None:
     written = write_quantised(open_source(ORACLE), tmp_path / "out", Recipe(weights), cpu)
     source = open_source(tmp_path / "out")
-    found = open_decoder(source, cpu).logits(IDS)
+    decoder = open_decoder(source, cpu)
+    found = decoder.logits(IDS)
+    assert decoder.model.activation_dtype == decoder.model.activations
     np.testing.assert_array_equal(found, open_decoder(open_source(ORACLE), cpu, weights=weights).logits(IDS))
     matrices = [t for t in written.tensors if t.error is not None]
     assert {t.dtype for t in matrices} == {weights}

@@ -66,12 +66,17 @@ def share_layouts(plan: Plan, catalog: Catalog, device: DeviceInfo) -> tuple[Pla
             if constant is not None and kernel is not None:
                 readers.setdefault(constant.key, []).append((i, k, kernel))
     steps = list(plan.steps)
+    settled: dict[int, _Kernel] = {}
+    """Kernels of steps that follow already, with what they then read."""
     for found in readers.values():
         needed = Counter(kernel.layouts.get(k, AS_IT_IS) for _, k, kernel in found if not kernel.follows(k))
         layouts = [layout for layout, _ in needed.most_common() if layout != AS_IT_IS]
-        for i, k, kernel in found:
+        for i, k, first in found:
+            kernel = settled.get(i, first)
             if kernel.follows(k) and (config := _followed(kernel, k, layouts, failed)) is not None:
                 steps[i] = replace(steps[i], config=config, config_source="shared-layout")
+                read = kernel.variant.packed_layouts(steps[i].problem, config, device)
+                settled[i] = replace(kernel, step=steps[i], layouts=read)
     return replace(plan, steps=tuple(steps)), not failed
 
 

@@ -42,16 +42,24 @@ class KVCache:
         }
 
     def truncate(self, sequence: int, length: int) -> None:
-        """Keep only the first `length` positions of a sequence. Raises UsageError when it has fewer."""
+        """Keep only the first `length` positions of a sequence. Raises UsageError when it has fewer, or is not there."""
+        self._check(sequence)
         if not 0 <= length <= self.lengths[sequence]:
             raise UsageError(f"sequence {sequence} holds {self.lengths[sequence]} positions, cannot be cut to {length}")
         self.lengths[sequence] = length
 
     def require_room(self, sequence: int, count: int) -> None:
-        """Raises UsageError unless `count` more positions fit into a sequence."""
+        """Raises UsageError unless there is such a sequence and `count` more positions fit into it."""
+        self._check(sequence)
         total = self.lengths[sequence] + count
         if total > self.context:
             raise UsageError(
                 f"{total} tokens do not fit the context of {self.context}",
                 hint="give fewer, or load the model with a larger context (--context) if it allows it",
+            )
+
+    def _check(self, sequence: int) -> None:
+        if not 0 <= sequence < len(self.lengths):
+            raise UsageError(
+                f"there is no sequence {sequence}", hint=f"sequences are from 0 to {len(self.lengths) - 1}"
             )

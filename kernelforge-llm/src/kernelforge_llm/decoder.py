@@ -262,8 +262,9 @@ class Decoder:
 
     def feed(self, cache: KVCache, ids: Sequence[int], sequence: int = 0) -> Logits:
         """Append any number of tokens to one sequence; the logits [vocab] after the last. Raises as `step`."""
-        length, count = cache.lengths[sequence], len(ids)
+        count = len(ids)
         cache.require_room(sequence, count)
+        length = cache.lengths[sequence]
         self._check_ids(ids)
         if not count:
             raise UsageError("there are no tokens to run", hint="give at least one")

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from kernelforge.dtype import GROUP, QUANTISED, from_numpy, to_numpy
+from kernelforge.dtype import GROUP, QUANTISED, WEIGHT_FORMATS, from_numpy, to_numpy
 from kernelforge.errors import UsageError
 from kernelforge.importer import Program
 from kernelforge.plan_cache import cached_text, code_stamp, keep_text, plan_key
@@ -129,6 +129,14 @@ class Model:
         """Whether the source has all its matrices in f16 or quantised."""
         tensors, small = self.source.tensors, [to_numpy(name) for name in ("f16", *QUANTISED)]
         return all(tensors.dtype(name) in small for name in tensors.names() if len(tensors.shape(name)) > 1)
+
+    @property
+    def activation_dtype(self) -> str:
+        """What quantised weights are multiplied by; f32 where there are none."""
+        tensors, quantised = self.source.tensors, [to_numpy(name) for name in WEIGHT_FORMATS]
+        made = self.weights in WEIGHT_FORMATS
+        stored = self.weights == "native" and any(tensors.dtype(name) in quantised for name in tensors.names())
+        return self.activations if made or stored else "f32"
 
     @property
     def programs(self) -> tuple[Program, Program]:

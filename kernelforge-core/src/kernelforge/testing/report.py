@@ -47,7 +47,8 @@ def failure_text(report: Report, outcome: Outcome) -> str:
 def summary(report: Report) -> str:
     counts = ", ".join(f"{count} {status.replace('-', ' ')}" for status, count in report.totals.items())
     about = f"{report.plugin} ({report.distribution} {report.version}), level {report.level}"
-    return f"{about}: {len(report.outcomes)} cases: {counts}, in {report.seconds:.1f} s"
+    number = len(report.outcomes)
+    return f"{about}: {number} case{'' if number == 1 else 's'}: {counts}, in {report.seconds:.1f} s"
 
 
 def _by_subject(report: Report) -> dict[tuple[str, str], Counter[str]]:

@@ -100,7 +100,7 @@ def llm_bench(
         "target": out.target,
         "threads": threads,
         "weights": weights,
-        "activations": decoder.model.activations,
+        "activations": decoder.model.activation_dtype,
         "prompt_tokens": prompt_tokens,
         "gen_tokens": gen_tokens,
         "depth": depth,

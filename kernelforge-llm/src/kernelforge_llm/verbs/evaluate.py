@@ -55,7 +55,7 @@ def llm_eval(
     return {
         "model": source.name,
         "weights": weights,
-        "activations": decoder.model.activations,
+        "activations": decoder.model.activation_dtype,
         "kv_dtype": decoder.model.cache_dtype,
         "target": out.target,
         "text": text,
