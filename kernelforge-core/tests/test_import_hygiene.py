@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from child_time import child_seconds
 
 HEAVY = ("torch_mlir", "numpy", "ml_dtypes", "numba", "llvmlite", "wgpu", "tokenizers", "safetensors", "rich", "typer")
 
@@ -38,12 +37,6 @@ def test_verb_loads_typer_and_no_more() -> None:
     assert loaded_by("from kernelforge.cli.app import main; main(['plugins', 'list'])") == {"typer"}
 
 
-def seconds(environment: Mapping[str, str], *arguments: str) -> float:
-    start = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], capture_output=True, check=True, env=environment)
-    return time.perf_counter() - start
-
-
 def test_help_is_about_as_fast_as_importing_typer(tmp_path: Path) -> None:
     """The promise is 1.6 times; the margin is for a busy machine, and what load adds is least in the quickest run.
 
@@ -54,7 +47,7 @@ def test_help_is_about_as_fast_as_importing_typer(tmp_path: Path) -> None:
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     commands = [("-m", "kernelforge", "--help"), ("-c", "import typer, pluggy")]
     for command in commands:
-        seconds(environment, *command)
-    rounds = [[seconds(environment, *command) for command in commands] for _ in range(9)]
+        child_seconds(environment, *command)
+    rounds = [[child_seconds(environment, *command) for command in commands] for _ in range(9)]
     help_seconds, typer_seconds = (min(column) for column in zip(*rounds, strict=True))
     assert help_seconds < 2.0 * typer_seconds

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from child_time import child_seconds
 from plugin_dist import HEADER, Site
 
 GOOD = """
@@ -275,9 +276,7 @@ def test_plugin_whose_code_has_changed_is_watched_again(site: Site) -> None:
 def seconds(site: Site | None) -> float:
     environment = {**os.environ, **({} if site is None else {"PYTHONPATH": str(site.folder)})}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # else the plugins' sources are compiled at each start
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "kernelforge", "--help"], env=environment, capture_output=True, check=True)
-    return time.perf_counter() - start
+    return child_seconds(environment, "-m", "kernelforge", "--help")
 
 
 def test_help_is_quick_with_fifty_plugins(site: Site) -> None:
