@@ -45,7 +45,7 @@ class GreedyChain:
         """The `count` tokens after `first`, which stands at `position` of `sequence`. When one is given out, all before it
         are in the cache; a step may be under way and write behind them.
 
-        Raises KernelForgeError as `kernelforge_llm.sampling.greedy` does, where a step is started ahead perhaps one token
+        Raises KernelForgeError as `kernelforge_llm.sampling.greedy` does, where a step is started ahead up to two tokens
         later.
         """
         self._tokens[0].write(np.array([first], np.int32))
@@ -65,8 +65,9 @@ class GreedyChain:
             if self._ahead == 1:
                 self._tokens[0].write(token)
             unchecked.append((chosen, self._logits[done % self._ahead].fetch(0, chosen)))
-            # A logit comes behind the step that is under way: it is looked at when that one is done.
-            while len(unchecked) > started - done - 1:
+            # A logit is copied before the next step but one, and by the same submission: looked at any sooner, it would have
+            # the device run dry.
+            while len(unchecked) > (2 * (self._ahead - 1) if done + 1 < count else 0):
                 found, logit = unchecked.popleft()
                 check_choice(found, float(logit()))
             yield chosen

@@ -77,20 +77,26 @@ def reading_shader(vectors: int) -> str:
 @compute @workgroup_size({THREADS})
 fn main(ids: Ids) {{
   var sum = vec4<f32>();
-  for (var i = ids.group.x * {THREADS}u + ids.thread; i < {vectors}u; i += {READERS * THREADS}u) {{ sum += source[i]; }}
+  let step = {READERS * THREADS}u;
+  var i = ids.group.x * {THREADS}u + ids.thread;
+  for (; i + 3u * step < {vectors}u; i += 4u * step) {{
+    sum += (source[i] + source[i + step]) + (source[i + 2u * step] + source[i + 3u * step]);
+  }}
+  for (; i < {vectors}u; i += step) {{ sum += source[i]; }}
   sums[ids.thread] = sum;
 }}
 """
 
 
 def multiplying_shader() -> str:
-    """PASSES multiply-adds of each of SUMS vectors, by numbers from memory so that nothing is known before."""
+    """PASSES multiply-adds of each of SUMS vectors, by a number from memory so that nothing is known before; the same for all
+    lanes, since an instruction with three registers of its own waits for them on some GPUs."""
     names = [f"s{i}" for i in range(SUMS)]
     return f"""{wgsl.IDS}{_BINDINGS}
 @compute @workgroup_size({THREADS})
 fn main(ids: Ids) {{
-  let factor = source[0];
-  let addend = source[1];
+  let factor = vec4<f32>(source[0].x);
+  let addend = vec4<f32>(source[0].y);
   {" ".join(f"var {name} = vec4<f32>(f32(ids.thread + {i}u));" for i, name in enumerate(names))}
   for (var i = 0u; i < {PASSES // 4}u; i++) {{
     {" ".join(f"{name} = fma({name}, factor, addend);" for _ in range(4) for name in names)}
