@@ -121,6 +121,22 @@ def test_embedding_casts_its_rows(dtype: str) -> None:
     assert function.nodes[0].problem.attr("dtype") == "f64"
 
 
+@pytest.mark.parametrize(("dtype", "found"), [("", ["embedding", "rms_norm"]), ("bf16", ["rms_norm", "embedding"])])
+def test_rows_are_picked_before_they_are_normalised(dtype: str, found: list[str]) -> None:
+    g, x = graph(shape=(9, 6))
+    normed = g.rms_norm(x, g.constant("w", (6,), "f32"), eps=1e-3)
+    function = canonical(g, g.embedding(normed, g.input("rows", ("rows",), "i32"), dtype=dtype))
+    assert short(function) == found
+    assert next(n for n in function.nodes if n.op.endswith("norm")).problem.attr("eps") == 1e-3
+
+
+def test_rows_of_a_norm_that_others_read_are_picked_after_it() -> None:
+    g, x = graph(shape=(9, 6))
+    normed = g.rms_norm(x, g.constant("w", (6,), "f32"))
+    g.output(normed, "normed")
+    assert short(canonical(g, g.embedding(normed, g.input("rows", ("rows",), "i32")))) == ["rms_norm", "embedding"]
+
+
 def test_embedding_that_rounds_keeps_its_cast() -> None:
     g, rows = looked_up("f16")
     assert short(canonical(g, rows.cast("f32"))) == ["embedding", "cast"]

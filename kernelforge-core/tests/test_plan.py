@@ -81,6 +81,23 @@ def test_layout_ops_become_views_and_the_cache_is_written_in_place() -> None:
     assert not cache.array[0, 3:].any()
 
 
+def picked() -> Graph:
+    g = Graph()
+    x, ids = g.input("x", ("tokens", 8), "f32"), g.input("ids", ("rows",), "i32")
+    g.output(g.silu(g.embedding(g.silu(x), ids)), "y")
+    g.output(g.embedding(g.constant("table", (1, 8), "f32"), ids), "constant")
+    return g
+
+
+def test_the_one_row_of_a_table_is_no_step() -> None:
+    x, table = (np.random.default_rng(i).standard_normal((1, 8)).astype(np.float32) for i in range(2))
+    inputs = {"x": x, "ids": np.zeros(1, np.int32)}
+    several, one = (plan_of(picked().text(), dims=dims) for dims in ({}, {"tokens": 1, "rows": 1}))
+    assert (ops(several).count("embedding"), ops(one).count("embedding")) == (2, 1)  # of constants there is no view
+    for want, got in zip(*(run(plan, inputs, {"table": table}) for plan in (several, one)), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
 def test_a_donated_array_is_copied_a_donated_buffer_is_not() -> None:
     inputs = cached_inputs(np.random.default_rng(1))
     inputs["cache"] = inputs["cache"].array

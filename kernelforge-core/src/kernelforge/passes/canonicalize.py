@@ -1,8 +1,8 @@
 """`canonicalize`: MLIR's own canonicalization, which removes dead code, and normal forms of our ops.
 
-A layout op or cast that does nothing is removed, two in a row become one, an embedding casts its rows itself, a
-transposed weight becomes a matmul's attribute, and the operand of a sum or product that is broadcast or constant comes
-second.
+A layout op or cast that does nothing is removed, two in a row become one, an embedding casts its rows itself, rows are picked
+before they are normalised, a transposed weight becomes a matmul's attribute, and the operand of a sum or product that is
+broadcast or constant comes second.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kernelforge.passes.rewriting import Body, Op, run_upstream, tensor_type
 EMBEDDING, MATMUL = "transformer.embedding", "transformer.matmul"
 CAST, CONCAT, RESHAPE = "transformer.cast", "transformer.concat", "transformer.reshape"
 SLICE, SPLIT, TRANSPOSE = "transformer.slice", "transformer.split", "transformer.transpose"
-ADD, MUL = "transformer.add", "transformer.mul"
+ADD, MUL, RMS_NORM = "transformer.add", "transformer.mul", "transformer.rms_norm"
 
 WIDER = {
     "i8": {"i32", "i64", "bf16", "f16", "f32", "f64"},
@@ -118,6 +118,17 @@ def _cast_of_embedding(body: Body, op: Op) -> ir.Value | None:
     return body.create(EMBEDDING, rows.operands, op.attrs, before=op, of=[rows, op])[0]
 
 
+def _embedding_of_norm(body: Body, op: Op) -> ir.Value | None:
+    """Of a prompt's states only the rows whose logits are wanted are normalised."""
+    table, ids = op.operands
+    norm = body.feeder(table, RMS_NORM)
+    if norm is None or body.is_constant(norm.result) or tensor_type(norm.result).dtype != tensor_type(op.result).dtype:
+        return None
+    x, weight = norm.operands
+    (rows,) = body.create(EMBEDDING, [x, ids], op.attrs, before=op, of=[op])
+    return body.create(RMS_NORM, [rows, weight], norm.attrs, before=op, of=[norm, op])[0]
+
+
 def _lossless(source: ir.Value, target: ir.Value) -> bool:
     """Whether the dtype of `target` has every value of the dtype of `source`."""
     have, want = tensor_type(source).dtype, tensor_type(target).dtype
@@ -150,6 +161,7 @@ RULES: dict[str, tuple[Callable[[Body, Op], ir.Value | None], ...]] = {
     ADD: (_broadcast_second,),
     CAST: (_same_type, _cast_of_cast, _cast_of_embedding),
     CONCAT: (_same_type,),
+    EMBEDDING: (_embedding_of_norm,),
     MATMUL: (_matmul_of_transpose,),
     MUL: (_broadcast_second,),
     RESHAPE: (_idle_reshape, _reshape_of_reshape),

@@ -36,7 +36,7 @@ from kernelforge.dialects.transformer.models import (
 )
 from kernelforge.dtype import FLOATS, WEIGHT_FORMATS
 from kernelforge.errors import UsageError
-from kernelforge.op import Attribute, Cost, OpDef, Operand, OperandTypes, OpError
+from kernelforge.op import Attribute, Cost, OpDef, Operand, OperandTypes, OpError, View
 from kernelforge.problem import Problem, TensorType
 
 if TYPE_CHECKING:
@@ -156,6 +156,15 @@ def embedding_reference(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
     return (dequantize(rows) if from_numpy(table.dtype) in WEIGHT_FORMATS else rows,)
 
 
+def embedding_view(operands: OperandTypes, attrs: Attrs) -> tuple[View, ...] | None:
+    """The only row of a table, which is the only one that an id can name; a constant is not viewed but folded or read."""
+    table, ids = required(operands, 0), required(operands, 1)
+    (out,) = infer_embedding(operands, attrs)
+    if table.shape[0] != 1 or ids.shape != (1,) or table.constant or out.dtype != table.dtype:
+        return None
+    return (View(table.shape, table.element_strides(), 0),)
+
+
 def embedding_cost(problem: Problem) -> Cost:
     """Only the rows that are looked up move."""
     table, out = problem.operand(0), problem.results[0]
@@ -199,6 +208,7 @@ EMBEDDING = OpDef(
     sample=embedding_samples,
     cost=embedding_cost,
     inputs=embedding_inputs,
+    view=embedding_view,
     exact=True,
     dialect=DIALECT,
 )
