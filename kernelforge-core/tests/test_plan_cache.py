@@ -166,7 +166,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def stamp(*packages: str) -> str | None:
-    return plan_cache._stamp.__wrapped__(packages)
+    return plan_cache._fresh_stamp(packages)
 
 
 def test_the_stamp_is_of_packages_that_are_not_imported_yet(package: Path) -> None:
@@ -184,3 +184,14 @@ def test_code_that_changed_after_the_process_began_has_no_stamp(package: Path, m
     if sys.platform != "win32":
         os.utime(package, (1, 1))
         assert stamp("acme_stamped") is None
+
+
+def test_what_code_made_that_changed_meanwhile_is_not_kept(
+    package: Path, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_cache, "_stamps", {})
+    assert plan_cache._stamp(("acme_stamped",))
+    plan_cache.keep_text("a", "text", "made by what is stamped")
+    package.write_text("SIZE = 2\n")
+    plan_cache.keep_text("b", "text", "made by nobody knows what")
+    assert [file.name for file in state.iterdir()] == ["a.text"]

@@ -104,13 +104,15 @@ class CpuDevice:
         """Kernels of all steps; those that are new are compiled or loaded from the object cache, all together."""
         from kernelforge_cpu.objects import load_objects
 
-        fresh = {self._key(s): s for s in steps if self._key(s) not in self._kernels}
+        keys = [self._key(s) for s in steps]
+        fresh = {key: s for key, s in zip(keys, steps, strict=True) if key not in self._kernels}
         built = {key: self._build(step, catalog) for key, step in fresh.items()}
         written = [k for k in built.values() if isinstance(k, NativeKernel) and k.mlir]
         try:
             library = None
             if written:
-                lazy = any(not isinstance(k.mlir, str) for k in written)
+                # One text is written sooner than a list is kept.
+                lazy = len(written) > 1 and any(not isinstance(k.mlir, str) for k in written)
                 name = self._name(list(fresh), catalog) if lazy else None
                 library = load_objects(lambda: [k.text for k in written], threads=self._info.threads, name=name)
         except Exception:
@@ -126,7 +128,7 @@ class CpuDevice:
                 else:
                     addresses.append(library.address(phase.function))
             self._kernels[key] = LinkedKernel(kernel, tuple(addresses), library)
-        return [self._kernels[self._key(s)] for s in steps]
+        return [self._kernels[key] for key in keys]
 
     def _name(self, keys: Sequence[tuple[str, str, str]], catalog: Catalog) -> str | None:
         """The hash of all that decides the texts of these kernels; None when that cannot be told."""
