@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kernelforge.dialects.transformer.sampling import choose
 from kernelforge.errors import KernelForgeWarning
 from kernelforge.session import Session
 from kernelforge_llm.decoder import Decoder, open_decoder
-from kernelforge_llm.sampling import greedy
+from kernelforge_llm.sampling import Draws, Sampling, greedy, make_sampler
 from kernelforge_llm.source import TINYPY, open_source
 from kernelforge_llm.weights import WeightFormat
 from kernelforge_metal.adapters import list_adapters
@@ -26,6 +27,8 @@ FOLDERS = sorted((DATA / "oracles").iterdir())
 
 TOLERANCE = 5e-4
 """Largest difference over largest logit."""
+CLOSE_DRAW = 3e-4
+"""A number so near to the boundary of two tokens' probabilities may fall on the other one when logits are rounded otherwise."""
 CLOSE_MARGIN = 5e-3
 """A token that won by less may be another one when sums are taken in another order."""
 
@@ -79,6 +82,29 @@ def test_the_token_stays_on_the_device(gpu: Session) -> None:
     stopped = decoder.generate([5, 6, 7], 12, stop_ids=[tokens[6]], ignore_eos=True)
     assert [t.id for t in stopped] == tokens[: tokens.index(tokens[6])]
     assert [t.id for t in decoder.generate([5, 6, 7], 12, ignore_eos=True)] == tokens
+
+
+def test_a_seed_draws_the_same_tokens_as_on_the_host(gpu: Session) -> None:
+    """Up to where a number is so near a boundary that the logits' own differences decide."""
+    sampling = Sampling(temperature=0.9, top_k=30, top_p=0.95, min_p=0.01, seed=8)
+    prompt = [5, 6, 7]
+    with Session("reference") as host:
+        decoder = open_decoder(open_source(FOLDERS[0]), host, weights="f32")
+        cache, draws = decoder.new_cache(), Draws(sampling.seed)
+        want: list[int] = []
+        scores = decoder.feed(cache, prompt)
+        while len(want) < 16:
+            u = float(draws.take())
+            choice = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+            found = {choose(scores, *choice, uniform) for uniform in (u, max(u - CLOSE_DRAW, 0.0), u + CLOSE_DRAW)}
+            if len(found) > 1:
+                break
+            want += found
+            scores = decoder.feed(cache, want[-1:])
+    assert len(want) > 3
+    decoder = open_decoder(open_source(FOLDERS[0]), gpu, weights="f32")
+    answer = decoder.generate(prompt, len(want), make_sampler(sampling), ignore_eos=True)
+    assert [t.id for t in answer] == want
 
 
 def test_tinypy(gpu: Session) -> None:

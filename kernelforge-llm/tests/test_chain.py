@@ -1,4 +1,4 @@
-"""Greedy decoding on the device gives what the host would choose, step by step."""
+"""Decoding on the device gives what the host would choose, step by step."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from kernelforge.errors import KernelForgeError, KernelForgeWarning, UsageError
 from kernelforge.reference import INFO, HostBuffer, ReferenceDevice
 from kernelforge.session import Session
 from kernelforge.variant import ASYNCHRONOUS
-from kernelforge_llm.chain import GreedyChain
+from kernelforge_llm.chain import Chain
 from kernelforge_llm.decoder import Decoder, Token, load
-from kernelforge_llm.sampling import greedy
+from kernelforge_llm.sampling import RandomSampler, Sampler, Sampling, greedy, make_sampler
 
 LLAMA = Path(__file__).parent / "data" / "oracles" / "llama-gqa"
 CONTEXT = 24
@@ -36,11 +36,17 @@ def decoder(request: pytest.FixtureRequest) -> Iterator[Decoder]:
             yield load(LLAMA, session=session, context=CONTEXT, sequences=2)
 
 
-def on_the_host(decoder: Decoder, prompt: list[int], count: int) -> list[int]:
+def drawing(**options: Any) -> RandomSampler:
+    sampler = make_sampler(Sampling(**options))
+    assert isinstance(sampler, RandomSampler)
+    return sampler
+
+
+def on_the_host(decoder: Decoder, prompt: list[int], count: int, sampler: Sampler = greedy) -> list[int]:
     cache = decoder.new_cache()
-    tokens = [greedy(decoder.feed(cache, prompt))]
+    tokens = [sampler(decoder.feed(cache, prompt), prompt)]
     while len(tokens) < count:
-        tokens.append(greedy(decoder.feed(cache, tokens[-1:])))
+        tokens.append(sampler(decoder.feed(cache, tokens[-1:]), prompt + tokens))
     return tokens
 
 
@@ -58,6 +64,41 @@ def test_tokens_are_those_that_the_host_would_choose(decoder: Decoder) -> None:
     assert [t.id for t in decoder.generate([5, 6, 7], 12, ignore_eos=True)] == want
     (scores,) = decoder.step(cache, [[found[-1]], []])  # what follows is as if the host had fed them
     np.testing.assert_allclose(scores, decoder.logits([5, 6, 7, *want])[-1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.7, "top_k": 9, "top_p": 0.9}, {"temperature": 2.5, "min_p": 0.2, "top_k": 1 << 40}],
+)
+def test_a_seed_draws_the_same_tokens_on_the_device(decoder: Decoder, options: dict[str, Any]) -> None:
+    want = on_the_host(decoder, [5, 6, 7], 12, drawing(seed=3, **options))
+    cache, sampler = decoder.new_cache(), drawing(seed=3, **options)
+    assert sampler(decoder.feed(cache, [5, 6, 7]), []) == want[0]
+    answer = decoder.continue_sampled(cache, want[0], 8, sampler)
+    assert list(itertools.islice(answer, 5)) == want[1:6]
+    del answer  # with a step under way, whose number is for the next token
+    assert sampler(decoder.feed(cache, [want[5]]), []) == want[6]
+    assert list(decoder.continue_sampled(cache, want[6], 5, sampler)) == want[7:]
+    generated = decoder.generate([5, 6, 7], 12, drawing(seed=3, **options), ignore_eos=True)
+    assert [t.id for t in generated] == want
+
+
+def test_generation_samples_on_devices_that_run_ahead(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    continued: list[RandomSampler] = []
+
+    def continue_sampled(cache: Any, token: int, count: int, sampler: RandomSampler) -> Iterator[int]:
+        continued.append(sampler)
+        return iter([1] * count)
+
+    monkeypatch.setattr(decoder, "continue_sampled", continue_sampled)
+    ahead = ASYNCHRONOUS in decoder.session.device.info.features
+    for sampling in (Sampling(seed=1), Sampling(repetition_penalty=1.1), Sampling(temperature=0.0)):
+        sampler = make_sampler(sampling)
+        assert len(list(decoder.generate([5, 6], 3, sampler, ignore_eos=True))) == 3
+    assert len(continued) == ahead
+    monkeypatch.undo()
+    with pytest.raises(UsageError, match="a repetition penalty needs the tokens before"):
+        next(decoder.continue_sampled(decoder.new_cache(), 1, 1, drawing(repetition_penalty=1.1)))
 
 
 def test_a_chain_that_is_left_early_leaves_the_cache_at_the_last_token(decoder: Decoder) -> None:
@@ -136,7 +177,7 @@ def test_one_step_is_started_ahead_where_the_device_works_meanwhile(features: fr
             return super().allocate(shape, dtype)
 
     step = Counting(overflow=14)
-    chain = GreedyChain(step, Device(), {}, 50)  # type: ignore[arg-type]  # all that a chain asks of an executable
+    chain = Chain(step, Device(), {}, 50)  # type: ignore[arg-type]  # all that a chain asks of an executable
     tokens = chain.run(10, 100, 0, 3)
     assert next(tokens) == 11
     assert step.started == list(range(100, 100 + ahead))

@@ -63,6 +63,8 @@ def test_ties_and_numbers_that_are_none(gpu: Session) -> None:
     endless[[9, 2 * PART]] = INF
     peaked = level.copy()
     peaked[[PART + 1, 2 * PART]] = 9.0
+    raised = level.copy()
+    raised[2 * PART - 1] = 0.5
     cases = [
         (level, (1.0, 0, 1.0, 0.0, 0.0), 0),
         (level, (1.0, 0, 1.0, 0.0, 1 - 2.0**-24), size - 1),
@@ -71,6 +73,7 @@ def test_ties_and_numbers_that_are_none(gpu: Session) -> None:
         (level, (1.0, 0, (PART + 1.5) / size, 0.0, 0.9999), PART + 1),
         (level, (1.0, 2 * PART, 0.5, 1.0, 0.9999), PART - 1),
         (level, (1e-31, 0, 1.0, 0.0, 0.9), 0),
+        (raised, (1.0, PART + 2, 1.0, 0.0, 0.9999), 2 * PART - 1),
         (masked, (50.0, 0, 1.0, 0.0, 0.5), PART + 3),
         (masked, (1.0, 5, 1.0, 0.0, 0.99), size - 1),
         (masked, (1.0, 2, 1.0, 0.0, 0.99), PART + 3),

@@ -1,7 +1,7 @@
-"""Greedy decode steps in a chain: the token of one is the input of the next, on the device.
+"""Decode steps in a chain: the token of one is the input of the next, on the device.
 
 On devices that work while the host goes on, a step is started before the token of the one before it has come back, so that
-the device never waits for the host.
+the device never waits for the host. A sampled token depends on numbers that the host draws, and they on nothing.
 """
 
 from __future__ import annotations
@@ -18,24 +18,35 @@ from kernelforge_llm.sampling import check_choice
 
 if TYPE_CHECKING:
     from kernelforge.backend import Buffer, Device, Executable
+    from kernelforge_llm.sampling import RandomSampler
 
     Fetch = Callable[[], NDArray[Any]]
 
 
-class GreedyChain:
+class Chain:
     """A step for one token, bound to the memory of one cache. To be started ahead it is bound twice: two buffers take turns to
     hold the token that goes in and the one that comes out. Serves one run at a time."""
 
-    def __init__(self, executable: Executable, device: Device, caches: Mapping[str, Buffer], vocab: int) -> None:
-        """`executable`: with the inputs and outputs of `Model.module`, for one token and one row."""
+    def __init__(
+        self,
+        executable: Executable,
+        device: Device,
+        caches: Mapping[str, Buffer],
+        vocab: int,
+        sampler: RandomSampler | None = None,
+    ) -> None:
+        """`executable`: with the inputs and outputs of `Model.module`, for one token and one row; those of `Model.sampled` where
+        there is a `sampler`."""
         self._ahead = 2 if ASYNCHRONOUS in device.info.features else 1
         self._position, self._slot = np.full(1, -1, np.int32), np.zeros(1, np.int32)
+        self._sampler, self._uniform = sampler, np.zeros(1, np.float32)
         self._tokens = [device.allocate((1,), "i32") for _ in range(2)]
         self._logits = [device.allocate((1, vocab), "f32") for _ in range(self._ahead)]
         numbers = {"positions": self._position, "slots": self._slot, "rows": np.zeros(1, np.int32)}
+        choice = {} if sampler is None else {**sampler.sampling.arrays(), "uniform": self._uniform}
         self._calls = [
             executable.bind(
-                {**numbers, **caches, "tokens": self._tokens[i]},
+                {**numbers, **choice, **caches, "tokens": self._tokens[i]},
                 {"token": self._tokens[1 - i], "logits": self._logits[i]},
             )
             for i in range(self._ahead)
@@ -43,7 +54,7 @@ class GreedyChain:
 
     def run(self, first: int, position: int, sequence: int, count: int) -> Iterator[int]:
         """The `count` tokens after `first`, which stands at `position` of `sequence`. When one is given out, all before it
-        are in the cache; a step may be under way and write behind them.
+        are in the cache and its number is taken from the sampler's; a step may be under way and write behind them.
 
         Raises KernelForgeError as `kernelforge_llm.sampling.greedy` does, where a step is started ahead up to two tokens
         later.
@@ -56,12 +67,16 @@ class GreedyChain:
         for done in range(count):
             while started < min(count, done + self._ahead):
                 self._position[0] = position + started
+                if self._sampler is not None:
+                    self._uniform[0] = self._sampler.draws.ahead(started - done)
                 i = started % self._ahead
                 self._calls[i]()
                 begun.append(self._tokens[1 - i].fetch())
                 started += 1
             token = begun.popleft()()
             chosen = int(token[0])
+            if self._sampler is not None:
+                self._sampler.draws.take()
             if self._ahead == 1:
                 self._tokens[0].write(token)
             unchecked.append((chosen, self._logits[done % self._ahead].fetch(0, chosen)))

@@ -20,11 +20,12 @@ from kernelforge.errors import AssetError, KernelForgeWarning, UsageError
 from kernelforge.explanation import Explanation
 from kernelforge.importer import Program
 from kernelforge.session import Session
+from kernelforge.variant import ASYNCHRONOUS
 from kernelforge_llm.cache import CacheFormat, KVCache
-from kernelforge_llm.chain import GreedyChain
+from kernelforge_llm.chain import Chain
 from kernelforge_llm.config import ModelConfig
 from kernelforge_llm.model import PREFILL_TOKENS, Model
-from kernelforge_llm.sampling import Sampler, greedy
+from kernelforge_llm.sampling import RandomSampler, Sampler, greedy
 from kernelforge_llm.source import Source, open_source
 from kernelforge_llm.stream import StopStrings, TextStream
 from kernelforge_llm.weights import ActivationFormat, WeightFormat
@@ -134,14 +135,19 @@ class Decoder:
         self.context: int = model.context
         self.tokenizer = model.source.tokenizer
         self.compile_s = 0.0
-        """Seconds spent compiling so far; each of the two steps is compiled when it is first needed."""
+        """Seconds spent compiling so far; each of the steps is compiled when it is first needed."""
         self._bound: WeakKeyDictionary[KVCache, _Bound] = WeakKeyDictionary()
-        self._chains: WeakKeyDictionary[KVCache, GreedyChain] = WeakKeyDictionary()
+        self._chains: WeakKeyDictionary[KVCache, Chain] = WeakKeyDictionary()
 
     @cached_property
     def _one(self) -> _Step:
         """The step for one token of one sequence."""
         return self._compile(self.model.programs[0])
+
+    @cached_property
+    def _sampled(self) -> _Step:
+        """The step for one token of one sequence that draws the next."""
+        return self._compile(self.model.sampled)
 
     @cached_property
     def _many(self) -> _Step:
@@ -283,18 +289,35 @@ class Decoder:
         When a token is given out, those before it, and not itself, are in the cache. Raises UsageError for an id out of range
         or when the context does not hold so many, KernelForgeError when a largest logit is no finite number.
         """
-        cache.require_room(sequence, count)
-        self._check_ids([token])
+        self._check_next(cache, token, count, sequence)
         chain = self._chains.pop(cache, None)  # serves one at a time
         if chain is None:
-            chain = GreedyChain(self._one.executable, self.session.device, cache.buffers, self.config.vocab_size)
+            chain = Chain(self._one.executable, self.session.device, cache.buffers, self.config.vocab_size)
         try:
-            start = cache.lengths[sequence]
-            for number, found in enumerate(chain.run(token, start, sequence, count), 1):
-                cache.lengths[sequence] = start + number
-                yield found
+            yield from self._run_chain(chain, cache, token, count, sequence)
         finally:
             self._chains[cache] = chain
+
+    def continue_sampled(
+        self, cache: KVCache, token: int, count: int, sampler: RandomSampler, sequence: int = 0
+    ) -> Iterator[int]:
+        """As `continue_greedily`, with tokens that the device draws with the sampler's numbers: those that the sampler would draw
+        on the host. Raises UsageError, too, for a sampler that depends on the tokens before."""
+        if sampler.needs_history:
+            raise UsageError("a repetition penalty needs the tokens before, which are not on the device")
+        self._check_next(cache, token, count, sequence)
+        chain = Chain(self._sampled.executable, self.session.device, cache.buffers, self.config.vocab_size, sampler)
+        yield from self._run_chain(chain, cache, token, count, sequence)
+
+    def _check_next(self, cache: KVCache, token: int, count: int, sequence: int) -> None:
+        cache.require_room(sequence, count)
+        self._check_ids([token])
+
+    def _run_chain(self, chain: Chain, cache: KVCache, token: int, count: int, sequence: int) -> Iterator[int]:
+        start = cache.lengths[sequence]
+        for number, found in enumerate(chain.run(token, start, sequence, count), 1):
+            cache.lengths[sequence] = start + number
+            yield found
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         for token in ids:
@@ -387,6 +410,11 @@ class Decoder:
         if rest:
             yield Token(None, rest)
 
+    @property
+    def _runs_ahead(self) -> bool:
+        """Whether the device gains by not waiting for the host: a host target samples as quickly on the host."""
+        return ASYNCHRONOUS in self.session.device.info.features
+
     def _choose(self, history: list[int], count: int, sampler: Sampler) -> Generator[int, None, None]:
         """Up to `count` tokens after `history`, to which the caller adds what it takes."""
         if count < 1:
@@ -397,6 +425,8 @@ class Decoder:
         yield token
         if sampler is greedy and room:  # the step for one token is not compiled in vain
             yield from self.continue_greedily(cache, token, room)
+        elif isinstance(sampler, RandomSampler) and not sampler.needs_history and self._runs_ahead:
+            yield from self.continue_sampled(cache, token, room, sampler)
         else:
             for _ in range(room):
                 token = sampler(self.feed(cache, [token]), history)

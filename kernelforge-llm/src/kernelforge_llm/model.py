@@ -38,6 +38,10 @@ PREFILL_TOKENS = 512
 """Most tokens of one prefill step; a longer prompt takes several."""
 
 
+CHOICE = ("temperature", "top_k", "top_p", "min_p", "uniform")
+"""What a token is drawn by, in the order of the operands of `transformer.sample`."""
+
+
 @dataclass(frozen=True)
 class StepInputs:
     """The inputs of one step."""
@@ -145,6 +149,11 @@ class Model:
         one = Program("decode", self.module, dims={"tokens": 1, "rows": 1})
         return one, Program("prefill", self.module, max_dims=bounds)
 
+    @property
+    def sampled(self) -> Program:
+        """As the first of `programs`, with the token that is drawn from the logits in place of the largest."""
+        return Program("decode-sampled", self.sampled_module, dims={"tokens": 1, "rows": 1})
+
     @cached_property
     def module(self) -> str:
         """MLIR text of a step, before any pass.
@@ -153,25 +162,33 @@ class Model:
         the updated caches, `logits` [rows, vocab] f32, `token` [rows] i32 (their argmax). Raises AssetError for a
         missing or misshapen tensor.
         """
-        key = self._module_key
+        return self._module(sampled=False)
+
+    @cached_property
+    def sampled_module(self) -> str:
+        """As `module`, with more inputs, all [rows]: `temperature`, `top_k` (i32), `top_p`, `min_p`, `uniform`. `token` is what
+        they draw from the logits (`transformer.sample`)."""
+        return self._module(sampled=True)
+
+    def _module(self, *, sampled: bool) -> str:
+        key = self._module_key(sampled=sampled)
         if key is not None and (kept := cached_text(key, "mlir")) is not None:
             return kept
-        text, as_asked = self._write_module()
+        text, as_asked = self._write_module(sampled=sampled)
         if key is not None and as_asked:
             keep_text(key, "mlir", text)
         return text
 
-    @property
-    def _module_key(self) -> str | None:
+    def _module_key(self, *, sampled: bool) -> str | None:
         """The hash of all that decides the text."""
         if self.code is None:
             return None
         tensors = self.source.tensors
         table = [(name, tensors.shape(name), tensors.dtype(name).str) for name in tensors.names()]
-        choices = (self.weights, self.context, self.sequences, self.cache_dtype, self.activations)
+        choices = (self.weights, self.context, self.sequences, self.cache_dtype, self.activations, sampled)
         return plan_key("llm", self.code, type(self.architecture), self.config, *choices, table)
 
-    def _write_module(self) -> tuple[str, bool]:
+    def _write_module(self, *, sampled: bool) -> tuple[str, bool]:
         """The text, and whether no warning had to be given on the way."""
         from kernelforge.graph import Graph
 
@@ -194,7 +211,11 @@ class Model:
             head = table.matrix(name, (config.vocab_size, config.hidden_size))
             scores = table.product(g.embedding(states, rows), head)  # [rows, vocab]
             g.output(scores, "logits")
-            g.output(g.argmax(scores), "token")
+            if sampled:
+                choice = (g.input(n, ("rows",), "i32" if n == "top_k" else "f32") for n in CHOICE)
+                g.output(g.sample(scores, *choice), "token")
+            else:
+                g.output(g.argmax(scores), "token")
         left = table.warn_not_quantised()
         unused = table.warn_unused(
             known=("lm_head.weight",) if tied else ()

@@ -58,6 +58,14 @@ class Sampling:
         if self.seed is not None:
             _check("seed", self.seed, isinstance(self.seed, int) and self.seed >= 0, "an integer from 0")
 
+    def arrays(self) -> dict[str, NDArray[np.float32] | NDArray[np.int32]]:
+        """The operands of `transformer.sample` that are the same for every token, of one row."""
+        import numpy as np
+
+        numbers = {"temperature": self.temperature, "top_p": self.top_p, "min_p": self.min_p}
+        floats = {name: np.array([x], np.float32) for name, x in numbers.items()}
+        return {**floats, "top_k": np.array([min(self.top_k, 2**31 - 1)], np.int32)}
+
 
 def greedy(logits: NDArray[np.float32], history: Sequence[int] = ()) -> int:
     """The sampler of temperature 0: the id of the largest logit, the lowest such id. Raises as `Sampler` says."""

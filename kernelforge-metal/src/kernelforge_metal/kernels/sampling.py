@@ -20,13 +20,15 @@ from kernelforge_metal import wgsl
 from kernelforge_metal.kernel import Binding, Dispatch, GpuKernel, Size
 from kernelforge_metal.kernels.lookup import KEY
 from kernelforge_metal.kernels.norms import FUNCTIONS
-from kernelforge_metal.kernels.tensors import count, product_text, takes, tensor
+from kernelforge_metal.kernels.tensors import count, takes, tensor
 
 if TYPE_CHECKING:
     from kernelforge.problem import Problem
     from kernelforge.variant import Config, DeviceInfo, Verdict
 
-THREADS = 256
+SIDE = 16
+"""Threads add up so many values each, then one so many sums."""
+THREADS = SIDE * SIDE
 EACH = 8
 """Consecutive logits of a thread."""
 PART = THREADS * EACH
@@ -51,8 +53,8 @@ def takes_sample(problem: Problem, device: DeviceInfo) -> Verdict:
 
 STATE = """
 struct State {
-  below: vec2<u32>,      // sum of what is above the threshold of top-k, as far as its bits are known
-  inside: vec2<u32>,     // the same of top-p
+  k_sum: vec2<u32>,      // sum of what is above the threshold of top-k, as far as its bits are known
+  p_sum: vec2<u32>,      // the same of top-p
   goal: vec2<u32>,       // sum that top-p has to reach
   tie: vec2<u32>,        // probability of a logit equal to the threshold
   largest: f32,
@@ -61,8 +63,8 @@ struct State {
   k: u32,                // 0: all
   p: u32,                // of 2^32; 0: all
   min_p: f32,
-  k_bits: u32,
-  k_above: u32,
+  k_bits: u32,           // what is known of the threshold, the highest bits first
+  k_count: u32,          // how many are above
   p_bits: u32,
   threshold: u32,
   ties: u32,             // how many of those equal to the threshold are kept
@@ -102,38 +104,42 @@ fn fixed(w: f32) -> vec2<u32> {{
 fn number(key: u32) -> f32 {{ return bitcast<f32>(select(~key, key & 0x7fffffffu, key >= 0x80000000u)); }}
 
 var<workgroup> sums: array<vec3<u32>, {THREADS}>;
+var<workgroup> rows_of_sums: array<vec3<u32>, {SIDE}>;
 var<workgroup> latest: atomic<u32>;
+fn both(a: vec3<u32>, b: vec3<u32>) -> vec3<u32> {{ return vec3<u32>(add(a.xy, b.xy), a.z + b.z); }}
 fn before(thread: u32) -> vec3<u32> {{
   if (thread == 0u) {{ return vec3<u32>(); }}
   return sums[thread - 1u];
 }}
 fn scan(value: vec3<u32>, thread: u32) {{
-  var total = value;
+  workgroupBarrier();
+  sums[thread] = value;
+  if (thread == 0u) {{ atomicStore(&latest, 0u); }}
+  workgroupBarrier();
+  let own = thread / {SIDE}u;
+  if (thread % {SIDE}u == 0u) {{
+    var total = vec3<u32>();
+    for (var i = thread; i < thread + p.side; i++) {{ total = both(total, sums[i]); }}
+    rows_of_sums[own] = total;
+  }}
+  workgroupBarrier();
+  var total = vec3<u32>();
+  for (var i = 0u; i < own; i++) {{ total = both(total, rows_of_sums[i]); }}
+  for (var i = own * {SIDE}u; i <= thread; i++) {{ total = both(total, sums[i]); }}
   workgroupBarrier();
   sums[thread] = total;
-  for (var step = 1u; step < {THREADS}u; step <<= 1u) {{
-    workgroupBarrier();
-    if (thread >= step) {{
-      let other = sums[thread - step];
-      total = vec3<u32>(add(total.xy, other.xy), total.z + other.z);
-    }}
-    workgroupBarrier();
-    sums[thread] = total;
-  }}
   workgroupBarrier();
 }}
 fn last(wanted: bool, thread: u32) -> u32 {{
-  if (thread == 0u) {{ atomicStore(&latest, 0u); }}
-  workgroupBarrier();
   if (wanted) {{ atomicMax(&latest, thread); }}
   workgroupBarrier();
-  let found = atomicLoad(&latest);
-  workgroupBarrier();
-  return found;
+  return atomicLoad(&latest);
 }}
 """
 """Sums of 64 bits, low word first; probabilities as such numbers; `scan` leaves in `sums` those of all threads up to each, `last`
-finds the last thread with something wanted."""
+finds the last thread with something wanted; it may be called once after a scan."""
+
+TAKE = "if (k > best || (k == best && i < place)) { best = k; place = i; }"
 
 SEARCH = f"""
 var<workgroup> keys: array<u32, {THREADS}>;
@@ -141,20 +147,24 @@ var<workgroup> places: array<u32, {THREADS}>;
 fn search(best_key: u32, best_place: u32, thread: u32) {{
   keys[thread] = best_key;
   places[thread] = best_place;
-  for (var half = {THREADS // 2}u; half > 0u; half >>= 1u) {{
+  for (var width = {SIDE}u; width > 0u; width /= {SIDE}u) {{
     workgroupBarrier();
-    if (thread < half) {{
-      let a = keys[thread]; let b = keys[thread + half];
-      if (b > a || (b == a && places[thread + half] < places[thread])) {{
-        keys[thread] = b;
-        places[thread] = places[thread + half];
+    let step = {SIDE}u / width;
+    if (thread % (step * {SIDE}u) == 0u) {{
+      var best = keys[thread];
+      var place = places[thread];
+      for (var j = 1u; j < p.side; j++) {{
+        let k = keys[thread + j * step];
+        let i = places[thread + j * step];
+        {TAKE}
       }}
+      keys[thread] = best;
+      places[thread] = place;
     }}
   }}
   workgroupBarrier();
 }}
 """
-TAKE = "if (k > best || (k == best && i < place)) { best = k; place = i; }"
 
 
 def build_sample(problem: Problem, config: Config, device: DeviceInfo) -> GpuKernel:
@@ -167,20 +177,20 @@ def build_sample(problem: Problem, config: Config, device: DeviceInfo) -> GpuKer
         t.load(f"row * {t.type.element_strides()[0]}u") for t in (*choices, uniform)
     )
     row_step, step = logits.type.element_strides()
-    value = logits.load(f"row * {row_step}u + i * {step}u")
+    value = logits.load(f"row * p.stride + i * {step}u")
     begin = f"""
   let flat = {wgsl.FLAT};
-  let row = flat / {parts}u;
-  let part = flat % {parts}u;
-  if (row >= {product_text(problem, (rows,))}) {{ return; }}
-  let end = min((part + 1u) * {PART}u, {size}u);
+  let row = flat / p.parts;
+  let part = flat % p.parts;
+  if (row >= p.rows) {{ return; }}
+  let end = min((part + 1u) * {PART}u, p.size);
 """
     each = f"for (var i = part * {PART}u + ids.thread; i < end; i += {THREADS}u)"
     header = f"{wgsl.IDS}{wgsl.BF16}{FUNCTIONS}{KEY}{STATE}"
     largest = f"""{header}{SEARCH}
 @compute @workgroup_size({THREADS})
 fn main(ids: Ids) {{{begin}
-  for (var i = part * {THREADS}u + ids.thread; i < {TALLIES * 768}u; i += {parts * THREADS}u) {{
+  for (var i = part * {THREADS}u + ids.thread; i < {TALLIES * 768}u; i += p.parts * {THREADS}u) {{
     atomicStore(&tallies[row * {TALLIES * 768}u + i], 0u);
   }}
   var best = 0u;
@@ -193,7 +203,7 @@ fn main(ids: Ids) {{{begin}
     state.temperature = {temperature};
     state.k = u32(max({top_k}, 0));
     state.greedy = select(1u, 0u, state.temperature >= 1e-30 && state.k != 1u);
-    if (state.k >= {size}u) {{ state.k = 0u; }}
+    if (state.k >= p.size) {{ state.k = 0u; }}
     let nucleus = {top_p};
     if (nucleus < 1.0) {{ state.p = max(u32(max(nucleus, 0.0) * 4294967296.0), 1u); }}
     state.min_p = {min_p};
@@ -212,32 +222,34 @@ fn load_tally(slot: u32, bin: u32) -> vec3<u32> {{
   let at = (row * {TALLIES}u + slot) * 768u + bin;
   return vec3<u32>(atomicLoad(&tallies[at]), atomicLoad(&tallies[at + 256u]), atomicLoad(&tallies[at + 512u]));
 }}
-fn narrow_k(slot: u32, thread: u32) {{
-  let bin = load_tally(slot, 255u - thread);
-  scan(bin, thread);
-  let found = last(bin.z > 0u && state.k_above + before(thread).z < state.k, thread);
-  if (state.k > 0u) {{
+fn narrow(level: u32, thread: u32) {{
+  // Of k on levels 1 to 4, of p on those from 4; the whole of what top-k keeps is summed between the two.
+  for (var round = select(0u, 2u, level > 4u); round < select(1u, 3u, level >= 4u); round++) {{
+    let slot = select(level - 1u, 0u, level == 4u && round > 0u);
+    let bin = load_tally(slot, 255u - thread);
+    scan(bin, thread);
+    let here = before(thread);
+    let of_k = state.k_count + here.z < state.k;
+    let of_p = less(add(state.p_sum, here.xy), state.goal);
+    let found = last(bin.z > 0u && select(of_p, of_k, round == 0u), thread);
     let above = before(found);
-    state.k_bits = (state.k_bits << 8u) | (255u - found);
-    state.k_above += above.z;
-    state.below = add(state.below, above.xy);
+    if (round == 0u && state.k > 0u) {{
+      state.k_bits = (state.k_bits << 8u) | (255u - found);
+      state.k_count += above.z;
+      state.k_sum = add(state.k_sum, above.xy);
+    }}
+    if (round == 1u) {{ set_goal(sums[{THREADS - 1}].xy); }}
+    if (round == 2u && state.p > 0u) {{
+      state.p_bits = (state.p_bits << 8u) | (255u - found);
+      state.p_sum = add(state.p_sum, above.xy);
+    }}
   }}
 }}
-fn narrow_p(slot: u32, thread: u32) {{
-  let bin = load_tally(slot, 255u - thread);
-  scan(bin, thread);
-  let found = last(bin.z > 0u && less(add(state.inside, before(thread).xy), state.goal), thread);
-  if (state.p > 0u) {{
-    state.p_bits = (state.p_bits << 8u) | (255u - found);
-    state.inside = add(state.inside, before(found).xy);
-  }}
-}}
-fn set_goal(thread: u32) {{
-  scan(load_tally(0u, 255u - thread), thread);
-  var total = sums[{THREADS - 1}].xy;
+fn set_goal(whole: vec2<u32>) {{
+  var total = whole;
   if (state.k > 0u) {{
     let tie = fixed(weight(number(state.k_bits), state));
-    total = add(state.below, times(tie, state.k - state.k_above));
+    total = add(state.k_sum, times(tie, state.k - state.k_count));
   }}
   state.goal = share(total, state.p);
   if (less(state.goal, vec2<u32>(1u, 0u))) {{ state.goal = vec2<u32>(1u, 0u); }}
@@ -246,14 +258,14 @@ fn set_threshold() {{
   if (state.p > 0u) {{
     state.threshold = state.p_bits;
     let tie = fixed(weight(number(state.p_bits), state));
-    let rest = minus(state.goal, state.inside);
-    for (var bit = {1 << (size.bit_length() - 1)}u; bit > 0u; bit >>= 1u) {{
+    let rest = minus(state.goal, state.p_sum);
+    for (var bit = {MOST // 2}u; bit > 0u; bit >>= 1u) {{
       if (less(times(tie, state.ties | bit), rest)) {{ state.ties |= bit; }}
     }}
     state.ties += 1u;
   }} else if (state.k > 0u) {{
     state.threshold = state.k_bits;
-    state.ties = state.k - state.k_above;
+    state.ties = state.k - state.k_count;
   }}
   let w = weight(number(state.threshold), state);
   if (w >= state.min_p) {{ state.tie = fixed(w); }}
@@ -265,9 +277,9 @@ fn main(ids: Ids) {{{begin.replace("let row =", "row =")}
   if (p.level == 0u) {{
     var best = 0u;
     var place = 0xffffffffu;
-    if (ids.thread < {parts}u) {{
-      best = parts[(row * {parts}u + ids.thread) * 2u].x;
-      place = parts[(row * {parts}u + ids.thread) * 2u].y;
+    if (ids.thread < p.parts) {{
+      best = parts[(row * p.parts + ids.thread) * 2u].x;
+      place = parts[(row * p.parts + ids.thread) * 2u].y;
     }}
     search(best, place, ids.thread);
     state.largest = number(keys[0]);
@@ -275,9 +287,7 @@ fn main(ids: Ids) {{{begin.replace("let row =", "row =")}
     if (keys[0] <= 0x007fffffu || keys[0] >= 0xff800000u) {{ state.greedy = 1u; }}
     if (state.greedy != 0u) {{ state.k = 0u; state.p = 0u; }}
   }}
-  if (p.level >= 1u && p.level <= 4u) {{ narrow_k(p.level - 1u, ids.thread); }}
-  if (p.level == 4u) {{ set_goal(ids.thread); narrow_p(0u, ids.thread); }}
-  if (p.level >= 5u) {{ narrow_p(p.level - 1u, ids.thread); }}
+  if (p.level > 0u) {{ narrow(p.level, ids.thread); }}
   if (p.level == {TALLIES}u) {{ set_threshold(); }}
   if (ids.thread == 0u && part == 0u) {{ states[row * {LEVELS + 1}u + p.level + 1u] = state; }}
   if (p.level == {TALLIES}u) {{
@@ -333,10 +343,10 @@ fn main(ids: Ids) {{{begin.replace("let row =", "row =")}
 @compute @workgroup_size({THREADS})
 fn main(ids: Ids) {{
   let row = {wgsl.FLAT};
-  if (row >= {product_text(problem, (rows,))}) {{ return; }}
+  if (row >= p.rows) {{ return; }}
   let state = states[row * {LEVELS + 1}u + {LEVELS}u];
   var part = vec4<u32>();
-  if (ids.thread < {parts}u) {{ part = parts[(row * {parts}u + ids.thread) * 2u + 1u]; }}
+  if (ids.thread < p.parts) {{ part = parts[(row * p.parts + ids.thread) * 2u + 1u]; }}
   scan(vec3<u32>(0u, 0u, part.z), ids.thread);
   let kept = min(part.z, state.ties - min(state.ties, before(ids.thread).z));
   let mass = add(part.xy, times(state.tie, kept));
@@ -347,7 +357,7 @@ fn main(ids: Ids) {{
   let rest = minus(aim, skipped.xy);
 
   let first = found * {PART}u + ids.thread * {EACH}u;
-  let end = min(first + {EACH}u, {size}u);
+  let end = min(first + {EACH}u, p.size);
   var equal = 0u;
   for (var i = first; i < end; i++) {{ equal += select(0u, 1u, key({value}) == state.threshold); }}
   scan(vec3<u32>(0u, 0u, equal), ids.thread);
@@ -391,15 +401,17 @@ fn main(ids: Ids) {{
         Binding("parts", 9, "vec4<u32>"),
     )
     everywhere = wgsl.grid(scaled(rows_count, parts))
-    parameters = tuple(t.binding for t in choices)
+    # Sizes are parameters: rows of all lengths share pipelines. So is SIDE: its loops are not unrolled and compile sooner.
+    sizes = (("rows", rows_count), ("size", size), ("parts", parts), ("stride", row_step), ("side", SIDE))
+    options = tuple(t.binding for t in choices)
     return GpuKernel(
         (
-            Dispatch(largest, (logits.binding, *parameters, tallies, states, sums), everywhere),
+            Dispatch(largest, (logits.binding, *options, tallies, states, sums), everywhere, sizes),
             *(
-                Dispatch(narrow, (logits.binding, tallies, states, sums), everywhere, (("level", level),))
+                Dispatch(narrow, (logits.binding, tallies, states, sums), everywhere, (*sizes, ("level", level)))
                 for level in range(LEVELS)
             ),
-            Dispatch(draw, (logits.binding, uniform.binding, states, sums, out.binding), wgsl.grid(rows_count)),
+            Dispatch(draw, (logits.binding, uniform.binding, states, sums, out.binding), wgsl.grid(rows_count), sizes),
         ),
         scratch=(
             scaled(rows_count, TALLIES * 768 * 4),
