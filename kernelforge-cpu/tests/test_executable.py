@@ -23,7 +23,8 @@ from kernelforge.selection import NO_RECORDS
 from kernelforge.session import Session
 from kernelforge.variant import Config, DeviceInfo, KernelVariant
 from kernelforge_cpu.emit import KernelBuilder
-from kernelforge_cpu.kernel import NativeKernel, Phase, PythonKernel
+from kernelforge_cpu.kernel import NativeKernel, Phase, PythonKernel, one_part
+from kernelforge_cpu.kernels.common import new_kernel
 from kernelforge_cpu.store import address, quick_address
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -355,3 +356,26 @@ def test_text_is_written_only_where_no_object_is_known(monkeypatch: pytest.Monke
     monkeypatch.setattr(plan_cache, "_stamp", lambda packages: None)
     np.testing.assert_array_equal(run(), first)
     assert len(written) == 3 * kernels
+
+
+def test_a_text_that_is_written_counts_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What another's kernel writes may hang on more than the code of its package."""
+    monkeypatch.setenv("KERNELFORGE_HOME", str(tmp_path))
+    monkeypatch.setattr("kernelforge_cpu.device.code_stamp", lambda registry: "the code")
+
+    def build(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
+        k = new_kernel(problem, config, device)
+        out, n = k.buffer(1, "f32"), k.dim(0) * 64
+        k.vectorize(0, n, lambda i, valid: out.store(k.f32(value, k.lanes), i, valid=valid))
+        return NativeKernel((Phase(k.name, one_part),), k.text())
+
+    class Constant:
+        @hookimpl
+        def kernelforge_kernels(self) -> list[KernelVariant]:
+            return [KernelVariant("constant", "transformer.silu", "cpu", build, priority=1000)]
+
+    registry = load_registry(allow=["core", "cpu"], extra_plugins=[Constant()])
+    for value in (1.0, 2.0):
+        with Session("cpu", threads=1, registry=registry, records=NO_RECORDS, pipeline="") as session:
+            y = one(session.compile(two_layers(), constants={"w": W}).run({"x": numbers(5, 64)}))
+        np.testing.assert_allclose(y, np.tile(value * W.sum(axis=0), (5, 1)), rtol=1e-4, atol=1e-5)

@@ -111,9 +111,9 @@ class CpuDevice:
         try:
             library = None
             if written:
+                texts = [k.mlir for k in written if isinstance(k.mlir, str)]
                 # One text is written sooner than a list is kept.
-                lazy = len(written) > 1 and any(not isinstance(k.mlir, str) for k in written)
-                name = self._name(list(fresh), catalog) if lazy else None
+                name = self._name(list(fresh), texts, catalog) if len(texts) < len(written) > 1 else None
                 library = load_objects(lambda: [k.text for k in written], threads=self._info.threads, name=name)
         except Exception:
             self._blame(fresh, built, catalog)
@@ -130,15 +130,13 @@ class CpuDevice:
             self._kernels[key] = LinkedKernel(kernel, tuple(addresses), library)
         return [self._kernels[key] for key in keys]
 
-    def _name(self, keys: Sequence[tuple[str, str, str]], catalog: Catalog) -> str | None:
-        """The hash of all that decides the texts of these kernels; None when that cannot be told."""
+    def _name(self, keys: Sequence[tuple[str, str, str]], texts: Sequence[str], catalog: Catalog) -> str | None:
+        """The hash of all that decides the texts of these kernels, of which some are written; None when that cannot be told."""
         code = code_stamp(catalog) if isinstance(catalog, Registry) else None
+        if code is None:
+            return None
         info = self._info
-        return (
-            None
-            if code is None
-            else plan_key(code, info.fingerprint, sorted(info.features), info.limits, info.threads, keys)
-        )
+        return plan_key(code, info.fingerprint, sorted(info.features), info.limits, info.threads, keys, *texts)
 
     def _blame(
         self,
