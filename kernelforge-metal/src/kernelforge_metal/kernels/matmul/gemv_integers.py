@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 MAX_WORDS = 16
 """Of 16 bytes that a thread has under way: more leave too few registers to the other threads."""
-ENOUGH = 128
-"""Workgroups, so that a large GPU has one for each of its processors."""
+ENOUGH = 256
+"""Workgroups, so that a large GPU has two for each of its processors."""
+MOST = 256
+"""Threads: with more, workgroups are too few."""
 
 
 def takes_integers(problem: Problem, device: DeviceInfo) -> Verdict:
@@ -71,20 +73,14 @@ def integers_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
 
 
 def integers_default(problem: Problem, device: DeviceInfo) -> Config:
-    """As many columns as leave a large GPU enough workgroups, for lhs is made integers once in each; a unit of each column for
-    a thread, or two."""
+    """As many columns as leave a large GPU enough workgroups, for lhs is made integers once in each; a unit of each for a
+    thread."""
     g = product_of(problem)
     space = integers_space(problem, device)
     units = Quads(problem.operand(g.rhs[0]).dtype, g.columns, g.inner).units
-    threads = [int(t) for t in dict(space.parameters)["threads"] if int(t) <= 256]
+    threads = [int(t) for t in dict(space.parameters)["threads"] if int(t) <= MOST // len(g.rhs)]
     fitting = max((t for t in threads if t <= units), default=threads[0])
-    most = min(2, max(1, units // fitting))
-    wanted = [
-        {"columns": c, "threads": fitting, "unroll": u}
-        for c in (16, 8, QUAD)
-        for u in (most, 1)
-        if c * len(g.rhs) <= 16 and c * ENOUGH <= g.columns
-    ]
+    wanted = [{"columns": c, "threads": fitting, "unroll": 1} for c in (16, 8) if c * ENOUGH <= g.columns]
     return next((c for c in wanted if c in space), {"columns": QUAD, "threads": fitting, "unroll": 1})
 
 
