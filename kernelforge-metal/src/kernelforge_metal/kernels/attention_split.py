@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 MAX_TOKENS = 8
 MAX_REPEAT = 16
 """Query heads of a group: each has a register of every thread."""
+UNROLLED = 4
+"""Loads that are under way at once: a step waits for memory, not for arithmetic."""
 
 
 def takes_split(problem: Problem, device: DeviceInfo) -> Verdict:
@@ -78,10 +80,15 @@ def build_split(problem: Problem, config: Config, device: DeviceInfo) -> GpuKern
     def head(r: int) -> str:
         return f"{r // 4}.{'xyzw'[r % 4]}"
 
-    dots = " ".join(f"s{head(r)} += dot(query[{r * quads}u + d], k4);" for r in range(repeat))
+    depth = next(n for n in (8, 4, 2, 1) if quads % n == 0)
     scores = " ".join(f"s{head(r)} = {a.score(f's{head(r)}')};" for r in range(repeat))
     spread = " ".join(f"weights[{r * chunk}u + ids.thread] = w{head(r)};" for r in range(repeat))
-    products = " ".join(f"o{r} += weights[{r * chunk}u + j] * v4;" for r in range(repeat))
+    own = [f"j + {n * lanes}u" for n in range(UNROLLED)]
+    products = " ".join(
+        f"o{r} += select(0.0, weights[{r * chunk}u + min({j}, {chunk - 1}u)], {j} < many) * v{n};"
+        for n, j in enumerate(own)
+        for r in range(repeat)
+    )
     keep = " ".join(f"partial[({r}u * {lanes}u + lane) * {quads}u + d] = o{r};" for r in range(repeat))
     summed = "".join(f" + partial[(r * {lanes}u + {n}u) * {quads}u + d]" for n in range(lanes))[3:]
     tops = " ".join(
@@ -89,12 +96,14 @@ def build_split(problem: Problem, config: Config, device: DeviceInfo) -> GpuKern
         for r in range(repeat)
     )
     load_q = wgsl.load_quad("q", q.type.dtype, f"({q.at} + {a.query_place('q', 'token', 'head')}) / 4u + d")
-    load_k = wgsl.load_quad(
-        "k", k.type.dtype, f"({k.at} + {a.key_place('k', 'group')} + key * {a.key_stride('k')}u) / 4u + d"
+    load_k = [wgsl.load_quad("k", k.type.dtype, f"k0 + d + {n}u") for n in range(depth)]
+    dots = " ".join(
+        f"s{head(r)} += dot(query[{r * quads}u + d + {n}u], k4_{n});" for n in range(depth) for r in range(repeat)
     )
-    load_v = wgsl.load_quad(
-        "v", v.type.dtype, f"({v.at} + {a.key_place('v', 'group')} + (begin + j) * {a.key_stride('v')}u) / 4u + d"
-    )
+    # A key past the last one seen has the weight 0, and the values of the last one: those behind it may be anything.
+    load_v = [
+        wgsl.load_quad("v", v.type.dtype, f"first + min({j}, many - 1u) * {a.key_stride('v')}u / 4u + d") for j in own
+    ]
     ids = wgsl.SUBGROUP_IDS if subgroups else wgsl.IDS
     first = f"""{ids}{wgsl.BF16}{FUNCTIONS}{functions}{a.functions}
 var<workgroup> query: array<vec4<f32>, {repeat * quads}>;
@@ -118,8 +127,9 @@ fn main(ids: Ids) {{
   {" ".join(f"var s{n} = vec4<f32>(-3.0e38);" for n in fours)}
   if (inside) {{
     {" ".join(f"s{n} = vec4<f32>();" for n in fours)}
-    for (var d = 0u; d < {quads}u; d++) {{
-      let k4 = {load_k};
+    let k0 = ({k.at} + {a.key_place("k", "group")} + key * {a.key_stride("k")}u) / 4u;
+    for (var d = 0u; d < {quads}u; d += {depth}u) {{
+      {" ".join(f"let k4_{n} = {load};" for n, load in enumerate(load_k))}
       {dots}
     }}
     {scores}
@@ -134,9 +144,10 @@ fn main(ids: Ids) {{
   {{
     let d = ids.thread % {quads}u;
     {" ".join(f"var o{r} = vec4<f32>();" for r in range(repeat))}
+    let first = ({v.at} + {a.key_place("v", "group")} + begin * {a.key_stride("v")}u) / 4u;
     if (lane < {lanes}u) {{
-      for (var j = lane; j < many; j += {lanes}u) {{
-        let v4 = {load_v};
+      for (var j = lane; j < many; j += {UNROLLED * lanes}u) {{
+        {" ".join(f"let v{n} = {load};" for n, load in enumerate(load_v))}
         {products}
       }}
       {keep}
@@ -156,6 +167,10 @@ fn main(ids: Ids) {{
         out.store(f"to + d * 4u + {c}u", f"select(0.0, acc.{'xyzw'[c]} / total, total > 0.0 || is_nan(total))")
         for c in range(4)
     )
+    merge = " ".join(
+        f"if (c + {n}u < many) {{ let w = exp(part{n}.x - top); total += w * part{n}.y; acc += w * sum{n}; }}"
+        for n in range(UNROLLED)
+    )
     threads = 1 << max(5, (quads - 1).bit_length())
     second = f"""{wgsl.IDS}{wgsl.BF16}{FUNCTIONS}{a.functions}
 @compute @workgroup_size({threads})
@@ -168,14 +183,15 @@ fn main(ids: Ids) {{
   let place = (token * {a.heads}u + head) * {chunks}u;
   let many = (seen.end - seen.start + {chunk - 1}u) / {chunk}u;
   var top = -3.0e38;
-  for (var c = 0u; c < many; c++) {{ top = max(top, found_tops[place + c].x); }}
+  for (var c = 0u; c < many; c += {UNROLLED}u) {{
+    {" ".join(f"top = max(top, found_tops[place + min(c + {n}u, many - 1u)].x);" for n in range(UNROLLED))}
+  }}
   var total = 0.0;
   var acc = vec4<f32>();
-  for (var c = 0u; c < many; c++) {{
-    let part = found_tops[place + c];
-    let weight = exp(part.x - top);
-    total += weight * part.y;
-    acc += weight * found[(place + c) * {quads}u + d];
+  for (var c = 0u; c < many; c += {UNROLLED}u) {{
+    {" ".join(f"let c{n} = place + min(c + {n}u, many - 1u);" for n in range(UNROLLED))}
+    {" ".join(f"let part{n} = found_tops[c{n}]; let sum{n} = found[c{n} * {quads}u + d];" for n in range(UNROLLED))}
+    {merge}
   }}
   let to = {a.query_place("out", "token", "head")};
   {stores}

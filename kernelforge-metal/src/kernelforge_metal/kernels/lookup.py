@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -94,8 +95,10 @@ fn main(ids: Ids) {{
     return GpuKernel((Dispatch(code, tuple(t.binding for t in (new, positions, slots, out)), grid),))
 
 
-LONG_ROW = 16384
-"""Elements from which several workgroups search a row."""
+LONG_ROW, PART = 4096, 2048
+"""Elements from which several workgroups search a row, and about how many each then has."""
+UNROLLED = 4
+"""Elements that a thread loads at once."""
 
 KEY = """
 fn key(x: f32) -> u32 {
@@ -115,7 +118,7 @@ def build_argmax(problem: Problem, config: Config, device: DeviceInfo) -> GpuKer
     out = tensor(problem, 1, "out", device)
     threads = rows.threads
     size = problem.operand(0).shape[-1]
-    parts = -(-size // LONG_ROW) if isinstance(size, int) else 1
+    parts = -(-size // PART) if isinstance(size, int) and size > LONG_ROW else 1
     search = f"""
 var<workgroup> keys: array<u32, {threads}>;
 var<workgroup> places: array<u32, {threads}>;
@@ -157,6 +160,11 @@ fn main(ids: Ids) {{
 """
         return GpuKernel((Dispatch(code, (x.binding, out.binding), wgsl.grid(rows.count)),))
     chunk = -(-int(size) // parts)
+    own = [re.sub(r"\bi\b", f"i{n}", rows.place(x)) for n in range(UNROLLED)]
+    loads = " ".join(
+        f"let i{n} = min(i + {n * threads}u, end - 1u); let k{n} = key({x.load(place)});" for n, place in enumerate(own)
+    )
+    takes = " ".join(f"{{ let i = i{n}; let k = k{n}; {take} }}" for n in range(UNROLLED))
     first = f"""{header}
 @compute @workgroup_size({threads})
 fn main(ids: Ids) {{
@@ -168,7 +176,7 @@ fn main(ids: Ids) {{
   var best = 0u;
   var place = 0xffffffffu;
   let end = min((part + 1u) * {chunk}u, {rows.length});
-  for (var i = part * {chunk}u + ids.thread; i < end; i += {threads}u) {{ let k = key({x.load(rows.place(x))}); {take} }}
+  for (var i = part * {chunk}u + ids.thread; i < end; i += {UNROLLED * threads}u) {{ {loads} {takes} }}
   let found = search(best, place, ids.thread);
   if (ids.thread == 0u) {{ partial[flat] = vec2<u32>(keys[0], found); }}
 }}
