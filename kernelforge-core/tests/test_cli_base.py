@@ -354,6 +354,15 @@ def test_closed_pipe_is_quiet() -> None:
         assert ran.stderr.read() == b""
 
 
+def test_no_garbage_is_looked_for_at_the_end() -> None:
+    code = (
+        "import atexit, gc, sys; from kernelforge.cli.app import console_script; sys.argv = ['kernelforge', '--version'];"
+        "atexit.register(lambda: print(gc.get_freeze_count() > 1000 > len(gc.get_objects()))); console_script()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[1:] == ["True"]
+
+
 def test_verb_outside_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert show(size=4)["size"] == 4
     assert "size    4" in capsys.readouterr().out

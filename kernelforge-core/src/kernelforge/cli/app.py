@@ -111,6 +111,7 @@ def console_script() -> None:
     code = main()
     if json:
         sys.stdout = sys.stderr  # the document is out: what code of plugins prints at exit is none of it
+    gc.freeze()  # the interpreter would look through all of it for garbage on its way out, for a fifth of a start's time
     sys.exit(code)
 
 
