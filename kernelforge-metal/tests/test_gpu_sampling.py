@@ -102,10 +102,11 @@ def test_frequencies_are_the_probabilities(gpu: Session) -> None:
 
 
 def test_what_it_does_not_take() -> None:
-    def verdict(size: int | str) -> Accept | Reject:
-        text = f"transformer.sample(f32[2,{size}], f32[2], i32[2], f32[2], f32[2], f32[2]) -> (i32[2]) {{}}"
+    def verdict(size: int | str, dtype: str = "f32") -> Accept | Reject:
+        text = f"transformer.sample({dtype}[2,{size}], f32[2], i32[2], f32[2], f32[2], f32[2]) -> (i32[2]) {{}}"
         return takes_sample(parse_problem(text), DeviceInfo("gpu", "null", "null"))
 
     assert verdict(MOST) == Accept()
+    assert verdict(9, "bf16") == Reject("takes f32 logits, as decoders give them, not bf16")
     assert verdict(MOST + 1) == Reject(f"takes at most {MOST} logits, not {MOST + 1}")
     assert verdict("n") == Reject("takes a number of logits that is known when it is built")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from kernelforge.variant import Accept, Reject
 from kernelforge_metal import wgsl
 from kernelforge_metal.kernel import Binding, Dispatch, GpuKernel
-from kernelforge_metal.kernels.norms import FUNCTIONS
 from kernelforge_metal.kernels.rows import Rows
 from kernelforge_metal.kernels.tensors import DTYPES, count, dim_text, product_text, takes, tensor
 
@@ -102,13 +101,13 @@ UNROLLED = 4
 
 KEY = """
 fn key(x: f32) -> u32 {
-  let bits = bitcast<u32>(x + 0.0);
-  if (is_nan(x)) { return 0xffffffffu; }
-  if (x == 0.0) { return 0x80000000u; }
+  let bits = bitcast<u32>(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) { return 0xffffffffu; }
+  if ((bits & 0x7fffffffu) == 0u) { return 0x80000000u; }
   return select(bits | 0x80000000u, ~bits, bits >= 0x80000000u);
 }
 """
-"""Bits that compare as numbers do, NaN above all, -0 like 0."""
+"""Bits that compare as numbers do, NaN above all, -0 like 0. Arithmetic on floats may take the smallest for 0."""
 
 
 def build_argmax(problem: Problem, config: Config, device: DeviceInfo) -> GpuKernel:
@@ -140,7 +139,7 @@ fn search(best_key: u32, best_place: u32, thread: u32) -> u32 {{
 }}
 """
     outer = problem.operand(0).shape[:-1]
-    header = f"{wgsl.IDS}{wgsl.BF16}{FUNCTIONS}{KEY}{search}"
+    header = f"{wgsl.IDS}{wgsl.BF16}{KEY}{search}"
     take = "if (k > best || (k == best && i < place)) { best = k; place = i; }"
     store = out.store(_flat_place("row"), "i32(found)")
     finish = f"if (ids.thread == 0u) {{ {store} }}"

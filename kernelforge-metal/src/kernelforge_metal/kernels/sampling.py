@@ -15,11 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from kernelforge.variant import Accept, Reject
+from kernelforge.variant import Reject
 from kernelforge_metal import wgsl
 from kernelforge_metal.kernel import Binding, Dispatch, GpuKernel, Size
 from kernelforge_metal.kernels.lookup import KEY
-from kernelforge_metal.kernels.norms import FUNCTIONS
 from kernelforge_metal.kernels.tensors import count, takes, tensor
 
 if TYPE_CHECKING:
@@ -42,13 +41,15 @@ STATE_WORDS = 20
 
 
 def takes_sample(problem: Problem, device: DeviceInfo) -> Verdict:
-    size = problem.operand(0).shape[1]
+    logits = problem.operand(0)
+    size = logits.shape[1]
+    if logits.dtype != "f32":
+        return Reject(f"takes f32 logits, as decoders give them, not {logits.dtype}")
     if not isinstance(size, int):
         return Reject("takes a number of logits that is known when it is built")
     if size > MOST:
         return Reject(f"takes at most {MOST} logits, not {size}")
-    verdict = takes(problem, device)
-    return verdict if isinstance(verdict, Reject) else Accept()
+    return takes(problem, device)
 
 
 STATE = """
@@ -186,7 +187,7 @@ def build_sample(problem: Problem, config: Config, device: DeviceInfo) -> GpuKer
   let end = min((part + 1u) * {PART}u, p.size);
 """
     each = f"for (var i = part * {PART}u + ids.thread; i < end; i += {THREADS}u)"
-    header = f"{wgsl.IDS}{wgsl.BF16}{FUNCTIONS}{KEY}{STATE}"
+    header = f"{wgsl.IDS}{KEY}{STATE}"
     largest = f"""{header}{SEARCH}
 @compute @workgroup_size({THREADS})
 fn main(ids: Ids) {{{begin}

@@ -137,7 +137,7 @@ def sample_inputs(problem: Problem, rng: np.random.Generator) -> list[Array | No
         rng.choice([0.7, 0.0, 1.0, 1.5], rows).astype(np.float32),
         rng.choice([0, 40, 1, 5, vocabulary], rows).astype(np.int32),
         rng.choice([1.0, 0.9, 0.5, 0.01], rows).astype(np.float32),
-        rng.choice([0.0, 0.05, 0.4, 1.0], rows).astype(np.float32),
+        rng.choice([0.0, 0.05, 0.4, 0.9], rows).astype(np.float32),
         rng.random(rows, dtype=np.float32),
     )
     return settled([logits.astype(to_numpy(problem.operand(0).dtype)), *parameters], rng)
