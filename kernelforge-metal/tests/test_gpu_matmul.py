@@ -299,12 +299,16 @@ def test_reasons_to_refuse() -> None:
     assert "rows of at least one" in reason(
         "gemv-shared", normed("f32[1,0]", "f32[8,0]@const", transpose_rhs=True), info()
     )
+    assert "weights of q8 or q4, not f32" in reason("gemv-integer", one, info("subgroup", "dot4"))
+    assert "no dot products of bytes" in reason("gemv-integer", linear(1, 8, 32, "q4"), info("subgroup"))
+    assert reason("gemv-integer", linear(1, 8, 32, "q4"), info("dot4")) == "the device has no subgroups"
     for name in ("gemv-shared", "gemm", "direct"):
         assert BY_NAME["matmul", name].judge(one, info()) == Accept()
 
 
-@pytest.mark.parametrize("variant", ["gemv", "gemm"])
-@pytest.mark.parametrize("w", WEIGHTS)
+@pytest.mark.parametrize(
+    ("w", "variant"), [*((w, v) for w in WEIGHTS for v in ("gemv", "gemm")), *((w, "gemv-integer") for w in QUANTISED)]
+)
 def test_a_weight_larger_than_a_binding_is_read_in_pieces(gpu: Session, w: str, variant: str) -> None:
     """As embeddings of large vocabularies are: forced by a device that binds little."""
     problem = matmul("f32[3,64]", f"{w}[300,64]@const", "f32[300]", transpose_rhs=True)
