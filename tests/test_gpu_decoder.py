@@ -132,17 +132,20 @@ def test_all_ops_of_a_model_have_kernels(gpu: Session) -> None:
 
 @pytest.mark.parametrize("weights", ["f16", "q4"])
 def test_dispatches_of_a_decode_step(gpu: Session, weights: WeightFormat) -> None:
-    """Each costs more than a microsecond. A layer: q, k and v with their norm, RoPE and caches, attention and its merge, its
-    projection; both halves of the MLP. Besides: the token's row, the head with the last norm, the best logit."""
+    """Each costs more than a microsecond. A layer: q, k and v with their norm, RoPE and caches, attention, its projection, both
+    halves of the MLP; beyond 128 tokens a merge for attention. Besides: the token's row, the head with the last norm, the best
+    logit."""
     model = open_decoder(open_source(TINYPY), gpu, weights=weights).model
     one, many = model.programs
     plan = gpu.plan(one.module, dims=one.dims, max_dims=one.max_dims)
-    dispatches = 0
+    short = long = 0
     for step in plan.steps:
         kernel = gpu.registry.variant("gpu", step.problem.op, step.variant)
         built = kernel.build_kernel(step.problem, step.config, gpu.device.info)
         assert isinstance(built, GpuKernel)
-        dispatches += len(built.dispatches)
-    assert dispatches == 7 * model.config.num_layers + 3
+        short += sum(d.unless is None for d in built.dispatches)
+        long += sum(d.only is None for d in built.dispatches)
+    layers = model.config.num_layers
+    assert (short, long) == (6 * layers + 3, 7 * layers + 3)
     prefill = [step.problem.op for step in gpu.plan(many.module, dims=many.dims, max_dims=many.max_dims).steps]
     assert "transformer.rms_norm_matmul" not in prefill  # norm and product apart, as tiles want them

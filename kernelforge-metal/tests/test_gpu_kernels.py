@@ -11,8 +11,11 @@ import pytest
 from kernelforge.dialects.transformer import OPS
 from kernelforge.problem import Problem, parse_problem
 from kernelforge.session import Session
+from kernelforge.tolerance import expect
 from kernelforge.tune.verify import Workload
 from kernelforge.variant import Accept, DeviceInfo, KernelVariant, Reject
+from kernelforge_metal.executable import Bound, GpuExecutable
+from kernelforge_metal.inputs import Given
 from kernelforge_metal.kernel import GpuKernel, shader
 from kernelforge_metal.kernels import rope_cache
 from kernelforge_metal.kernels.catalog import VARIANTS
@@ -126,6 +129,42 @@ def test_nan_reaches_the_rows_that_see_it_and_no_other(gpu: Session, name: str) 
     found = np.asarray(executable.run(arrays)[0])
     np.testing.assert_array_equal(np.isnan(found), spoilt)
     np.testing.assert_allclose(found[~spoilt], whole[~spoilt], rtol=1e-5)
+
+
+def test_few_keys_are_not_shared_out(gpu: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One executable, on either side of what a workgroup takes; a position that the host does not see may be any."""
+    attrs = "{causal=true, scale=0.0, softcap=0.0, window=0}"
+    shapes = "f32[2,6,16], f16[2,80,2,16], f16[2,80,2,16], i32[2], i32[2], _"
+    problem = parse_problem(f"transformer.attention({shapes}) -> (f32[2,6,16]) {attrs}")
+    op, rng = DEFS[problem.op], np.random.default_rng(0)
+    executable = gpu.compile_problem(problem, variant="split", config={"chunk": 32})
+    assert isinstance(executable, GpuExecutable)
+    q, k, v, _, slots, _ = op.make_inputs(problem, rng)
+    buffer = gpu.device.allocate((2,), "i32")
+    for places, dispatches in (((31, 4), 1), ((32, 4), 2), ((-1, 0), 1), ((79, -1), 2), ((31, 4), 1)):
+        positions = np.array(places, np.int32)
+        (want,) = expect(problem, op, [q, k, v, positions, slots, None])
+        buffer.write(positions)
+        for given, ran in ((positions, dispatches), (buffer, 2)):
+            submitted = record(executable, monkeypatch)
+            arrays = {"q": q, "k": k, "v": v, "positions": given, "slots": slots}
+            found = np.asarray(executable.run({n: a for n, a in arrays.items() if a is not None})[0])
+            assert (abs(found - want.exact) <= want.allowed).all()
+            assert submitted == [ran]
+
+
+def record(executable: GpuExecutable, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many dispatches each run from now on binds or has bound."""
+    counts: list[int] = []
+    bound = GpuExecutable._commands
+
+    def commands(self: GpuExecutable, given: Given) -> Bound:
+        found = bound(self, given)
+        counts.append(sum(map(len, found.steps)))
+        return found
+
+    monkeypatch.setattr(executable, "_commands", commands.__get__(executable))
+    return counts
 
 
 def test_a_device_that_binds_few_buffers_rotates_queries_in_a_dispatch_of_their_own(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kernelforge.plan import Plan
     from kernelforge_metal.buffer import GpuBuffer
     from kernelforge_metal.device import CompiledKernel
+    from kernelforge_metal.kernel import Below, Dispatch
     from kernelforge_metal.native import Gpu
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -35,10 +36,15 @@ MAX_BOUND = 8
 """Sets of donated buffers whose bind groups are kept."""
 
 
+Known = frozenset[tuple[int, int]]
+"""Values of a plan, and bounds that all their numbers are below."""
+
+
 @dataclass
 class Bound:
-    """The dispatches of a plan for certain buffers."""
+    """The dispatches of a plan for certain buffers, as far as they run with what is known of the inputs."""
 
+    known: Known
     steps: list[list[Command]]
     segments: list[Segment]
     watched: tuple[weakref.ref[GpuBuffer], ...]
@@ -68,7 +74,15 @@ class GpuExecutable:
         self._layout = Layout(plan, kernels, gpu)
         self._dims: dict[str, int] | None = None
         self._words = np.zeros(1, np.uint32)
-        self._bound: dict[tuple[tuple[int, int], ...], Bound] = {}
+        self._bound: dict[tuple[Known, tuple[tuple[int, int], ...]], Bound] = {}
+        self._asked = frozenset(
+            self._fact(i, below)
+            for i, compiled in enumerate(kernels)
+            if not isinstance(compiled.kernel, HostKernel)
+            for dispatch in compiled.kernel.dispatches
+            for below in (dispatch.only, dispatch.unless)
+            if below is not None
+        )
         self._uniforms: tuple[Any, Any] | None = None
 
     @property
@@ -199,9 +213,9 @@ class GpuExecutable:
         self._dims = dict(dims)
         for bound in list(self._bound.values()):
             bound.ran, bound.recorded = False, None
-            for row, grids in zip(bound.steps, self._grids, strict=True):
-                for command, grid in zip(row, grids, strict=True):
-                    command.grid = grid
+            for i, row in enumerate(bound.steps):
+                for command, (k, _) in zip(row, self._dispatches(i, bound.known), strict=True):
+                    command.grid = self._grids[i][k]
 
     @property
     def _uniform_group(self) -> Any:
@@ -219,11 +233,12 @@ class GpuExecutable:
 
     def _commands(self, given: Given) -> Bound:
         """The dispatches for the buffers that were given."""
-        key = tuple((value, id(b)) for value, b in given.buffers.items())
+        known = self._known(given)
+        key = known, tuple((value, id(b)) for value, b in given.buffers.items())
         if key not in self._bound:
             if len(self._bound) >= MAX_BOUND:
                 self._bound.pop(next(iter(self._bound)))
-            made = [self._bind_step(i, given) for i in range(len(self._kernels))]
+            made = [self._bind_step(i, given, known) for i in range(len(self._kernels))]
             own = weakref.ref(self)
 
             def forget(_: weakref.ref[GpuBuffer]) -> None:
@@ -231,17 +246,36 @@ class GpuExecutable:
                     executable._bound.pop(key, None)
 
             watched = tuple(weakref.ref(b, forget) for b in given.buffers.values())
-            self._bound[key] = Bound(made, self._segments(made), watched)
+            self._bound[key] = Bound(known, made, self._segments(made), watched)
         return self._bound[key]
 
-    def _bind_step(self, i: int, given: Given) -> list[Command]:
+    def _fact(self, i: int, below: Below) -> tuple[int, int]:
+        """What a kernel of step `i` asks, of a value of the plan."""
+        value = self._plan.steps[i].operands[below.index]
+        assert value is not None
+        return value, below.bound
+
+    def _known(self, given: Given) -> Known:
+        """What holds of all that kernels ask."""
+        return frozenset(
+            (value, bound)
+            for value, bound in self._asked
+            if (array := given.arrays.get(value)) is not None and int(array.max(initial=-1)) < bound
+        )
+
+    def _dispatches(self, i: int, known: Known) -> Iterator[tuple[int, Dispatch]]:
+        """Those of step `i` that run, and their numbers."""
+        kernel = self._kernels[i].kernel
+        for k, dispatch in enumerate(() if isinstance(kernel, HostKernel) else kernel.dispatches):
+            left_out = dispatch.only is not None and self._fact(i, dispatch.only) not in known
+            if not left_out and (dispatch.unless is None or self._fact(i, dispatch.unless) not in known):
+                yield k, dispatch
+
+    def _bind_step(self, i: int, given: Given, known: Known) -> list[Command]:
         step, compiled = self._plan.steps[i], self._kernels[i]
-        kernel = compiled.kernel
-        if isinstance(kernel, HostKernel):
-            return []
         values = (*step.operands, *step.results)
         made: list[Command] = []
-        for k, dispatch in enumerate(kernel.dispatches):
+        for k, dispatch in self._dispatches(i, known):
             regions = []
             for b in dispatch.bindings:
                 if b.index >= len(values):

@@ -73,6 +73,16 @@ class Binding:
 
 
 @dataclass(frozen=True)
+class Below:
+    """What the host may know when it starts a run: that all numbers of an operand are less than a bound. It does where the
+    operand is an input of the plan that is given as an array."""
+
+    index: int
+    """Of the operand, i32."""
+    bound: int
+
+
+@dataclass(frozen=True)
 class Dispatch:
     """One compute shader run over a grid of workgroups."""
 
@@ -82,6 +92,10 @@ class Dispatch:
     parameters: tuple[tuple[str, Size], ...] = ()
     """Names and values of what the shader reads as `p.<name>`, besides sizes and starts. Dispatches whose text and bindings'
     names and elements are equal share a pipeline: what differs between them belongs here."""
+    only: Below | None = None
+    """Only runs of which this is known have the dispatch."""
+    unless: Below | None = None
+    """Runs of which this is known leave it out."""
 
     def grid(self, dims: Sequence[int]) -> tuple[int, int, int]:
         return self.workgroups(dims) if callable(self.workgroups) else self.workgroups
@@ -89,7 +103,7 @@ class Dispatch:
 
 @dataclass(frozen=True)
 class GpuKernel:
-    """GPU code for one problem: dispatches that run one after the other."""
+    """GPU code for one problem: dispatches that run one after the other; which of them may depend on values (`Below`)."""
 
     dispatches: tuple[Dispatch, ...]
     packs: Mapping[int, Pack] = field(default_factory=dict)

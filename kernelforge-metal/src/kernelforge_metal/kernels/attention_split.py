@@ -1,16 +1,18 @@
 """Attention of few queries over many keys: workgroups share the keys, a second dispatch merges what they found.
 
 A workgroup takes one chunk of keys for all query heads of a group, a key a thread; then its threads turn to the elements of the
-values. Each leaves a maximum, a sum and an unscaled result (Flash-Decoding, Dao et al. 2023).
+values. Each leaves a maximum, a sum and an unscaled result (Flash-Decoding, Dao et al. 2023). Where one chunk is all that a
+query sees, its workgroup divides, and nothing is merged.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kernelforge.variant import Accept, ConfigSpace, Reject
 from kernelforge_metal import wgsl
-from kernelforge_metal.kernel import Binding, Dispatch, GpuKernel
+from kernelforge_metal.kernel import Below, Binding, Dispatch, GpuKernel
 from kernelforge_metal.kernels.attention import Attention
 from kernelforge_metal.kernels.attention_tile import takes_quads
 from kernelforge_metal.kernels.norms import FUNCTIONS
@@ -91,10 +93,6 @@ def build_split(problem: Problem, config: Config, device: DeviceInfo) -> GpuKern
     )
     keep = " ".join(f"partial[({r}u * {lanes}u + lane) * {quads}u + d] = o{r};" for r in range(repeat))
     summed = "".join(f" + partial[(r * {lanes}u + {n}u) * {quads}u + d]" for n in range(lanes))[3:]
-    tops = " ".join(
-        f"if (ids.thread == 0u) {{ found_tops[place + {r * chunks}u] = vec2<f32>(top{head(r)}, total{head(r)}); }}"
-        for r in range(repeat)
-    )
     load_q = wgsl.load_quad("q", q.type.dtype, f"({q.at} + {a.query_place('q', 'token', 'head')}) / 4u + d")
     load_k = [wgsl.load_quad("k", k.type.dtype, f"k0 + d + {n}u") for n in range(depth)]
     dots = " ".join(
@@ -104,6 +102,10 @@ def build_split(problem: Problem, config: Config, device: DeviceInfo) -> GpuKern
     load_v = [
         wgsl.load_quad("v", v.type.dtype, f"first + min({j}, many - 1u) * {a.key_stride('v')}u / 4u + d") for j in own
     ]
+    stores = " ".join(
+        out.store(f"to + d * 4u + {c}u", f"select(0.0, acc.{'xyzw'[c]} / total, total > 0.0 || is_nan(total))")
+        for c in range(4)
+    )
     ids = wgsl.SUBGROUP_IDS if subgroups else wgsl.IDS
     first = f"""{ids}{wgsl.BF16}{FUNCTIONS}{functions}{a.functions}
 var<workgroup> query: array<vec4<f32>, {repeat * quads}>;
@@ -115,7 +117,7 @@ fn main(ids: Ids) {{
   let group = ids.group.y;
   let seen = see(token);
   let begin = seen.start + ids.group.x * {chunk}u;
-  if (begin >= seen.end) {{ return; }}
+  if (begin >= seen.end && ids.group.x > 0u) {{ return; }}
   for (var i = ids.thread; i < {repeat * quads}u; i += {chunk}u) {{
     let head = group * {repeat}u + i / {quads}u;
     let d = i % {quads}u;
@@ -155,19 +157,26 @@ fn main(ids: Ids) {{
   }}
   workgroupBarrier();
   let place = (token * {a.heads}u + group * {repeat}u) * {chunks}u + ids.group.x;
+  let tops = array<vec4<f32>, {len(fours)}>({", ".join(f"top{n}" for n in fours)});
+  let totals = array<vec4<f32>, {len(fours)}>({", ".join(f"total{n}" for n in fours)});
   for (var i = ids.thread; i < {repeat * quads}u; i += {chunk}u) {{
     let r = i / {quads}u;
     let d = i % {quads}u;
-    found[(place + r * {chunks}u) * {quads}u + d] = {summed};
+    let total = totals[r / 4u][r % 4u];
+    let acc = {summed};
+    if (seen.end - seen.start <= {chunk}u) {{
+      let head = group * {repeat}u + r;
+      let to = {a.query_place("out", "token", "head")};
+      {stores}
+    }} else {{
+      let at = (place + r * {chunks}u) * {quads + 1}u;
+      found[at + d] = acc;
+      if (d == 0u) {{ found[at + {quads}u] = vec4<f32>(tops[r / 4u][r % 4u], total, 0.0, 0.0); }}
+    }}
   }}
-  {tops}
 }}
 """
-    stores = " ".join(
-        out.store(f"to + d * 4u + {c}u", f"select(0.0, acc.{'xyzw'[c]} / total, total > 0.0 || is_nan(total))")
-        for c in range(4)
-    )
-    merge = " ".join(
+    merged = " ".join(
         f"if (c + {n}u < many) {{ let w = exp(part{n}.x - top); total += w * part{n}.y; acc += w * sum{n}; }}"
         for n in range(UNROLLED)
     )
@@ -179,19 +188,19 @@ fn main(ids: Ids) {{
   let head = ids.group.x;
   let seen = see(token);
   let d = ids.thread;
-  if (d >= {quads}u) {{ return; }}
-  let place = (token * {a.heads}u + head) * {chunks}u;
   let many = (seen.end - seen.start + {chunk - 1}u) / {chunk}u;
+  if (d >= {quads}u || many <= 1u) {{ return; }}
+  let place = (token * {a.heads}u + head) * {chunks}u;
   var top = -3.0e38;
   for (var c = 0u; c < many; c += {UNROLLED}u) {{
-    {" ".join(f"top = max(top, found_tops[place + min(c + {n}u, many - 1u)].x);" for n in range(UNROLLED))}
+    {" ".join(f"top = max(top, found[(place + min(c + {n}u, many - 1u)) * {quads + 1}u + {quads}u].x);" for n in range(UNROLLED))}
   }}
   var total = 0.0;
   var acc = vec4<f32>();
   for (var c = 0u; c < many; c += {UNROLLED}u) {{
-    {" ".join(f"let c{n} = place + min(c + {n}u, many - 1u);" for n in range(UNROLLED))}
-    {" ".join(f"let part{n} = found_tops[c{n}]; let sum{n} = found[c{n} * {quads}u + d];" for n in range(UNROLLED))}
-    {merge}
+    {" ".join(f"let c{n} = (place + min(c + {n}u, many - 1u)) * {quads + 1}u;" for n in range(UNROLLED))}
+    {" ".join(f"let part{n} = found[c{n} + {quads}u]; let sum{n} = found[c{n} + d];" for n in range(UNROLLED))}
+    {merged}
   }}
   let to = {a.query_place("out", "token", "head")};
   {stores}
@@ -199,12 +208,15 @@ fn main(ids: Ids) {{
 """
     scalars = [t.binding for name, t in a.tensors.items() if name in ("positions", "slots", "lengths")]
     vectors = [Binding(t.name, t.index, wgsl.quad_element(t.type.dtype)) for t in (q, k, v)]
-    scratch = len(problem.operands) + 1
-    results = (Binding("found", scratch, "vec4<f32>"), Binding("found_tops", scratch + 1, "vec2<f32>"))
-    return GpuKernel(
-        (
-            Dispatch(first, (*vectors, *scalars, *results), (chunks, a.groups, tokens)),
-            Dispatch(second, (*results, *scalars, out.binding), (a.heads, tokens, 1)),
-        ),
-        scratch=(4 * tokens * a.heads * chunks * size, 8 * tokens * a.heads * chunks),
-    )
+    found = Binding("found", len(problem.operands) + 1, "vec4<f32>")
+    bindings = (*vectors, *scalars, found, out.binding)
+    nbytes = 16 * tokens * a.heads * chunks * (quads + 1)
+    whole = Dispatch(first, bindings, (1, a.groups, tokens))
+    if chunks == 1:
+        return GpuKernel((whole,), scratch=(nbytes,))
+    # A causal query sees no more keys than its position says.
+    short = Below(3, chunk) if a.cached and problem.attr("causal") else None
+    shared = Dispatch(first, bindings, (chunks, a.groups, tokens), unless=short)
+    merge = Dispatch(second, (found, *scalars, out.binding), (a.heads, tokens, 1), unless=short)
+    only = () if short is None else (replace(whole, only=short),)
+    return GpuKernel((*only, shared, merge), scratch=(nbytes,))
