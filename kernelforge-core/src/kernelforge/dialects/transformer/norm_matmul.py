@@ -155,7 +155,9 @@ def rms_norm_glu_samples(rng: random.Random) -> Iterator[Problem]:
         m, n, k = (ragged(rng, 2, 40) for _ in range(3))
         w = weight("f32", k, n)
         yield make(RMS_NORM_GLU_MATMUL, f32(m, k), weight("f32", k), w, w, activation=activation, eps=1e-6)
-    for name in ("f16", *WEIGHT_FORMATS):
+    w = weight("f16", 5, 8)
+    yield make(RMS_NORM_GLU_MATMUL, f32(2, 3, 8), weight("f32", 8), w, w, transpose_rhs=True)
+    for name in WEIGHT_FORMATS:
         m, n, k = ragged(rng, 2, 8), ragged(rng, 2, 70), 32 * rng.randrange(1, 9)
         w = weight(name, n, k)
         yield make(RMS_NORM_GLU_MATMUL, f32(m, k), weight("f32", k), w, w, transpose_rhs=True)
