@@ -78,7 +78,7 @@ def gemv_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
 
 def gemv_default(problem: Problem, device: DeviceInfo) -> Config:
     """As many threads as leave each two words to load of every column, of quantised weights one; more columns of large
-    quantised weights, so that numbers of lhs are read less often."""
+    quantised weights, so that numbers of lhs are read less often, and two of others beside a gain."""
     g = product_of(problem)
     space = gemv_space(problem, device)
     parameters = dict(space.parameters)
@@ -88,6 +88,8 @@ def gemv_default(problem: Problem, device: DeviceInfo) -> Config:
     fitting = max((t for t in threads if t * (1 if quads else 2) <= weights.units), default=threads[0])
     if quads and g.columns >= MANY_COLUMNS and weights.units >= 2 * fitting and len(g.rhs) == 1:
         columns *= 2
+    if g.gain is not None and len(g.rhs) == 1:
+        columns = max(columns, 2)  # the cache delivers lhs and gain for both
     most = min(max(1, weights.units // fitting), 4 if quads and columns == QUAD else 2)
     chosen = [{"columns": c, "threads": fitting, "unroll": u} for c in (columns, QUAD) for u in (4, 2, 1) if u <= most]
     return next((c for c in chosen if c in space), next(iter(space)))
