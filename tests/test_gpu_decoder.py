@@ -103,6 +103,9 @@ def test_a_seed_draws_the_same_tokens_as_on_the_host(gpu: Session) -> None:
             scores = decoder.feed(cache, want[-1:])
     assert len(want) > 3
     decoder = open_decoder(open_source(FOLDERS[0]), gpu, weights="f32")
+    step = decoder.model.sampled
+    plan = gpu.plan(step.module, dims=step.dims)
+    assert [(s.problem.op, s.variant) for s in plan.steps][-1] == ("transformer.sample", "wgsl")
     answer = decoder.generate(prompt, len(want), make_sampler(sampling), ignore_eos=True)
     assert [t.id for t in answer] == want
 
