@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from kernelforge.constant import ArraySource
+from kernelforge.dialect import context_for
 from kernelforge.dtype import FLOATS, epsilon, from_numpy, to_numpy
 from kernelforge.graph import Graph
+from kernelforge.mlir import ir
 from kernelforge.module import Function, Module
 from kernelforge.passes import Pipeline
 from kernelforge.planning import make_plan
@@ -28,8 +31,14 @@ def lowered(source: Graph | Module, pipeline: str) -> Module:
     return Pipeline.parse(pipeline, REGISTRY).run(as_module(source))
 
 
+@cache
+def _context() -> ir.Context:
+    """One for all modules: to make one takes longer than most tests."""
+    return context_for(REGISTRY.ops)
+
+
 def as_module(source: Graph | Module) -> Module:
-    return source.module(REGISTRY) if isinstance(source, Graph) else source
+    return Module.parse(source.text(), REGISTRY, _context()) if isinstance(source, Graph) else source
 
 
 def ops(source: Graph | Module) -> Counter[str]:

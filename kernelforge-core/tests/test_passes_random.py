@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from pass_checks import REGISTRY, check
+from pass_checks import as_module, check
 
 from kernelforge.passes import DEFAULT
 from kernelforge.testing.programs import Program
@@ -32,6 +32,6 @@ def test_default_pipeline(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(40, 60))
 def test_passes_in_any_order(seed: int) -> None:
     rng = random.Random(seed)
-    module = Program(seed).grow(16).module(REGISTRY)
+    module = as_module(Program(seed).grow(16))
     for name in rng.choices(PASSES, k=6):
         module = check(module, name, again=name != "cse")  # MLIR's own finds more dead code each time

@@ -85,20 +85,23 @@ class Function:
 
 
 class Module:
-    """An MLIR module in a context of its own, to be used by one thread at a time."""
+    """An MLIR module, to be used by one thread at a time with all others of its context."""
 
     def __init__(self, mlir: ir.Module, ops: Mapping[str, OpDef]) -> None:
         self.mlir = mlir
         self.ops = ops
 
     @classmethod
-    def parse(cls, text: str, catalog: OpCatalog) -> Module:
-        """Read and verify MLIR text. Raises UsageError with MLIR's diagnostics: place, op, operand and reason."""
+    def parse(cls, text: str, catalog: OpCatalog, context: ir.Context | None = None) -> Module:
+        """Read and verify MLIR text, in a context of its own unless one that knows the catalog's ops is given.
+
+        Raises UsageError with MLIR's diagnostics: place, op, operand and reason.
+        """
         from kernelforge.dialect import context_for
         from kernelforge.mlir import parse_module
 
         try:
-            return cls(parse_module(text, context_for(catalog.ops)), catalog.ops)
+            return cls(parse_module(text, context or context_for(catalog.ops)), catalog.ops)
         except UsageError as error:
             if "unregistered dialect" not in str(error):
                 raise

@@ -248,7 +248,7 @@ def check_constants(bench: Bench, target: str) -> None:
     graph = Graph(catalog=bench.registry)
     graph.output(graph.input("x", (3,), "f32") + graph.constant("w", (3,), "f32"), "y")
     try:
-        plan = session.plan(graph.module(bench.registry))
+        plan = session.plan(bench.module(graph))
     except UsageError as error:
         raise NotClaimed(str(error)) from None
     x = np.zeros(3, np.float32)
@@ -330,7 +330,7 @@ def check_lost_device(bench: Bench, target: str) -> None:
 def check_program(bench: Bench, target: str, seed: int) -> None:
     """A random program of several steps gives what the reference target gives, at two sizes."""
     session = _session(bench, target)
-    module = Program(seed, dtype="f32").grow(STEPS).module(bench.registry)
+    module = bench.module(Program(seed, dtype="f32").grow(STEPS))
     function = module.function()
     try:
         select, has_kernel = session.select, session.has_kernel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,6 +14,9 @@ from kernelforge.testing.case import THREADS
 if TYPE_CHECKING:
     import numpy as np
 
+    from kernelforge.graph import Graph
+    from kernelforge.mlir import ir
+    from kernelforge.module import Module
     from kernelforge.registry import Registry
 
     Array = np.ndarray[Any, np.dtype[Any]]
@@ -44,6 +48,18 @@ class Bench:
                 target, threads=count, registry=self.registry, records=NO_RECORDS, pipeline=""
             )
         return self._sessions[target, count]
+
+    def module(self, graph: Graph) -> Module:
+        """Parsed, in one context with all others: to make one takes longer than most cases."""
+        from kernelforge.module import Module
+
+        return Module.parse(graph.text(), self.registry, self._context)
+
+    @cached_property
+    def _context(self) -> ir.Context:
+        from kernelforge.dialect import context_for
+
+        return context_for(self.registry.ops)
 
     def factor(self, variant_key: str) -> float:
         """How much wider than the error model's a variant's tolerance is."""

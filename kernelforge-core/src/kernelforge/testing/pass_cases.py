@@ -116,7 +116,7 @@ def check_text(bench: Bench, text: str) -> None:
 
 def check_program(bench: Bench, text: str, seed: int) -> None:
     """A random program. Raises Failure."""
-    check_module(bench, Program(seed).grow(STEPS).module(bench.registry), text, f"random program {seed}")
+    check_module(bench, bench.module(Program(seed).grow(STEPS)), text, f"random program {seed}")
 
 
 def check_single_ops(bench: Bench, text: str) -> None:
@@ -126,7 +126,7 @@ def check_single_ops(bench: Bench, text: str) -> None:
             arrays = op.make_inputs(problem, np.random.default_rng(0))
             named = {f"x{i}": (a, t.constant) for i, (a, t) in _present(arrays, problem)}
             given = tuple({n: a for n, (a, constant) in named.items() if constant == kind} for kind in (False, True))
-            check_module(bench, graph.module(bench.registry), text, f"the program of {problem}", given)
+            check_module(bench, bench.module(graph), text, f"the program of {problem}", given)
 
 
 def _present(arrays: Sequence[Array | None], problem: Problem) -> Iterator[tuple[int, tuple[Array, TensorType]]]:
