@@ -24,7 +24,7 @@ from kernelforge.variant import Config, DeviceInfo, KernelVariant
 from kernelforge_metal.buffer import GpuBuffer
 from kernelforge_metal.device import GpuDevice
 from kernelforge_metal.executable import MAX_BOUND, GpuExecutable
-from kernelforge_metal.kernel import Binding, Dispatch, GpuKernel
+from kernelforge_metal.kernel import Below, Binding, Dispatch, GpuKernel
 
 pytestmark = pytest.mark.filterwarnings("ignore:no GPU kernel takes")
 
@@ -69,11 +69,24 @@ fn main(@builtin(local_invocation_index) i: u32) {
     return shader_of(code, "vec4<f32>")
 
 
+def by_bound(problem: Problem, config: Config, device: DeviceInfo) -> GpuKernel:
+    """1 everywhere where all ids are known to be below 4, else 2."""
+    code = "@compute @workgroup_size(12) fn main(@builtin(local_invocation_index) i: u32) {{ out[p.out_at + i] = {}; }}"
+    known, out = Below(1, 4), (Binding("out", 2),)
+    return GpuKernel(
+        (
+            Dispatch(code.format("1.0"), out, (1, 1, 1), only=known),
+            Dispatch(code.format("2.0"), out, (1, 1, 1), unless=known),
+        )
+    )
+
+
 class Plugin:
     @hookimpl
     def kernelforge_kernels(self) -> list[KernelVariant]:
         return [
             KernelVariant("torn", "transformer.silu", "gpu", torn, priority=-1000),
+            KernelVariant("bounded", "transformer.embedding", "gpu", by_bound, priority=-1000),
             KernelVariant("fours", "transformer.silu", "gpu", by_fours, priority=-1000),
             KernelVariant("unfit", "transformer.silu", "gpu", lambda problem, config, device: 7, priority=-1000),
         ]
@@ -134,6 +147,16 @@ def test_bound_calls_see_their_inputs_as_they_are_and_take_turns(session: Sessio
     np.testing.assert_array_equal(one(other()), 2 * b)
     assert one(call()) is first
     np.testing.assert_array_equal(first, 1.0 + b)
+
+
+def test_a_dispatch_may_hang_on_what_the_host_knows_of_an_input(session: Session) -> None:
+    problem = parse_problem('transformer.embedding(f32[9,4], i32[3]) -> (f32[3,4]) {dtype="f32"}')
+    executable = session.compile_problem(problem, variant="bounded")
+    ids, table = np.array([0, 3, 1], np.int32), numbers(9, 4)
+    on_device = session.device.allocate((3,), "i32")
+    on_device.write(ids)
+    for given, wanted in ((ids, 1.0), (ids + 1, 2.0), (ids, 1.0), (on_device, 2.0)):
+        np.testing.assert_array_equal(one(executable.run({"table": table, "ids": given})), wanted)
 
 
 def test_buffers_hold_what_is_written(session: Session) -> None:
