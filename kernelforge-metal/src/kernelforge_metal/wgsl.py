@@ -195,8 +195,12 @@ def quad_element(dtype: str) -> str:
 
 def load_quad(name: str, dtype: str, index: str) -> str:
     """A vec4<f32> expression: the four numbers in element `index` of an array declared with `quad_element`."""
-    at = f"{name}[{index}]"
+    return quad_numbers(f"{name}[{index}]", dtype)
+
+
+def quad_numbers(value: str, dtype: str) -> str:
+    """A vec4<f32> expression: the four numbers of an element that `quad_element` declares."""
     if dtype == "f32":
-        return at
+        return value
     unpacked = "unpack2x16float({})" if dtype == "f16" else "bf16_pair({})"
-    return f"vec4<f32>({unpacked.format(at + '.x')}, {unpacked.format(at + '.y')})"
+    return f"vec4<f32>({unpacked.format(value + '.x')}, {unpacked.format(value + '.y')})"

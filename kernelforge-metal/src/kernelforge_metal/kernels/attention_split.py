@@ -18,14 +18,18 @@ from kernelforge_metal.kernels.attention_tile import takes_quads
 from kernelforge_metal.kernels.norms import FUNCTIONS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from kernelforge.problem import Problem
     from kernelforge.variant import Config, DeviceInfo, Verdict
 
 MAX_TOKENS = 8
 MAX_REPEAT = 16
 """Query heads of a group: each has a register of every thread."""
+EARLY = 16
+"""Vectors of keys and of values that a thread asks for before anything else: a step waits for memory, not for arithmetic."""
 UNROLLED = 4
-"""Loads that are under way at once: a step waits for memory, not for arithmetic."""
+"""Of those that are left, and of partial results, loads that are under way at once."""
 
 
 def takes_split(problem: Problem, device: DeviceInfo) -> Verdict:
@@ -82,26 +86,51 @@ def build_split(problem: Problem, config: Config, device: DeviceInfo) -> GpuKern
     def head(r: int) -> str:
         return f"{r // 4}.{'xyzw'[r % 4]}"
 
-    depth = next(n for n in (8, 4, 2, 1) if quads % n == 0)
+    depth = next(n for n in (EARLY, 8, 4, 2, 1) if quads % n == 0)
+    early = range(min(EARLY, -(-chunk // lanes)))
+    """Of the values."""
     scores = " ".join(f"s{head(r)} = {a.score(f's{head(r)}')};" for r in range(repeat))
     spread = " ".join(f"weights[{r * chunk}u + ids.thread] = w{head(r)};" for r in range(repeat))
     own = [f"j + {n * lanes}u" for n in range(UNROLLED)]
-    products = " ".join(
-        f"o{r} += select(0.0, weights[{r * chunk}u + min({j}, {chunk - 1}u)], {j} < many) * v{n};"
-        for n, j in enumerate(own)
-        for r in range(repeat)
-    )
+
+    def products(places: Iterable[str], numbers: Iterable[str]) -> str:
+        """Of the keys that are seen: what another one has may be infinite."""
+        return " ".join(
+            f"o{r} += select(vec4<f32>(), weights[{r * chunk}u + min({j}, {chunk - 1}u)] * {number}, {j} < many);"
+            for j, number in zip(places, numbers, strict=True)
+            for r in range(repeat)
+        )
+
     keep = " ".join(f"partial[({r}u * {lanes}u + lane) * {quads}u + d] = o{r};" for r in range(repeat))
     summed = "".join(f" + partial[(r * {lanes}u + {n}u) * {quads}u + d]" for n in range(lanes))[3:]
     load_q = wgsl.load_quad("q", q.type.dtype, f"({q.at} + {a.query_place('q', 'token', 'head')}) / 4u + d")
-    load_k = [wgsl.load_quad("k", k.type.dtype, f"k0 + d + {n}u") for n in range(depth)]
+    # Threads past the last key seen read that one again: those behind it may be anything.
+    keys = " ".join(f"let k{n} = k[keys_at + {n}u];" for n in range(depth))
     dots = " ".join(
-        f"s{head(r)} += dot(query[{r * quads}u + d + {n}u], k4_{n});" for n in range(depth) for r in range(repeat)
+        f"s{head(r)} += dot(query[{r * quads + n}u], {wgsl.quad_numbers(f'k{n}', k.type.dtype)});"
+        for n in range(depth)
+        for r in range(repeat)
     )
-    # A key past the last one seen has the weight 0, and the values of the last one: those behind it may be anything.
-    load_v = [
-        wgsl.load_quad("v", v.type.dtype, f"first + min({j}, many - 1u) * {a.key_stride('v')}u / 4u + d") for j in own
-    ]
+    if depth < quads:
+        dots = dots.replace("query[", "query[d + ")
+        dots = (
+            f"for (var d = 0u; d < {quads}u; d += {depth}u) {{ {keys.replace('keys_at +', 'keys_at + d +')} {dots} }}"
+        )
+        keys = ""
+
+    def value(j: str) -> str:
+        return f"v[values_at + min({j}, last) * {a.key_stride('v') // 4}u]"
+
+    first_values = [f"(lane + {n * lanes}u)" for n in early]
+    first_products = products(first_values, [wgsl.quad_numbers(f"v{n}", v.type.dtype) for n in early])
+    other_products = ""
+    if len(early) * lanes < chunk:
+        numbers = [wgsl.quad_numbers(f"v{n}", v.type.dtype) for n in range(UNROLLED)]
+        other_products = (
+            f"for (var j = lane + {len(early) * lanes}u; j < many; j += {UNROLLED * lanes}u) {{ "
+            + " ".join(f"let v{n} = {value(j)};" for n, j in enumerate(own))
+            + f" {products([f'({j})' for j in own], numbers)} }}"
+        )
     stores = " ".join(
         out.store(f"to + d * 4u + {c}u", f"select(0.0, acc.{'xyzw'[c]} / total, total > 0.0 || is_nan(total))")
         for c in range(4)
@@ -118,22 +147,27 @@ fn main(ids: Ids) {{
   let seen = see(token);
   let begin = seen.start + ids.group.x * {chunk}u;
   if (begin >= seen.end && ids.group.x > 0u) {{ return; }}
+  let many = min({chunk}u, seen.end - begin);
+  let last = max(many, 1u) - 1u;
+  let start = select(0u, begin, many > 0u);
+  let lane = ids.thread / {quads}u;
+  let d = ids.thread % {quads}u;
+  let key = start + min(ids.thread, last);
+  let keys_at = ({k.at} + {a.key_place("k", "group")} + key * {a.key_stride("k")}u) / 4u;
+  let values_at = ({v.at} + {a.key_place("v", "group")} + start * {a.key_stride("v")}u) / 4u + d;
+  {keys}
+  {" ".join(f"let v{n} = {value(j)};" for n, j in enumerate(first_values))}
   for (var i = ids.thread; i < {repeat * quads}u; i += {chunk}u) {{
     let head = group * {repeat}u + i / {quads}u;
     let d = i % {quads}u;
     query[i] = {load_q};
   }}
   workgroupBarrier();
-  let key = begin + ids.thread;
-  let inside = key < seen.end;
+  let inside = ids.thread < many;
   {" ".join(f"var s{n} = vec4<f32>(-3.0e38);" for n in fours)}
   if (inside) {{
     {" ".join(f"s{n} = vec4<f32>();" for n in fours)}
-    let k0 = ({k.at} + {a.key_place("k", "group")} + key * {a.key_stride("k")}u) / 4u;
-    for (var d = 0u; d < {quads}u; d += {depth}u) {{
-      {" ".join(f"let k4_{n} = {load};" for n, load in enumerate(load_k))}
-      {dots}
-    }}
+    {dots}
     {scores}
   }}
   {" ".join(f"let top{n} = max(largest(s{n}, ids), vec4<f32>(-3.0e38));" for n in fours)}
@@ -141,20 +175,10 @@ fn main(ids: Ids) {{
   {" ".join(f"let total{n} = add_up(w{n}, ids);" for n in fours)}
   {spread}
   workgroupBarrier();
-  let many = min({chunk}u, seen.end - begin);
-  let lane = ids.thread / {quads}u;
-  {{
-    let d = ids.thread % {quads}u;
-    {" ".join(f"var o{r} = vec4<f32>();" for r in range(repeat))}
-    let first = ({v.at} + {a.key_place("v", "group")} + begin * {a.key_stride("v")}u) / 4u;
-    if (lane < {lanes}u) {{
-      for (var j = lane; j < many; j += {UNROLLED * lanes}u) {{
-        {" ".join(f"let v{n} = {load};" for n, load in enumerate(load_v))}
-        {products}
-      }}
-      {keep}
-    }}
-  }}
+  {" ".join(f"var o{r} = vec4<f32>();" for r in range(repeat))}
+  {first_products}
+  {other_products}
+  if (lane < {lanes}u) {{ {keep} }}
   workgroupBarrier();
   let place = (token * {a.heads}u + group * {repeat}u) * {chunks}u + ids.group.x;
   let tops = array<vec4<f32>, {len(fours)}>({", ".join(f"top{n}" for n in fours)});
