@@ -63,12 +63,29 @@ def test_benchmark_matmul_of_several_sizes_and_types() -> None:
 
 
 @pytest.mark.usefixtures("home")
+def test_benchmark_matmul_of_floats_and_quantised_weights() -> None:
+    sizes = ("--m", "1", "--shape", "40x64", "--dtype", "f32", "--dtype", "q8", "--dtype", "q4")
+    for target in ("cpu", "reference"):
+        data = kernelforge("--target", target, "benchmark-matmul", *sizes, "--repeat", "1", "--threads", "1")["data"]
+        f32, q8, q4 = data["cases"]
+        assert [r["dtype"] for r in data["cases"]] == ["f32", "q8", "q4"]
+        assert f32["activations"] == "f32"
+        assert q8["activations"] == q4["activations"]
+        assert f"matmul({q8['activations']}[1,64], q8[40,64]@const" in q8["problem"]
+        assert all(r["rel_error"] <= r["tolerance"] for r in data["cases"])
+        assert data["summary"]["q4"]["first_dtype_min"] > 0
+    (why,) = kernelforge("why", "matmul", "--m", "1", "--n", "40", "--k", "64", "--dtype", "q4")["data"]["problems"]
+    assert "q4[40,64]@const" in why["problem"]
+
+
+@pytest.mark.usefixtures("home")
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (("benchmark-matmul", "--variant", "nope"), 2, "unknown variant 'nope'"),
         (("benchmark-matmul", "--peer", "torch"), 2, "needs KERNELFORGE_PEER_PYTHON"),
         (("benchmark-matmul", "--shape", "8x8x8"), 2, "--shape 8x8x8: not a shape of weights"),
+        (("benchmark-matmul", "--shape", "8x40", "--dtype", "q8"), 2, "--k must be a multiple of 32 for q8 weights"),
         (("benchmark-matmul", "--m", "1", "--n", "100000000000", "--k", "1000000"), 1, "out of memory: "),
         (("--target", "tpu", "tune", "matmul", *SIZES), 2, "unknown target 'tpu'"),
         (("tune", "--model", "no/such/folder/model.onnx"), 13, "cannot read the model"),

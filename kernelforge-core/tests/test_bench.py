@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from kernelforge.problem import Problem
 from kernelforge.registry import Registry
 from kernelforge.session import Session
 from kernelforge.tune.records import RecordStore
-from kernelforge.variant import ConfigSpace, KernelVariant, Reject
+from kernelforge.variant import INT8_ACTIVATIONS, ConfigSpace, KernelVariant, Reject
 
 # It is a dependency of kernelforge-cpu, and these tests must pass without.
 pytestmark = pytest.mark.filterwarnings("ignore:threadpoolctl is not installed")
@@ -129,13 +130,46 @@ def test_a_variant_can_be_asked_for() -> None:
             benchmark_matmul(opened, [problem], variant="c")
 
 
+@pytest.mark.parametrize(("dtype", "nbytes"), [("q8", 34), ("q4", 18)])
+def test_quantised_weights_count_with_their_scales_beside_peers_of_f32(dtype: str, nbytes: int) -> None:
+    with session(variant("mine", lambda c: Kernel(seconds=1e-4))) as opened:
+        problem = matmul_problem(opened.registry, 2, 48, 64, dtype, device=opened.device.info)
+        with open_peers(["numpy"], 2) as peers:
+            (report,) = benchmark_matmul(opened, [problem], peers=peers, repeat=1)
+    assert str(problem).startswith(f"transformer.matmul(f32[2,64], {dtype}[48,64]@const, _, _) -> (f32[2,48])")
+    assert (report["m"], report["n"], report["k"]) == (2, 48, 64)
+    assert (report["dtype"], report["activations"]) == (dtype, "f32")
+    assert report["gbytes_s"] == pytest.approx((48 * 2 * nbytes + 4 * 2 * (64 + 48)) / 1e-4 / 1e9, rel=1e-3)
+    assert report["gflops"] == pytest.approx(2 * 2 * 48 * 64 / 1e-4 / 1e9, rel=1e-3)
+    assert report["peers"]["numpy"]["computes"] == "f32"
+
+
+def test_activations_are_in_8_bits_where_the_device_is_fastest_so() -> None:
+    with session() as opened:
+        info = opened.device.info
+        device = replace(info, features=info.features | {INT8_ACTIVATIONS})
+        problem = matmul_problem(opened.registry, 2, 48, 64, "q8", device=device)
+        assert str(problem.operand(0)) == "q8a[2,64]"
+        assert str(matmul_problem(opened.registry, 2, 48, 64, device=device).operand(0)) == "f32[2,64]"
+
+
 @pytest.mark.parametrize(
     ("sizes", "dtype", "message"),
-    [((0, 1, 1), "f32", "--m must be at least 1, got 0"), ((1, 1, 1), "i8", "matmul has no dtype 'i8'")],
+    [
+        ((0, 1, 1), "f32", "--m must be at least 1, got 0"),
+        ((1, 1, 1), "i8", "matmul has no dtype 'i8'"),
+        ((1, 1, 48), "q4", "--k must be a multiple of 32 for q4 weights, got 48"),
+    ],
 )
 def test_matrices_that_are_none(sizes: tuple[int, int, int], dtype: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         matmul_problem(fake_target.registry(), *sizes, dtype)
+
+
+def test_quantised_matrices_are_weights() -> None:
+    with pytest.raises(UsageError, match="q8 weights are constants") as raised:
+        matmul_problem(fake_target.registry(), 1, 1, 32, "q8", constant=False)
+    assert raised.value.hint == "leave --no-constant out"
 
 
 # peers

@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 from kernelforge.bench.harness import gigas, prepare
 from kernelforge.bench.latency import Latency
 from kernelforge.bench.peers import open_peer
-from kernelforge.dtype import FLOATS
+from kernelforge.dtype import ACTIVATION_FORMAT, FLOATS, GROUP, WEIGHT_FORMATS
 from kernelforge.errors import UsageError
 from kernelforge.problem import Problem, TensorType
 from kernelforge.tune.measure import Subject, measure_in_turn
+from kernelforge.variant import INT8_ACTIVATIONS
 
 if TYPE_CHECKING:
     from kernelforge.bench.peers import Peer
     from kernelforge.registry import Registry
     from kernelforge.session import Session
+    from kernelforge.variant import DeviceInfo
 
 MATMUL = "transformer.matmul"
 
@@ -29,17 +31,37 @@ _WARM_S = 0.02
 """What a core needs after a pause to be as fast as it gets."""
 
 
-def matmul_problem(registry: Registry, m: int, n: int, k: int, dtype: str = "f32", *, constant: bool = True) -> Problem:
-    """f32[m,k] @ dtype[k,n], the right operand a weight if `constant`. Raises UsageError for sizes below 1 or a type
-    that is no float."""
+def matmul_problem(
+    registry: Registry,
+    m: int,
+    n: int,
+    k: int,
+    dtype: str = "f32",
+    *,
+    constant: bool = True,
+    device: DeviceInfo | None = None,
+) -> Problem:
+    """f32[m,k] @ dtype[k,n], the right operand a weight if `constant`. One of "q8" or "q4" is [n,k] and transposed, for its
+    groups lie along k, and always a weight; the left one is in 8 bits where `device` is fastest so.
+
+    Raises UsageError for sizes below 1, a k that is no multiple of a group, or a type that is neither.
+    """
     for name, size in (("m", m), ("n", n), ("k", k)):
         if size < 1:
             raise UsageError(f"--{name} must be at least 1, got {size}")
+    op = registry.ops[MATMUL]
+    if dtype in WEIGHT_FORMATS:
+        if k % GROUP:
+            raise UsageError(f"--k must be a multiple of {GROUP} for {dtype} weights, got {k}")
+        if not constant:
+            raise UsageError(f"{dtype} weights are constants", hint="leave --no-constant out")
+        integers = device is not None and INT8_ACTIVATIONS in device.features
+        lhs = TensorType((m, k), ACTIVATION_FORMAT if integers else "f32")
+        return op.problem((lhs, TensorType((n, k), dtype, constant=True)), {"transpose_rhs": True})
     if dtype not in FLOATS:
-        raise UsageError(f"matmul has no dtype '{dtype}'", hint=f"one of: {', '.join(FLOATS)}")
-    activations = "f64" if dtype == "f64" else "f32"
-    lhs, rhs = TensorType((m, k), activations), TensorType((k, n), dtype, constant=constant)
-    return registry.ops[MATMUL].problem((lhs, rhs), {})
+        raise UsageError(f"matmul has no dtype '{dtype}'", hint=f"one of: {', '.join((*FLOATS, *WEIGHT_FORMATS))}")
+    lhs = TensorType((m, k), "f64" if dtype == "f64" else "f32")
+    return op.problem((lhs, TensorType((k, n), dtype, constant=constant)), {})
 
 
 def benchmark_matmul(
@@ -52,14 +74,16 @@ def benchmark_matmul(
 ) -> list[dict[str, Any]]:
     """Verify, then time ours and each peer in turn for `repeat` rounds of about 0.1 s.
 
-    The problems differ in the type of the weights alone; peers multiply those of the first. Returns for each the report of
-    `Prepared`, m, n, k, dtype, threads, and `peers` by name: latency_ms, gflops, ratio (our speed over the peer's), version,
-    computes (a dtype). Raises WrongResultError before anything is timed; UsageError and AssetError for peers that fail.
+    The problems differ in the type of the weights alone; peers multiply those of the first, f32 in place of quantised ones.
+    Returns for each the report of `Prepared`, m, n, k, dtype, activations (a dtype), threads, and `peers` by name: latency_ms,
+    gflops, ratio (our speed over the peer's), version, computes (a dtype). Raises WrongResultError before anything is timed;
+    UsageError and AssetError for peers that fail.
     """
     m, k = problems[0].operand(0).static_shape()
-    n = problems[0].operand(1).static_shape()[1]
+    n = problems[0].results[0].static_shape()[1]
     opened = peers or {}
-    computes = {name: peer.load(m, n, k, problems[0].operand(1).dtype) for name, peer in opened.items()}
+    first = problems[0].operand(1)
+    computes = {name: peer.load(m, n, k, "f32" if first.quantised else first.dtype) for name, peer in opened.items()}
     ours = [prepare(session, problem, variant=variant) for problem in problems]
     theirs = {name: Subject(peer.run) for name, peer in opened.items()}
     subjects = [*(own.subject for own in ours), *theirs.values()]
@@ -68,6 +92,7 @@ def benchmark_matmul(
     reports = []
     for problem, own in zip(problems, ours, strict=True):
         report = own.report() | {"m": m, "n": n, "k": k, "dtype": problem.operand(1).dtype}
+        report["activations"] = problem.operand(0).dtype
         report["threads"] = session.device.info.threads
         report["peers"] = {
             name: {

@@ -79,7 +79,8 @@ class Request:
             raise UsageError(
                 "matmul needs its sizes", hint="for example --shape 64x128,128x64 or --m 64 --n 64 --k 128"
             )
-        return [Asked.of(matmul_problem(session.registry, m, n, k, self.dtype, constant=self.constant))]
+        device = session.device.info
+        return [Asked.of(matmul_problem(session.registry, m, n, k, self.dtype, constant=self.constant, device=device))]
 
     def _of_model(self, session: Session, source: str) -> list[Asked]:
         """All problems of the model, or those of one op."""
