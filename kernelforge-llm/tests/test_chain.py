@@ -83,6 +83,13 @@ def test_a_seed_draws_the_same_tokens_on_the_device(decoder: Decoder, options: d
     assert [t.id for t in generated] == want
 
 
+def test_no_step_is_compiled_for_one_token(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "continue_greedily", None)
+    monkeypatch.setattr(decoder, "continue_sampled", None)
+    for sampler in (greedy, drawing(seed=1)):
+        assert len(list(decoder.generate([5, 6], 1, sampler, ignore_eos=True))) == 1
+
+
 def test_generation_samples_on_devices_that_run_ahead(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     continued: list[RandomSampler] = []
 
@@ -187,3 +194,11 @@ def test_one_step_is_started_ahead_where_the_device_works_meanwhile(features: fr
     assert list(itertools.islice(tokens, 2 * ahead)) == [12, 13, 14, 15][: 2 * ahead]
     with pytest.raises(KernelForgeError, match=r"the largest logit is inf \(token 14\)"):
         next(tokens)
+    tokens = chain.run(11, 0, 0, 9)
+    assert list(itertools.islice(tokens, 1)) == [12]
+    tokens.close()
+    tokens = chain.run(12, 0, 0, 9)
+    if ahead == 2:  # as an answer ends where the token is one that ends it
+        assert list(itertools.islice(tokens, 2)) == [13, 14]
+        with pytest.raises(KernelForgeError, match=r"the largest logit is inf \(token 14\)"):
+            tokens.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from typing import Any
 
 import numpy as np
@@ -277,6 +278,22 @@ def test_shaders_of_all_samples_are_written(variant: KernelVariant) -> None:
     assert taken > 3
 
 
+@pytest.mark.parametrize("name", ["gemv", "gemv-shared", "gemv-integer", "gemv-integer-shared"])
+def test_sums_of_many_rows_fit_workgroup_memory(name: str) -> None:
+    operands = "f32[8,4096], f32[4096], q4[64,4096]@const, q4[64,4096]@const"
+    problem = _inferred("rms_norm_glu_matmul", RMS_NORM_GLU_MATMUL, operands, {"transpose_rhs": True})
+    variant = BY_NAME["rms_norm_glu_matmul", name]
+    for limits in ({}, {"max_compute_workgroup_storage_size": 49152}):
+        device = info("subgroup", "dot4", max_compute_invocations_per_workgroup=1024, **limits)
+        space = variant.config_space(problem, device)
+        assert variant.default_config(problem, device) in space
+        for config in space:
+            (dispatch,) = variant.build_kernel(problem, config, device).dispatches
+            found = re.search(r"var<workgroup> parts: array<f32, (\d+)>", dispatch.code)
+            assert found is not None
+            assert 4 * int(found[1]) <= device.limit("max-compute-workgroup-storage-size", 16384)
+
+
 def reason(name: str, problem: Problem, device: DeviceInfo) -> str:
     verdict = BY_NAME[problem.op.partition(".")[2], name].judge(problem, device)
     assert isinstance(verdict, Reject)
@@ -291,6 +308,8 @@ def test_reasons_to_refuse() -> None:
     assert "at least one column" in reason("gemv-shared", linear(1, 0, 8, "f32"), info())
     assert "a known number of rows" in reason("gemv-shared", linear("t", 8, 8, "f32").canonical(), info())
     assert "a constant right-hand side" in reason("gemv-shared", matmul("f32[1,8]", "f32[8,8]"), info())
+    gated = _inferred("glu_matmul", GLU_MATMUL, "f32[1,6], f32[8,6]@const, f32[8,6]", {"transpose_rhs": True})
+    assert "a constant right-hand side" in reason("gemv-shared", gated, info())
     assert "multiple of four columns" in reason("gemm", linear(9, 7, 8, "f32", "f16"), info())
     assert "not f64" in reason("direct", matmul("f64[1,8]", "f64[8,8]"), info())
     assert "same number of elements apart" in reason(

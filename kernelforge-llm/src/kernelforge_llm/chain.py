@@ -7,7 +7,7 @@ the device never waits for the host. A sampled token depends on numbers that the
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,12 +52,12 @@ class Chain:
             for i in range(self._ahead)
         ]
 
-    def run(self, first: int, position: int, sequence: int, count: int) -> Iterator[int]:
+    def run(self, first: int, position: int, sequence: int, count: int) -> Generator[int, None, None]:
         """The `count` tokens after `first`, which stands at `position` of `sequence`. When one is given out, all before it
         are in the cache and its number is taken from the sampler's; a step may be under way and write behind them.
 
         Raises KernelForgeError as `kernelforge_llm.sampling.greedy` does, where a step is started ahead up to two tokens
-        later.
+        later, or when it is closed.
         """
         self._tokens[0].write(np.array([first], np.int32))
         self._slot[0] = sequence
@@ -85,4 +85,11 @@ class Chain:
             while len(unchecked) > (2 * (self._ahead - 1) if done + 1 < count else 0):
                 found, logit = unchecked.popleft()
                 check_choice(found, float(logit()))
-            yield chosen
+            try:
+                yield chosen
+            except GeneratorExit:
+                # What NaN logits choose is token 0, which ends the answers of many models: it must not pass for an end.
+                while unchecked:
+                    found, logit = unchecked.popleft()
+                    check_choice(found, float(logit()))
+                raise

@@ -315,9 +315,10 @@ class Decoder:
 
     def _run_chain(self, chain: Chain, cache: KVCache, token: int, count: int, sequence: int) -> Iterator[int]:
         start = cache.lengths[sequence]
-        for number, found in enumerate(chain.run(token, start, sequence, count), 1):
-            cache.lengths[sequence] = start + number
-            yield found
+        with closing(chain.run(token, start, sequence, count)) as tokens:
+            for number, found in enumerate(tokens, 1):
+                cache.lengths[sequence] = start + number
+                yield found
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         for token in ids:
@@ -423,7 +424,9 @@ class Decoder:
         token = sampler(self.feed(cache, history), history)
         room = min(count - 1, self.context - len(history))
         yield token
-        if sampler is greedy and room:  # the step for one token is not compiled in vain
+        if not room:  # no step is compiled in vain
+            pass
+        elif sampler is greedy:
             yield from self.continue_greedily(cache, token, room)
         elif isinstance(sampler, RandomSampler) and not sampler.needs_history and self._runs_ahead:
             yield from self.continue_sampled(cache, token, room, sampler)

@@ -18,11 +18,11 @@ _KINDS = (
         "gemv-integer-shared",
         "gemv_integers:build_integers",
         "gemv_integers:takes_integers",
-        "gemv_integers:integers",
+        "gemv_integers:integers_shared",
         35,
     ),
     ("gemv", "gemv:build_gemv_subgroups", "gemv:takes_gemv_subgroups", "gemv:gemv", 30),
-    ("gemv-shared", "gemv:build_gemv", "gemv:takes_gemv", "gemv:gemv", 25),
+    ("gemv-shared", "gemv:build_gemv", "gemv:takes_gemv", "gemv:gemv_shared", 25),
     ("gemm", "gemm:build_gemm", "gemm:takes_gemm", "gemm:gemm", 20),
 )
 """Name, build, supports, family of configs, priority."""

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 from kernelforge.variant import Accept, ConfigSpace, Reject
 from kernelforge_metal.kernel import GpuKernel
 from kernelforge_metal.kernels.matmul.common import takes_products
-from kernelforge_metal.kernels.matmul.gemv_kernel import Gemv
+from kernelforge_metal.kernels.matmul.gemv_kernel import Gemv, parts_of
 from kernelforge_metal.kernels.matmul.geometry import product_of
 from kernelforge_metal.kernels.matmul.result import stored_columns
 from kernelforge_metal.kernels.matmul.weights import QUAD, Quads, pieces, weights_of
 from kernelforge_metal.wgsl import SUBGROUP
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kernelforge.problem import Problem
     from kernelforge.variant import Config, DeviceInfo, Verdict
 
@@ -31,7 +33,7 @@ def takes_gemv(problem: Problem, device: DeviceInfo) -> Verdict:
     if isinstance(verdict, Reject):
         return verdict
     g = product_of(problem)
-    if not problem.operand(g.rhs[0]).constant:
+    if not all(problem.operand(i).constant for i in g.rhs):
         return Reject("takes a constant right-hand side")
     if g.static_rows is None or g.batches:
         return Reject("takes one matrix with a known number of rows")
@@ -50,8 +52,30 @@ def takes_gemv_subgroups(problem: Problem, device: DeviceInfo) -> Verdict:
     return takes_gemv(problem, device)
 
 
+def memory_constraint(problem: Problem, device: DeviceInfo, *, subgroups: bool) -> tuple[str, Callable[[Config], bool]]:
+    """What the kernel adds up across a workgroup must fit the memory that the device gives one."""
+    g = product_of(problem)
+    most = device.limit("max-compute-workgroup-storage-size", 16384)
+
+    def fits(config: Config) -> bool:
+        rows = g.static_rows or 0
+        sums = len(g.rhs) * rows * int(config["columns"]) + (0 if g.gain is None else rows)
+        return 4 * sums * parts_of(int(config["threads"]), subgroups=subgroups) <= most
+
+    return "the sums do not fit workgroup memory", fits
+
+
 def gemv_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
     """`columns` of a workgroup, its `threads`, and how many units a thread loads before it multiplies (`unroll`)."""
+    return _space(problem, device, subgroups=True)
+
+
+def gemv_shared_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
+    """The same, without subgroups."""
+    return _space(problem, device, subgroups=False)
+
+
+def _space(problem: Problem, device: DeviceInfo, *, subgroups: bool) -> ConfigSpace:
     g = product_of(problem)
     sums = len(g.rhs) * max(1, g.static_rows or 1)
     quads, stored = problem.operand(g.rhs[0]).quantised, stored_columns(g)
@@ -72,15 +96,23 @@ def gemv_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
                 "too many words are under way",
                 lambda c: c["unroll"] == 1 or int(c["columns"]) * int(c["unroll"]) * len(g.rhs) <= 16,
             ),
+            memory_constraint(problem, device, subgroups=subgroups),
         ),
     )
 
 
 def gemv_default(problem: Problem, device: DeviceInfo) -> Config:
+    return _default(problem, gemv_space(problem, device))
+
+
+def gemv_shared_default(problem: Problem, device: DeviceInfo) -> Config:
+    return _default(problem, gemv_shared_space(problem, device))
+
+
+def _default(problem: Problem, space: ConfigSpace) -> Config:
     """As many threads as leave each two words to load of every column, of quantised weights one; more columns of large
     quantised weights, so that numbers of lhs are read less often, and two of others beside a gain."""
     g = product_of(problem)
-    space = gemv_space(problem, device)
     parameters = dict(space.parameters)
     columns, threads = int(parameters["columns"][0]), [int(t) for t in parameters["threads"]]
     weights = weights_of(problem.operand(g.rhs[0]).dtype, g.columns, g.inner)
@@ -91,7 +123,14 @@ def gemv_default(problem: Problem, device: DeviceInfo) -> Config:
     if g.gain is not None and len(g.rhs) == 1:
         columns = max(columns, 2)  # the cache delivers lhs and gain for both
     most = min(max(1, weights.units // fitting), 4 if quads and columns == QUAD else 2)
-    chosen = [{"columns": c, "threads": fitting, "unroll": u} for c in (columns, QUAD) for u in (4, 2, 1) if u <= most]
+    fewer = [t for t in reversed(threads) if t <= fitting]
+    chosen = [
+        {"columns": c, "threads": t, "unroll": u}
+        for t in fewer
+        for c in (columns, QUAD)
+        for u in (4, 2, 1)
+        if u <= most
+    ]
     return next((c for c in chosen if c in space), next(iter(space)))
 
 

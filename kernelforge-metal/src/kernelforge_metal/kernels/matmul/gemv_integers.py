@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING
 
 from kernelforge.variant import ConfigSpace, Reject
 from kernelforge_metal.adapters import DOT4
-from kernelforge_metal.kernels.matmul.gemv import MAX_SUMS, build, takes_gemv, takes_gemv_subgroups
+from kernelforge_metal.kernels.matmul.gemv import (
+    MAX_SUMS,
+    build,
+    memory_constraint,
+    takes_gemv,
+    takes_gemv_subgroups,
+)
 from kernelforge_metal.kernels.matmul.gemv_kernel import Gemv
 from kernelforge_metal.kernels.matmul.geometry import product_of, rhs_of
 from kernelforge_metal.kernels.matmul.integers import INTEGERS, UNIT
@@ -48,6 +54,14 @@ def _takes(problem: Problem, device: DeviceInfo) -> Reject | None:
 
 def integers_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
     """As of `gemv`: `columns`, `threads` and `unroll`."""
+    return _space(problem, device, subgroups=True)
+
+
+def integers_shared_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
+    return _space(problem, device, subgroups=False)
+
+
+def _space(problem: Problem, device: DeviceInfo, *, subgroups: bool) -> ConfigSpace:
     g = product_of(problem)
     sums = len(g.rhs) * max(1, g.static_rows or 1)
     most = device.limit("max-compute-invocations-per-workgroup", 256)
@@ -66,26 +80,33 @@ def integers_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
                 "too many words are under way",
                 lambda c: c["unroll"] == 1 or int(c["columns"]) // QUAD * int(c["unroll"]) * len(g.rhs) <= MAX_WORDS,
             ),
+            memory_constraint(problem, device, subgroups=subgroups),
         ),
     )
 
 
 def integers_default(problem: Problem, device: DeviceInfo) -> Config:
+    return _default(problem, integers_space(problem, device))
+
+
+def integers_shared_default(problem: Problem, device: DeviceInfo) -> Config:
+    return _default(problem, integers_shared_space(problem, device))
+
+
+def _default(problem: Problem, space: ConfigSpace) -> Config:
     """As many threads as share the units evenly; more columns where they still leave a large GPU enough workgroups, for lhs is
     made integers once in each. Measured on an NVIDIA H100."""
     g = product_of(problem)
-    space = integers_space(problem, device)
     dtype = problem.operand(g.rhs[0]).dtype
     units = Quads(dtype, g.columns, g.inner).units
     threads = [int(t) for t in dict(space.parameters)["threads"]]
     fitting = [t for t in threads if t <= units] or threads[:1]
     shared = max((t for t in fitting if units % t == 0 and 2 * t >= fitting[-1]), default=fitting[-1])
     unroll = 2 if dtype == "q8" and units >= 2 * shared else 1
-    for columns, workgroups in ((16 // len(g.rhs), MANY), (8 // len(g.rhs), ENOUGH)):
-        config = {"columns": columns, "threads": shared, "unroll": unroll}
-        if columns * workgroups <= g.columns and config in space:
-            return config
-    return {"columns": QUAD, "threads": shared, "unroll": unroll}
+    wide = [c for c, workgroups in ((16 // len(g.rhs), MANY), (8 // len(g.rhs), ENOUGH)) if c * workgroups <= g.columns]
+    fewer = [t for t in reversed(threads) if t <= shared]
+    chosen = [{"columns": c, "threads": t, "unroll": unroll} for t in fewer for c in (*wide, QUAD)]
+    return next(c for c in chosen if c in space)
 
 
 class IntegerGemv(Gemv):

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 SMALLEST_SUBGROUP = 4
 
 
+def parts_of(threads: int, *, subgroups: bool) -> int:
+    """How many partial results of each sum are in workgroup memory."""
+    return threads // SMALLEST_SUBGROUP if subgroups else threads
+
+
 @dataclass(frozen=True)
 class Gemv:
     """The text of a GEMV kernel."""
@@ -182,13 +187,12 @@ class Gemv:
     @property
     def shared(self) -> str:
         """`parts`, and `total(i, ids)`: sum `i` of all threads."""
-        parts = self.threads // SMALLEST_SUBGROUP if self.subgroups else 1
         more = (
             f"  for (var s = 1u; s < ids.subgroups; s++) {{ sum += parts[s * {self.sums}u + i]; }}\n"
             if self.subgroups
             else ""
         )
-        size = self.sums * (parts if self.subgroups else self.threads)
+        size = self.sums * parts_of(self.threads, subgroups=self.subgroups)
         return (
             f"var<workgroup> parts: array<f32, {size}>;\n"
             f"fn total(i: u32, ids: Ids) -> f32 {{\n  var sum = parts[i];\n{more}  return sum;\n}}\n"
