@@ -10,6 +10,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import gpu
 import page
 import plots
 import pytest
@@ -148,3 +149,63 @@ def test_a_plot_holds_its_points() -> None:
     bars = plots.bar_plot("Decode", "tokens/s", [("small", [("ours", "#123456", 20.0), ("theirs", "#654321", 10.0)])])
     widths = [float(r.attrib["width"]) for r in ET.fromstring(bars).findall(".//rect")]
     assert widths[0] == pytest.approx(2 * widths[1], rel=1e-3)
+
+
+def test_a_gpu_report_names_figures_peers_and_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def ask(*words: str) -> dict[str, Any]:
+        asked.append(words)
+        command, values = words[0], dict(zip(words[1::2], words[2::2], strict=False))
+        if command == "benchmark-matmul" and values["--dtype"] == "q4":
+            return {"ok": False, "errors": [{"message": "lost"}]}
+        if command == "benchmark-matmul":
+            (n, k), m = values["--shape"].split("x"), int(values["--m"])
+            data = {"m": m, "n": int(n), "k": int(k), "dtype": values["--dtype"], "timing_source": "timestamp-query"}
+            speeds = {"latency_ms": 2.0, "gflops": 300.0, "gbytes_s": 20.0}
+            peers = {"torch-cuda": {"latency_ms": 1.0, "ratio": 0.5, "computes": "f32"}} if "--peer" in words else {}
+            row = {"copies": int(values.get("--copies", 0)), "gbytes_s": 40.0, "timing_source": "timestamp-query"}
+            return {"ok": True, "data": {**data, **speeds, "peers": peers, **({"in_sequence": row} if m == 1 else {})}}
+        step = {"wall_over_device": 1.25, "timing_source": "timestamp-query"}
+        speed = {"weights": words[-1], "prefill_tok_s": {"median": 900.0}, "decode_tok_s": {"median": 90.0}}
+        return {"ok": True, "data": {**speed, "decode_step": step}}
+
+    def run_peer(*arguments: str) -> str:
+        eager, compiled = {"tok_s": 30.0}, {"error": "no compiler"}
+        return json.dumps({"prefill": {"tok_s": 100.0}, "decode_eager": eager, "decode_compiled": compiled})
+
+    monkeypatch.setattr(gpu, "ask", ask)
+    monkeypatch.setattr(gpu, "run_peer", run_peer)
+    found = gpu.measure(gpu.FULL)
+    assert asked[0] == ("doctor", "--measure")
+    rows = {(row["work"], row["peer"]): (row["ours"], row["unit"], row["ratio"]) for row in found["summary"]}
+    beside = "torch-cuda f32 1 ms, ours 2 ms"
+    assert rows["f32 4096x4096x4096", beside] == (300.0, "GFLOP/s", 0.5)
+    assert rows["q8 1x14336x4096", beside] == (20.0, "GB/s", 0.5)
+    assert rows["q8 1x14336x4096, 16 in a row", None] == (40.0, "GB/s", None)
+    assert rows["q4 prefill", "transformers f16 prefill 100"] == (900.0, "tokens/s", 9.0)
+    assert rows["f16 decode", "transformers f16 decode_eager 30"] == (90.0, "tokens/s", 3.0)
+    assert rows["f16 decode step, wall over device", None] == (1.25, "", None)
+    assert not any("q4 1x" in work or "compiled" in (peer or "") for work, peer in rows)
+    assert "f16 decode " in gpu.table(found["summary"])
+
+
+def test_a_gpu_report_without_peers_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torch.py").write_text("from types import SimpleNamespace as S\ncuda = S(is_available=lambda: False)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(gpu, "ask", lambda *words: {"ok": False, "errors": [{"message": "lost"}]})
+    for python, why in (("", "KERNELFORGE_PEER_PYTHON is not set"), (sys.executable, "torch sees no CUDA device")):
+        monkeypatch.setenv("KERNELFORGE_PEER_PYTHON", python)
+        found = gpu.measure(gpu.QUICK)
+        assert why in found["missing"]
+        assert found["transformers"] == {"error": found["missing"]}
+        assert found["summary"] == []
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    assert gpu.transformers(gpu.QUICK) == {"error": "ImportError: no torch here"}
+
+
+def test_a_command_that_fails_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not gpu.ask("benchmark-matmul", "--m", "0")["ok"]
+    assert "failed: --m must be at least 1, got 0" in capsys.readouterr().err
+    monkeypatch.setattr(gpu, "LIMIT_S", 0.01)
+    assert gpu.ask("doctor")["errors"] == [{"message": "it took more than 0.01 s"}]

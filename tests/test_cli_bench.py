@@ -66,7 +66,7 @@ def test_benchmark_matmul_of_several_sizes_and_types() -> None:
 def test_benchmark_matmul_of_floats_and_quantised_weights() -> None:
     sizes = ("--m", "1", "--shape", "40x64", "--dtype", "f32", "--dtype", "q8", "--dtype", "q4")
     for target in ("cpu", "reference"):
-        data = kernelforge("--target", target, "benchmark-matmul", *sizes, "--repeat", "1", "--threads", "1")["data"]
+        data = kernelforge("--target", target, "benchmark-matmul", *sizes, "--repeat", "1", "--copies", "3")["data"]
         f32, q8, q4 = data["cases"]
         assert [r["dtype"] for r in data["cases"]] == ["f32", "q8", "q4"]
         assert f32["activations"] == "f32"
@@ -74,6 +74,7 @@ def test_benchmark_matmul_of_floats_and_quantised_weights() -> None:
         assert f"matmul({q8['activations']}[1,64], q8[40,64]@const" in q8["problem"]
         assert all(r["rel_error"] <= r["tolerance"] for r in data["cases"])
         assert data["summary"]["q4"]["first_dtype_min"] > 0
+        assert [r["in_sequence"]["copies"] for r in data["cases"]] == [3, 3, 3]
     (why,) = kernelforge("why", "matmul", "--m", "1", "--n", "40", "--k", "64", "--dtype", "q4")["data"]["problems"]
     assert "q4[40,64]@const" in why["problem"]
 

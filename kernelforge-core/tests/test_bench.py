@@ -153,6 +153,27 @@ def test_activations_are_in_8_bits_where_the_device_is_fastest_so() -> None:
         assert str(matmul_problem(opened.registry, 2, 48, 64, device=device).operand(0)) == "f32[2,64]"
 
 
+def test_products_in_a_row_have_weights_of_their_own() -> None:
+    with session(variant("mine", lambda c: Kernel(seconds=1e-4))) as opened:
+        problem = matmul_problem(opened.registry, 2, 48, 64, "q8")
+        (report,) = benchmark_matmul(opened, [problem], repeat=1, copies=4)
+        floats = matmul_problem(opened.registry, 8, 8, 8, constant=False)
+        with pytest.raises(UsageError, match="there are no weights to copy"):
+            benchmark_matmul(opened, [floats], copies=2)
+    each = report["in_sequence"]
+    assert (each["copies"], each["constant_bytes"], each["timing_source"]) == (4, 4 * 48 * 2 * 34, "scripted")
+    assert each["latency_ms"] == pytest.approx(report["latency_ms"])
+    assert each["gbytes_s"] == pytest.approx(report["gbytes_s"], rel=1e-3)
+
+
+def test_a_row_of_products_is_verified() -> None:
+    kernels = iter([Kernel(), Kernel(wrong)])
+    with session(variant("moody", lambda c: next(kernels))) as opened:
+        problem = matmul_problem(opened.registry, 2, 48, 64)
+        with pytest.raises(WrongResultError, match=r"result 'out' of transformer\.matmul has"):
+            benchmark_matmul(opened, [problem], copies=2)
+
+
 @pytest.mark.parametrize(
     ("sizes", "dtype", "message"),
     [

@@ -71,8 +71,10 @@ def benchmark_matmul(
     variant: str | None = None,
     peers: Mapping[str, Peer] | None = None,
     repeat: int = 7,
+    copies: int = 1,
 ) -> list[dict[str, Any]]:
-    """Verify, then time ours and each peer in turn for `repeat` rounds of about 0.1 s.
+    """Verify, then time ours and each peer in turn for `repeat` rounds of about 0.1 s; from 2 `copies` on, also as many of
+    ours in sequence.
 
     The problems differ in the type of the weights alone; peers multiply those of the first, f32 in place of quantised ones.
     Returns for each the report of `Prepared`, m, n, k, dtype, activations (a dtype), threads, and `peers` by name: latency_ms,
@@ -84,9 +86,9 @@ def benchmark_matmul(
     opened = peers or {}
     first = problems[0].operand(1)
     computes = {name: peer.load(m, n, k, "f32" if first.quantised else first.dtype) for name, peer in opened.items()}
-    ours = [prepare(session, problem, variant=variant) for problem in problems]
+    ours = [prepare(session, problem, variant=variant, copies=copies) for problem in problems]
     theirs = {name: Subject(peer.run) for name, peer in opened.items()}
-    subjects = [*(own.subject for own in ours), *theirs.values()]
+    subjects = [*(subject for own in ours for subject in own.subjects), *theirs.values()]
     pause = _PAUSE_S if theirs else 0.0
     measure_in_turn(subjects, seconds=_TURN_S * repeat, rounds=repeat, pause=pause, warm=_WARM_S)
     reports = []

@@ -43,6 +43,10 @@ def matmul(
         list[str] | None, typer.Option(help="Measure beside numpy, torch or torch-cuda (may be repeated).")
     ] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Rounds in which all take turns.")] = 7,
+    copies: Annotated[
+        int,
+        typer.Option(min=1, help="Also time so many in a row, each with weights of its own, as a model runs them."),
+    ] = 1,
 ) -> dict[str, Any]:
     """Verify a matrix product, then time it: latency, GFLOP/s, and the same of peers measured in turn.
 
@@ -60,7 +64,9 @@ def matmul(
         reports: list[dict[str, Any]] = []
         with open_peers(peer or (), session.device.info.threads) as peers, out.progress("benchmark", len(cases)) as bar:
             for size, problems in zip(sizes, cases, strict=True):
-                reports += benchmark_matmul(session, problems, variant=variant, peers=peers, repeat=repeat)
+                reports += benchmark_matmul(
+                    session, problems, variant=variant, peers=peers, repeat=repeat, copies=copies
+                )
                 bar.advance(say="x".join(map(str, size)))
     if len(reports) == 1:
         _print_product(reports[0])
@@ -84,6 +90,10 @@ def _print_product(report: dict[str, Any]) -> None:
     out.print(f"correct: relative error {report['rel_error']:.1e} (tolerated {report['tolerance']:.1e})")
     out.print(f"variant: {report['variant']} {config_key(report['config'])} ({report['config_source']})\n")
     rows = [["kernelforge", report["latency_ms"], report["latency"]["mad"], report["gflops"], None, report["threads"]]]
+    if "in_sequence" in report:
+        each = report["in_sequence"]
+        name = f"one of {each['copies']} in a row"
+        rows.append([name, each["latency_ms"], None, each["gflops"], None, report["threads"]])
     for name, p in report["peers"].items():
         rows.append(
             [f"{name} {p['version']}", p["latency_ms"], p["latency"]["mad"], p["gflops"], p["ratio"], report["threads"]]
@@ -102,10 +112,13 @@ def _print_products(reports: list[dict[str, Any]], summaries: dict[str, dict[str
         if r["dtype"] == reports[0]["dtype"]:
             first = r
         row = [f"{r['m']}x{r['k']} @ {r['k']}x{r['n']}", r["dtype"], r["latency_ms"], r["gflops"], r["gbytes_s"]]
+        row += [r["in_sequence"]["latency_ms"]] if "in_sequence" in r else []
         row += [r["peers"][name]["latency_ms"] for name in names]
         row += [min(p["ratio"] for p in r["peers"].values())] if names else []
         rows.append([*row, first["latency_ms"] / r["latency_ms"]] if several else row)
-    head = ["product", "weights", "median ms", "GFLOP/s", "GB/s", *(f"{name} ms" for name in names)]
+    head = ["product", "weights", "median ms", "GFLOP/s", "GB/s"]
+    head += [f"each of {reports[0]['in_sequence']['copies']} ms"] if "in_sequence" in reports[0] else []
+    head += [f"{name} ms" for name in names]
     head += ["ours / best"] if names else []
     out.table([*head, f"ours / {reports[0]['dtype']}"] if several else head, rows)
     out.print(f"\nall correct; {reports[0]['threads']} threads")
