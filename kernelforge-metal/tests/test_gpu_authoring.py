@@ -21,6 +21,7 @@ from kernelforge_metal.kernel import (
     GpuKernel,
     HostKernel,
     Pack,
+    fixed_parameters,
     is_read_only,
     is_value,
     parameter_names,
@@ -111,6 +112,14 @@ def test_what_is_written_around_a_dispatch() -> None:
     assert "@group(0) @binding(4) var<storage, read_write> s: array<f32>;" in text
     assert "var<immediate> p: Parameters;" in text
     assert "var<uniform> p: Parameters;" in shader(problem, made, dispatch, immediates=False)
+    assert fixed_parameters(problem, dispatch, {}) is None, "sizes"
+    still = parse_problem("transformer.add(f32[4,8], f32[8]@const) -> (f32[4,8]) {}")
+    assert fixed_parameters(still, dispatch, {}) is None, "numbers of its own"
+    plain = Dispatch("fn main() {}", bindings, (1, 1, 1))
+    assert fixed_parameters(still, plain, {0: 3}) == (3, 0)
+    text = shader(still, made, plain, immediates=True, fixed=(3, 0))
+    assert "struct Parameters { a_at: u32, out_at: u32 }\nconst p = Parameters(3u, 0u);" in text
+    assert "immediate" not in text
     many = Dispatch("", (), (1, 1, 1), tuple((f"n{i}", i) for i in range(40)))
     with pytest.raises(PluginError, match="has 41 parameters"):
         parameter_names(problem, many)

@@ -13,7 +13,7 @@ from kernelforge.faults import failed
 from kernelforge.variant import DeviceInfo, config_key
 from kernelforge_metal.buffer import GpuBuffer
 from kernelforge_metal.executable import GpuExecutable
-from kernelforge_metal.kernel import GpuKernel, HostKernel, is_read_only, parameter_names, shader
+from kernelforge_metal.kernel import GpuKernel, HostKernel, fixed_parameters, is_read_only, parameter_names, shader
 from kernelforge_metal.moving import misplaced, moved
 from kernelforge_metal.store import ConstantStore, send
 
@@ -113,9 +113,10 @@ class GpuDevice:
             kernel = moved(kernel, step.problem, wrong)
         pipelines = []
         for dispatch in kernel.dispatches:
-            code = shader(step.problem, kernel, dispatch, immediates=self._gpu.immediates)
+            fixed = fixed_parameters(step.problem, dispatch, starts)
+            code = shader(step.problem, kernel, dispatch, immediates=self._gpu.immediates, fixed=fixed)
             read_only = [is_read_only(step.problem, kernel, b.index) for b in dispatch.bindings]
-            nbytes = 4 * len(parameter_names(step.problem, dispatch))
+            nbytes = 4 * len(parameter_names(step.problem, dispatch)) if fixed is None else 0
             try:
                 what = f"'{variant.name}' of {step.problem.op}"
                 pipelines.append(self._gpu.pipeline(code, read_only, nbytes, checked=kernel.checked, what=what))

@@ -193,9 +193,9 @@ class GpuExecutable:
             if isinstance(compiled.kernel, HostKernel):
                 continue
             sizes = [dims[d] for d in step.dims]
-            for dispatch in compiled.kernel.dispatches:
+            for dispatch, pipeline in zip(compiled.kernel.dispatches, compiled.pipelines, strict=True):
                 values = [*sizes, *(size_of(size, sizes) for _, size in dispatch.parameters)]
-                for b in dispatch.bindings:
+                for b in dispatch.bindings if pipeline.parameter_bytes else ():
                     if is_value(step.problem, b.index):
                         value = (*step.operands, *step.results)[b.index]
                         assert value is not None

@@ -158,13 +158,26 @@ def parameter_names(problem: Problem, dispatch: Dispatch) -> tuple[str, ...]:
     return names
 
 
-def shader(problem: Problem, kernel: GpuKernel, dispatch: Dispatch, *, immediates: bool) -> str:
-    """The whole text of a dispatch's shader."""
+def fixed_parameters(problem: Problem, dispatch: Dispatch, starts: Mapping[int, int]) -> tuple[int, ...] | None:
+    """The values of all fields of `p` if no run changes them and only starts are among them, else None. `starts`: where operands
+    and results start that are views, in elements."""
+    if problem.dims or dispatch.parameters:
+        return None
+    return tuple(starts.get(b.index, 0) for b in dispatch.bindings if is_value(problem, b.index))
+
+
+def shader(
+    problem: Problem, kernel: GpuKernel, dispatch: Dispatch, *, immediates: bool, fixed: Sequence[int] | None = None
+) -> str:
+    """The whole text of a dispatch's shader. `fixed`: its parameters, which are then no parameters but constants."""
     lines = ["enable f16;"] if "f16" in _elements(dispatch) or _uses_f16(dispatch.code) else []
     if names := parameter_names(problem, dispatch):
         fields = ", ".join(f"{name}: u32" for name in names)
         place = "var<immediate> p" if immediates else "@group(1) @binding(0) var<uniform> p"
-        lines += [f"struct Parameters {{ {fields} }}", f"{place}: Parameters;"]
+        declared = f"{place}: Parameters;"
+        if fixed is not None:
+            declared = f"const p = Parameters({', '.join(f'{value}u' for value in fixed)});"
+        lines += [f"struct Parameters {{ {fields} }}", declared]
     for i, b in enumerate(dispatch.bindings):
         access = "read" if is_read_only(problem, kernel, b.index) else "read_write"
         lines.append(f"@group(0) @binding({i}) var<storage, {access}> {b.name}: array<{b.element}>;")

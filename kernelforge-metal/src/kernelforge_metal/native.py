@@ -36,6 +36,7 @@ class Pipeline:
 
     pipeline: Any
     layout: Any
+    parameter_bytes: int
 
 
 @dataclass
@@ -142,7 +143,7 @@ class Gpu:
                     ),
                     compute={"module": module, "entry_point": "main"},
                 )
-            self._pipelines[key] = Pipeline(made, layout)
+            self._pipelines[key] = Pipeline(made, layout, parameter_bytes)
         return self._pipelines[key]
 
     def _bind_layout(self, read_only: tuple[bool, ...]) -> Any:
