@@ -171,13 +171,18 @@ def test_a_gpu_report_names_figures_peers_and_what_failed(monkeypatch: pytest.Mo
         return {"ok": True, "data": {**speed, "decode_step": step}}
 
     def run_peer(*arguments: str) -> str:
-        eager, compiled = {"tok_s": 30.0}, {"error": "no compiler"}
-        return json.dumps({"prefill": {"tok_s": 100.0}, "decode_eager": eager, "decode_compiled": compiled})
+        if arguments[0] == "-c":
+            return ""
+        (part,) = json.loads(arguments[1])["parts"]
+        if part == "decode_compiled":
+            raise RuntimeError("no compiler")
+        return json.dumps({"device": "a card", part: {"tok_s": 100.0 if part == "prefill" else 30.0}})
 
     monkeypatch.setattr(gpu, "ask", ask)
     monkeypatch.setattr(gpu, "run_peer", run_peer)
     found = gpu.measure(gpu.FULL)
     assert asked[0] == ("doctor", "--measure")
+    assert found["transformers"]["decode_compiled"] == {"error": "no compiler"}
     rows = {(row["work"], row["peer"]): (row["ours"], row["unit"], row["ratio"]) for row in found["summary"]}
     beside = "torch-cuda f32 1 ms, ours 2 ms"
     assert rows["f32 4096x4096x4096", beside] == (300.0, "GFLOP/s", 0.5)
@@ -198,10 +203,9 @@ def test_a_gpu_report_without_peers_says_why(tmp_path: Path, monkeypatch: pytest
         monkeypatch.setenv("KERNELFORGE_PEER_PYTHON", python)
         found = gpu.measure(gpu.QUICK)
         assert why in found["missing"]
-        assert found["transformers"] == {"error": found["missing"]}
-        assert found["summary"] == []
+        assert (found["transformers"], found["summary"]) == ({}, [])
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
-    assert gpu.transformers(gpu.QUICK) == {"error": "ImportError: no torch here"}
+    assert gpu.transformers(gpu.QUICK) == {part: {"error": "ImportError: no torch here"} for part in gpu.PARTS}
 
 
 def test_a_command_that_fails_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,11 +15,14 @@ from fake_target import Array, Kernel, Outputs, variant
 
 from kernelforge.bench import process
 from kernelforge.bench.baseline import Change, compare_reports, load_report
+from kernelforge.bench.harness import in_sequence
 from kernelforge.bench.latency import Latency
 from kernelforge.bench.matmul import benchmark_matmul, matmul_problem, open_peers, summary
 from kernelforge.bench.peers import NumpyPeer, TorchPeer, open_peer
 from kernelforge.bench.suite import CASES, chosen_cases, run_case, run_suite
 from kernelforge.cli import bench_verbs, output
+from kernelforge.constant import Named
+from kernelforge.dtype import to_numpy
 from kernelforge.errors import (
     AssetError,
     KernelForgeError,
@@ -157,9 +160,14 @@ def test_products_in_a_row_have_weights_of_their_own() -> None:
     with session(variant("mine", lambda c: Kernel(seconds=1e-4))) as opened:
         problem = matmul_problem(opened.registry, 2, 48, 64, "q8")
         (report,) = benchmark_matmul(opened, [problem], repeat=1, copies=4)
+        weights = {"rhs": np.zeros((48, 2), to_numpy("q8"))}
+        plan = in_sequence(opened.compile_problem(problem, constants=weights).plan, 4)
         floats = matmul_problem(opened.registry, 8, 8, 8, constant=False)
         with pytest.raises(UsageError, match="there are no weights to copy"):
             benchmark_matmul(opened, [floats], copies=2)
+    read = [plan.values[step.operands[1] or 0].constant for step in plan.steps]
+    assert [constant.name for constant in read if isinstance(constant, Named)] == ["rhs", "rhs.1", "rhs.2", "rhs.3"]
+    assert len({step.group for step in plan.steps}) == 4
     each = report["in_sequence"]
     assert (each["copies"], each["constant_bytes"], each["timing_source"]) == (4, 4 * 48 * 2 * 34, "scripted")
     assert each["latency_ms"] == pytest.approx(report["latency_ms"])
