@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from kernelforge.dtype import FLOATS
+from kernelforge.dtype import FLOATS, QUANTISED
 from kernelforge.errors import UsageError
 from kernelforge.op import OpDef, OpError
 from kernelforge.problem import Attr, Dim, Problem, TensorType
@@ -16,7 +16,8 @@ def shaped_problem(op: OpDef, shape: str, dtype: str, attrs: Sequence[str] = (),
     operand.
 
     `dtype` is a list of one for each shape, or the type of the op's weights, or of all its float operands when none of
-    them is ever a weight; the other operands have the types that they usually have. Raises UsageError for texts that
+    them is ever a weight; the other operands have the types that they usually have, as do biases and gains beside
+    quantised weights. Raises UsageError for texts that
     cannot be read and when the op refuses the problem.
     """
     shapes = [_dims(text) for text in shape.split(",")]
@@ -33,7 +34,8 @@ def shaped_problem(op: OpDef, shape: str, dtype: str, attrs: Sequence[str] = (),
             kind = dtypes[i]
         elif kind in FLOATS:
             wide = "f64" if dtype == "f64" else "f32"
-            kind = dtype if slot.constant or not weighted else wide
+            vector = slot.constant and dims is not None and len(dims) < 2  # a bias or gain, never in groups
+            kind = wide if (weighted and not slot.constant) or (vector and dtype in QUANTISED) else dtype
         types.append(None if dims is None else TensorType(dims, kind, constant=slot.constant and constant))
     try:
         return op.problem(types, dict(_attr(op, text) for text in attrs)).canonical()

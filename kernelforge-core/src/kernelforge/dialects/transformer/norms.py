@@ -57,13 +57,14 @@ def infer_rms_norm(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ..
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019)."""
+    """Over the last axis."""
     import numpy as np
 
     return np.asarray(x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight)
 
 
 def rms_norm_reference(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019)."""
     x, weight = arrays
     return (rms_norm(x, weight, float_attr(attrs, "eps")),)
 
