@@ -87,7 +87,9 @@ def transformers(work: Work) -> Found:
     found: Found = {}
     for part in PARTS:
         say(f"transformers: {work.model} {part}")
-        setup = json.dumps({"config": NAMED_SHAPES[work.model], "prompt": work.prompt, "parts": [part]})
+        # Decoding starts with one token in the cache, as that of llm-bench does.
+        prompt = work.prompt if part == "prefill" else 1
+        setup = json.dumps({"config": NAMED_SHAPES[work.model], "prompt": prompt, "parts": [part]})
         try:
             found |= json.loads(run_peer(str(ROOT / "benchmarks" / "transformers_decoder.py"), setup))
         except (RuntimeError, json.JSONDecodeError) as error:

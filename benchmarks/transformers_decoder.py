@@ -1,7 +1,7 @@
 """Time transformers' own decoder: `python benchmarks/transformers_decoder.py '{"config": {...}, "device": "cuda"}'`.
 
 Run by the Python of an environment with torch and transformers, not by ours. Its JSON: a `LlamaForCausalLM` with random
-weights in f16, batch 1: tokens a second of the prefill of a prompt and of greedy decoding behind it, as it is (`eager`) and
+weights in f16, batch 1: tokens a second of the prefill of a prompt, or of greedy decoding behind it, as it is (`eager`) and
 compiled with CUDA graphs over a static cache (`compiled`), each the median of rounds. `parts` are those wanted.
 """
 
@@ -89,7 +89,6 @@ def main() -> None:
         "transformers": transformers.__version__,
         "device": torch.cuda.get_device_name(0) if device == "cuda" else device,
         "dtype": "f16",
-        "prompt_tokens": setup["prompt"],
     }
     with torch.no_grad():
         decoder = Decoder(setup["config"], setup["prompt"], device)
