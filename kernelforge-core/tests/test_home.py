@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,23 @@ def test_a_folder_that_cannot_be_written_is_the_systems_error(tmp_path: Path) ->
         home.write_atomic(tmp_path / "file", b"")
     with pytest.raises(PermissionError):
         home.append_line(tmp_path / "file", "")
+
+
+def test_a_line_that_is_being_written_is_waited_for(tmp_path: Path) -> None:
+    path, found = tmp_path / "lines", list[bytes]()
+    home.append_line(path, "one")
+    handle = os.open(path, os.O_RDWR | os.O_APPEND)
+    try:
+        with home._locked(handle):
+            os.write(handle, b"tw")
+            reader = threading.Thread(target=lambda: found.append(home.read_lines(path)))
+            reader.start()
+            reader.join(0.2)
+            assert not found
+            os.write(handle, b"o\n")
+    finally:
+        os.close(handle)
+    reader.join()
+    assert found == [b"one\ntwo\n"]
+    path.write_bytes(b"torn")
+    assert home.read_lines(path) == b"torn"

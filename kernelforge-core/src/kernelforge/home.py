@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -68,6 +68,15 @@ def append_line(path: Path, line: str) -> None:
             os.write(handle, (("\n" if torn else "") + line.rstrip("\n") + "\n").encode())
     finally:
         os.close(handle)
+
+
+def read_lines(path: Path) -> bytes:
+    """A file that `append_line` writes: without the half of a line that somebody is writing. Raises OSError."""
+    data = path.read_bytes()
+    if data and not data.endswith(b"\n"):
+        with path.open("rb") as file, suppress(OSError), _locked(file.fileno()):  # unlocked it may be read, too
+            data = file.read()
+    return data
 
 
 @contextmanager

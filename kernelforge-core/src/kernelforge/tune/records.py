@@ -215,7 +215,7 @@ def _tensor_distance(asked: TensorType | None, measured: TensorType | None) -> f
 
 def _lines(path: Path) -> list[str]:
     # Bytes that are not text must make their own line unreadable, not the file.
-    return path.read_bytes().decode(errors="replace").split("\n")
+    return home.read_lines(path).decode(errors="replace").split("\n")
 
 
 def _parse(lines: Sequence[str]) -> tuple[list[Record], list[tuple[int, str]]]:
