@@ -151,8 +151,12 @@ def test_integers_are_exact_where_f32_sums_are(gpu: Session, w: str) -> None:
         config={"columns": 4, "threads": 32, "unroll": 1},
     )
     got = np.asarray(executable.run({"lhs": lhs})[0])
-    exact = lhs.astype(np.float64) @ dequantize(weight).astype(np.float64).T
-    assert np.array_equal(got[1:], exact[1:])
+    weights = dequantize(weight).astype(np.float64).T
+    exact = lhs.astype(np.float64) @ weights
+    assert np.array_equal(got[[1, 3]], exact[[1, 3]])
+    # WGSL lets a GPU take subnormal numbers for zeros: of lhs, and of the sums on the way.
+    subnormal = np.where(abs(lhs[2]) < 2.0**-126, abs(lhs[2]), 0.0)
+    assert (abs(got[2] - exact[2]) <= subnormal @ abs(weights) + 64 * 2.0**-126).all()
     assert abs(got[0] - exact[0]).max() <= 2.0**-23 * abs(exact[0]).max()
 
 
