@@ -210,6 +210,24 @@ def test_what_is_fetched_is_part_of_a_buffer_as_it_was_then(session: Session) ->
         buffer.fetch(3)
 
 
+def test_what_was_never_submitted_is_not_handed_out(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = session.device.allocate((4,), "f32")
+    buffer.fetch()()  # leaves a buffer with old bytes to be read from again
+    queue = session.device.gpu.queue  # type: ignore[attr-defined]  # of a GPU
+    lost = buffer.fetch()
+    with monkeypatch.context() as patch:
+
+        def fail(recorded: object) -> int:
+            raise DeviceError("no memory for commands")
+
+        patch.setattr(queue, "_submit", fail)
+        with pytest.raises(DeviceError, match="no memory for commands"):
+            lost()
+    with pytest.raises(DeviceError, match="did not run what was to be read"):
+        lost()
+    np.testing.assert_array_equal(buffer.fetch()(), np.zeros(4, np.float32))
+
+
 def test_ctrl_c_while_the_gpu_works_ends_the_run_alone(session: Session) -> None:
     """It is seen when the GPU is done, which calls Python: an exception there would be lost, and the result with it."""
     n = 512

@@ -151,11 +151,14 @@ class Queue:
         return fetch
 
     def take(self, fetch: Fetch) -> Array:
-        """Wait for what was submitted before the fetch; then its bytes. Once only."""
+        """Wait for what was submitted before the fetch; then its bytes. Once only. Raises DeviceError when they were never
+        copied, because submitting failed."""
         if not fetch.region.nbytes:
             return np.empty(0, np.uint8)
         if fetch.submission is None or self._waiting:
             self.flush()
+        if fetch.submission is None:
+            raise DeviceError(f"the GPU {self._name} did not run what was to be read", hint="run it again")
         data = self.read(fetch.target, fetch.region.nbytes, fetch.submission)
         spare = self._spare.setdefault(fetch.region.nbytes, [])
         if len(spare) < MAX_SPARE:
