@@ -12,7 +12,7 @@ import numpy as np
 from kernelforge.dtype import to_numpy
 from kernelforge.errors import UsageError
 from kernelforge.problem import TensorType
-from kernelforge_metal.queue import Region
+from kernelforge_metal.encoder import Region
 
 if TYPE_CHECKING:
     from kernelforge_metal.native import Gpu

@@ -20,8 +20,8 @@ from kernelforge_metal.store import ConstantStore, send
 if TYPE_CHECKING:
     from kernelforge.backend import Catalog, TensorSource
     from kernelforge.plan import Plan, Step
+    from kernelforge_metal.encoder import Region
     from kernelforge_metal.native import Gpu, Pipeline
-    from kernelforge_metal.queue import Region
 
 
 @dataclass(frozen=True)

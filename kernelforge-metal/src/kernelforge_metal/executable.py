@@ -12,11 +12,11 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from kernelforge.explanation import Explanation, explain_plan
+from kernelforge_metal.encoder import Region
 from kernelforge_metal.inputs import Given, check_inputs, take_out
 from kernelforge_metal.kernel import HostKernel, is_value, size_of
 from kernelforge_metal.layout import Layout
-from kernelforge_metal.native import Command
-from kernelforge_metal.queue import Region
+from kernelforge_metal.recorder import Command, Stream
 from kernelforge_metal.timing import measure, measure_on_host, step_seconds
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-Segment = list[Command] | int
+Segment = Stream | int
 """Dispatches of consecutive steps, or the number of a step that runs on the host."""
 
 MAX_BOUND = 8
@@ -125,8 +125,8 @@ class GpuExecutable:
             given = self._take(inputs)
             self._send(given)
             segments = self._commands(given).segments
-            if all(isinstance(s, list) for s in segments):
-                commands = [c for s in segments if isinstance(s, list) for c in s]
+            if all(isinstance(s, Stream) for s in segments):
+                commands = [c for s in segments if isinstance(s, Stream) for c in s.commands]
                 return measure(self._gpu, commands, self._uniform_group, repeats)
             return measure_on_host(lambda: self._execute(given), self._gpu.queue.wait, repeats)
 
@@ -216,6 +216,9 @@ class GpuExecutable:
             for i, row in enumerate(bound.steps):
                 for command, (k, _) in zip(row, self._dispatches(i, bound.known), strict=True):
                     command.grid = self._grids[i][k]
+            for segment in bound.segments:
+                if isinstance(segment, Stream):
+                    segment.changed()
 
     @property
     def _uniform_group(self) -> Any:
@@ -234,19 +237,20 @@ class GpuExecutable:
     def _commands(self, given: Given) -> Bound:
         """The dispatches for the buffers that were given."""
         known = self._known(given)
-        key = known, tuple((value, id(b)) for value, b in given.buffers.items())
-        if key not in self._bound:
-            if len(self._bound) >= MAX_BOUND:
-                self._bound.pop(next(iter(self._bound)))
-            made = [self._bind_step(i, given, known) for i in range(len(self._kernels))]
-            own = weakref.ref(self)
+        key = known, given.places
+        if (found := self._bound.get(key)) is not None:
+            return found
+        if len(self._bound) >= MAX_BOUND:
+            self._bound.pop(next(iter(self._bound)))
+        made = [self._bind_step(i, given, known) for i in range(len(self._kernels))]
+        own = weakref.ref(self)
 
-            def forget(_: weakref.ref[GpuBuffer]) -> None:
-                if (executable := own()) is not None:
-                    executable._bound.pop(key, None)
+        def forget(_: weakref.ref[GpuBuffer]) -> None:
+            if (executable := own()) is not None:
+                executable._bound.pop(key, None)
 
-            watched = tuple(weakref.ref(b, forget) for b in given.buffers.values())
-            self._bound[key] = Bound(known, made, self._segments(made), watched)
+        watched = tuple(weakref.ref(b, forget) for b in given.buffers.values())
+        self._bound[key] = Bound(known, made, self._segments(made), watched)
         return self._bound[key]
 
     def _fact(self, i: int, below: Below) -> tuple[int, int]:
@@ -313,10 +317,10 @@ class GpuExecutable:
         for i, commands in enumerate(steps):
             if isinstance(self._kernels[i].kernel, HostKernel):
                 segments.append(i)
-            elif segments and isinstance(segments[-1], list):
-                segments[-1].extend(commands)
+            elif segments and isinstance(segments[-1], Stream):
+                segments[-1].commands += commands
             else:
-                segments.append(list(commands))
+                segments.append(Stream(list(commands)))
         return segments
 
     def _execute(self, given: Given) -> None:
@@ -327,15 +331,15 @@ class GpuExecutable:
         """
         bound = self._commands(given)
         segments = bound.segments
-        if len(segments) == 1 and isinstance(segments[0], list):
-            commands = segments[0]
+        if len(segments) == 1 and isinstance(segments[0], Stream):
+            stream = segments[0]
             recorded, bound.recorded = bound.recorded, None
             if recorded is None:
-                recorded = self._record(commands, given)
+                recorded = self._record(stream, given)
 
             def ahead() -> None:
                 if bound.ran and self._dims == given.dims:
-                    bound.recorded = self._record(commands, given)
+                    bound.recorded = self._record(stream, given)
                 bound.ran = True
 
             self._gpu.queue.submit_soon(recorded, ahead)
@@ -345,12 +349,12 @@ class GpuExecutable:
                 self._run_on_host(segment, given)
             else:
                 self._gpu.queue.submit(self._record(segment, given))
-        if not segments or not isinstance(segments[-1], list):
-            self._gpu.queue.submit(self._record([], given))
+        if not segments or not isinstance(segments[-1], Stream):
+            self._gpu.queue.submit(self._record(Stream([]), given))
 
-    def _record(self, commands: Sequence[Command], given: Given) -> Any:
-        encoder = self._gpu.encoder()
-        self._gpu.encode(encoder, commands, self._uniform_group)
+    def _record(self, stream: Stream, given: Given) -> Any:
+        encoder = self._gpu.queue.encoder()
+        self._gpu.encode(encoder, stream, self._uniform_group)
         self._layout.copy_outputs(encoder, given)
         return self._gpu.finish(encoder)
 

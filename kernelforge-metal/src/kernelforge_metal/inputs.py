@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,11 @@ class Given:
     buffers: dict[int, GpuBuffer]
     """On the GPU, read and written where they are; outputs among them (`take_out`)."""
     dims: dict[str, int]
+
+    @cached_property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """Which buffer each value is in; asked for when all are there."""
+        return tuple((value, id(buffer)) for value, buffer in self.buffers.items())
 
 
 def check_inputs(plan: Plan, inputs: Mapping[str, Array | Buffer]) -> Given:

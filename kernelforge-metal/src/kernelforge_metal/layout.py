@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kernelforge.dtype import to_numpy
+from kernelforge_metal.encoder import Encoder, Region
 from kernelforge_metal.kernel import HostKernel, size_of
-from kernelforge_metal.queue import Region, copy
 
 if TYPE_CHECKING:
     from kernelforge.plan import Plan
@@ -122,12 +122,12 @@ class Layout:
         if staged >= 0:
             self._gpu.queue.upload(self._regions[staged].buffer, 0, self._staging)
 
-    def copy_outputs(self, encoder: Any, given: Given) -> None:
+    def copy_outputs(self, encoder: Encoder, given: Given) -> None:
         """Encode the copy of the outputs to where `read` takes them from."""
         start, end = self._read_range(given)
         if end > start:
             buffer = self._regions[self._output_ids[0]].buffer
-            copy(encoder, Region(buffer, start, end - start), self._readable)
+            encoder.copy(Region(buffer, start, end - start), self._readable)
 
     def _read_range(self, given: Given) -> tuple[int, int]:
         """The start of the first output that is read back, the end of the last."""

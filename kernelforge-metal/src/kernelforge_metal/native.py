@@ -1,6 +1,6 @@
-"""The GPU as this package uses it: buffers, pipelines, bind groups, command streams, timestamps. Only this module and
-`kernelforge_metal.queue` call wgpu for work; hot calls go to its C functions directly, which wgpu-py's checks would make twice as
-expensive.
+"""The GPU as this package uses it: buffers, pipelines, bind groups, command streams, timestamps. Only this module,
+`kernelforge_metal.queue` and `kernelforge_metal.recorder` call wgpu for work; hot calls go to its C functions directly, which
+wgpu-py's checks would make twice as expensive.
 
 Everything that wgpu raises comes out as a DeviceError that says what to do.
 """
@@ -18,9 +18,12 @@ import numpy as np
 
 from kernelforge.errors import DeviceError
 from kernelforge_metal.adapters import FEATURES, Adapter, wgpu_adapter
-from kernelforge_metal.queue import Queue, Region
+from kernelforge_metal.encoder import Encoder, Recorded, Region
+from kernelforge_metal.queue import Queue
 
 if TYPE_CHECKING:
+    from kernelforge_metal.recorder import Command, Stream
+
     Array = np.ndarray[Any, np.dtype[Any]]
 
 CHECKS = "KERNELFORGE_GPU_CHECKS"
@@ -37,23 +40,6 @@ class Pipeline:
     pipeline: Any
     layout: Any
     parameter_bytes: int
-
-
-@dataclass
-class Command:
-    """One dispatch, ready to be encoded: C handles, and what they refer to."""
-
-    pipeline: Any
-    group: Any
-    grid: tuple[int, int, int]
-    parameters: Any
-    """Pointer to the words of its parameters, or NULL."""
-    nbytes: int
-    """Of its parameters."""
-    offset: int
-    """Of its parameters in the uniform buffer, on devices without immediates."""
-    keep: Any
-    """The objects behind the handles."""
 
 
 class Gpu:
@@ -191,41 +177,19 @@ class Gpu:
 
     # --- work ---
 
-    def encoder(self) -> Any:
-        with self._errors("record commands"):
-            return self.device.create_command_encoder()
-
     def encode(
-        self, encoder: Any, commands: Sequence[Command], uniforms: Any = None, stamps: tuple[int, int] | None = None
+        self,
+        encoder: Encoder,
+        commands: Sequence[Command] | Stream,
+        uniforms: Any = None,
+        stamps: tuple[int, int] | None = None,
     ) -> None:
         """One compute pass with these dispatches; `stamps` are the queries that get the times of its start and end."""
-        writes = None
-        if stamps is not None:
-            writes = {
-                "query_set": self.query_set,
-                "beginning_of_pass_write_index": stamps[0],
-                "end_of_pass_write_index": stamps[1],
-            }
+        writes = None if stamps is None else (self.query_set, *stamps)
         with self._errors("record commands"):
-            made = encoder.begin_compute_pass(timestamp_writes=writes)
-            lib, ffi, handle = self._lib, self._ffi, made._internal
-            set_pipeline, set_group = lib.wgpuComputePassEncoderSetPipeline, lib.wgpuComputePassEncoderSetBindGroup
-            set_words, dispatch = lib.wgpuComputePassEncoderSetImmediates, lib.wgpuComputePassEncoderDispatchWorkgroups
-            null, current = ffi.NULL, None
-            for c in commands:
-                if c.pipeline is not current:
-                    current = c.pipeline
-                    set_pipeline(handle, current)
-                set_group(handle, 0, c.group, 0, null)
-                if c.nbytes:
-                    if uniforms is None:
-                        set_words(handle, 0, c.parameters, c.nbytes)
-                    else:
-                        set_group(handle, 1, uniforms, 1, ffi.new("uint32_t[]", [c.offset]))
-                dispatch(handle, *c.grid)
-            made.end()
+            encoder.compute(commands, uniforms, writes)
 
-    def finish(self, encoder: Any) -> Any:
+    def finish(self, encoder: Encoder) -> Recorded:
         """What was encoded, checked and ready to be submitted once."""
         with self._errors("record commands"):
             return encoder.finish()
@@ -247,9 +211,9 @@ class Gpu:
                 self._resolved = self.device.create_buffer(size=8 * MAX_QUERIES, usage=usage)
         return self._queries
 
-    def resolve(self, encoder: Any, count: int) -> None:
+    def resolve(self, encoder: Encoder, count: int) -> None:
         """Encode the reading of the first `count` timestamps; `timestamps` returns them once submitted."""
-        encoder.resolve_query_set(self.query_set, 0, count, self._resolved, 0)
+        encoder.resolve(self.query_set, count, self._resolved)
 
     def timestamps(self, count: int) -> Array:
         """Seconds, float64, of the first `count` queries."""

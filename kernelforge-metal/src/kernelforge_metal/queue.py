@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kernelforge.errors import DeviceError
 from kernelforge.interruption import held_back
+from kernelforge_metal.encoder import Encoder, Recorded, Region
+from kernelforge_metal.fetch import SHARED, Fetch, Landing
+from kernelforge_metal.recorder import Recorder
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
@@ -22,52 +24,35 @@ MAX_SPARE = 4
 """Buffers of a size that are kept to be read from again."""
 
 
-@dataclass(frozen=True)
-class Region:
-    """A range of a GPU buffer."""
-
-    buffer: Any
-    """A `wgpu.GPUBuffer`."""
-    offset: int
-    nbytes: int
-
-
-@dataclass(eq=False)
-class Fetch:
-    """A reading of a region that was asked for."""
-
-    region: Region
-    target: Any
-    """The buffer that the host reads."""
-    submission: int | None = None
-    """The number of the submission that copies to it."""
-
-
 class Queue:
     """The queue of a device. Not for concurrent use by several threads."""
 
     def __init__(self, device: Any, errors: Callable[[str], AbstractContextManager[None]], name: str) -> None:
         """`errors`: turns what wgpu raises into a DeviceError, of something that cannot be done."""
-        from wgpu.backends.wgpu_native import ffi, lib
-
-        self._ffi, self._lib = ffi, lib
+        self._recorder = recorder = Recorder()
+        self._ffi, self._lib, self._libf = recorder.ffi, recorder.lib, recorder.libf
+        self._handle = device.queue._internal
         self._device, self._errors, self._name = device, errors, name
         self._mapped = 0
         self._map_info = self._map_callback()
         self._readback: Any = None  # where `download` copies to
-        self._waiting: list[Any] = []  # recorded, to be submitted with what comes next
+        self._waiting: list[Recorded] = []  # to be submitted with what comes next
         self._meanwhile: list[Callable[[], None]] = []
         self._fetches: list[Fetch] = []  # asked for, their copies not yet recorded
-        self._copied: list[Fetch] = []  # recorded, waiting
+        self._landings: list[Landing] = []  # of what was asked for since the last submission
         self._spare: dict[int, list[Any]] = {}
 
     # --- work ---
 
-    def submit(self, recorded: Any) -> None:
+    def encoder(self) -> Encoder:
+        with self._errors("record commands"):
+            return Encoder(self._device, self._recorder)
+
+    def submit(self, recorded: Recorded) -> None:
         self._add(recorded)
         self.flush()
 
-    def submit_soon(self, recorded: Any, meanwhile: Callable[[], None]) -> None:
+    def submit_soon(self, recorded: Recorded, meanwhile: Callable[[], None]) -> None:
         """Submit together with what is fetched next: at the latest before the host waits for anything or writes to a buffer.
         `meanwhile` is then called, while the GPU works."""
         self._add(recorded)
@@ -78,11 +63,11 @@ class Queue:
         self._record_copies()
         if not self._waiting:
             return
-        waiting, copied, meanwhile = self._waiting, self._copied, self._meanwhile
-        self._waiting, self._copied, self._meanwhile = [], [], []
+        waiting, landings, meanwhile = self._waiting, self._landings, self._meanwhile
+        self._waiting, self._landings, self._meanwhile = [], [], []
         number = self._submit(waiting)
-        for fetch in copied:
-            fetch.submission = number
+        for landing in landings:
+            landing.submission = number
         for call in meanwhile:
             call()
 
@@ -92,24 +77,22 @@ class Queue:
         with self._errors("finish its work"):
             self._device._poll_wait()
 
-    def _add(self, recorded: Any) -> None:
+    def _add(self, recorded: Recorded) -> None:
         """What was fetched before is copied before."""
         self._record_copies()
         self._waiting.append(recorded)
 
-    def _submit(self, recorded: list[Any]) -> int:
+    def _submit(self, recorded: list[Recorded]) -> int:
         """The number of the submission."""
-        from wgpu.backends.wgpu_native import _api
-
         with self._errors("run commands"):
-            handles = self._ffi.new("WGPUCommandBuffer[]", [r._internal for r in recorded])
-            return int(_api.libf.wgpuQueueSubmitForIndex(self._device.queue._internal, len(recorded), handles))
+            handles = self._ffi.new("WGPUCommandBuffer[]", [r.handle for r in recorded])
+            return int(self._libf.wgpuQueueSubmitForIndex(self._handle, len(recorded), handles))
 
     # --- bytes ---
 
-    def upload(self, buffer: Any, offset: int, data: Array) -> None:
+    def upload(self, buffer: Any, offset: int, array: Array) -> None:
         """Write the bytes of a C-contiguous array; they are padded with zeros to a multiple of 4."""
-        raw = data.reshape(-1).view(np.uint8)
+        raw = array.reshape(-1).view(np.uint8)
         step = 64 << 20
         if self._waiting or any(f.region.buffer is buffer for f in self._fetches):
             self.flush()
@@ -118,7 +101,8 @@ class Queue:
                 part = raw[start : start + step]
                 if part.size % 4:
                     part = np.concatenate([part, np.zeros(-part.size % 4, np.uint8)])
-                self._device.queue.write_buffer(buffer, offset + start, part)
+                data = self._ffi.from_buffer(part)
+                self._libf.wgpuQueueWriteBuffer(self._handle, buffer._internal, offset + start, data, part.size)
 
     def download(self, region: Region) -> Array:
         """The bytes of a region; waits for what was submitted."""
@@ -127,8 +111,8 @@ class Queue:
         if self._readback is None or self._readback.size < region.nbytes:
             self._readback = self.readable(region.nbytes)
         with self._errors("record commands"):
-            encoder = self._device.create_command_encoder()
-            copy(encoder, region, self._readback)
+            encoder = self.encoder()
+            encoder.copy(region, self._readback)
             recorded = encoder.finish()
         self.submit(recorded)
         return self.read(self._readback, region.nbytes)
@@ -143,27 +127,35 @@ class Queue:
 
     def fetch(self, region: Region) -> Fetch:
         """Ask for the bytes of a region as what was submitted so far leaves them; `take` hands them out."""
-        if not region.nbytes:
-            return Fetch(region, None)
-        spare = self._spare.get(region.nbytes)
-        fetch = Fetch(region, spare.pop() if spare else self.readable(region.nbytes))
-        self._fetches.append(fetch)
+        fetch = self._landings[-1].place(region) if self._landings else None
+        if fetch is None:
+            size = max(SHARED, region.nbytes)
+            spare = self._spare.get(size)
+            self._landings.append(Landing(spare.pop() if spare else self.readable(size), size))
+            fetch = self._landings[-1].place(region)
+            assert fetch is not None
+        if region.nbytes:
+            self._fetches.append(fetch)
         return fetch
 
     def take(self, fetch: Fetch) -> Array:
         """Wait for what was submitted before the fetch; then its bytes. Once only. Raises DeviceError when they were never
         copied, because submitting failed."""
-        if not fetch.region.nbytes:
+        nbytes, landing = fetch.region.nbytes, fetch.landing
+        if landing.data is None and nbytes:
+            if landing.submission is None or self._waiting:
+                self.flush()
+            if landing.submission is None:
+                raise DeviceError(f"the GPU {self._name} did not run what was to be read", hint="run it again")
+            landing.data = self.read(landing.target, landing.used, landing.submission)
+        landing.left -= 1
+        if landing.data is None:
             return np.empty(0, np.uint8)
-        if fetch.submission is None or self._waiting:
-            self.flush()
-        if fetch.submission is None:
-            raise DeviceError(f"the GPU {self._name} did not run what was to be read", hint="run it again")
-        data = self.read(fetch.target, fetch.region.nbytes, fetch.submission)
-        spare = self._spare.setdefault(fetch.region.nbytes, [])
-        if len(spare) < MAX_SPARE:
-            spare.append(fetch.target)
-        return data
+        if not landing.left:
+            spare = self._spare.setdefault(landing.size, [])
+            if len(spare) < MAX_SPARE:
+                spare.append(landing.target)
+        return landing.data[fetch.at : fetch.at + nbytes]
 
     def _record_copies(self) -> None:
         """The copies of what was fetched, before anything that may change it."""
@@ -171,11 +163,10 @@ class Queue:
             return
         fetches, self._fetches = self._fetches, []
         with self._errors("record commands"):
-            encoder = self._device.create_command_encoder()
+            encoder = self.encoder()
             for fetch in fetches:
-                copy(encoder, fetch.region, fetch.target)
+                encoder.copy(fetch.region, fetch.landing.target, fetch.at)
             self._waiting.append(encoder.finish())
-        self._copied += fetches
 
     def read(self, buffer: Any, nbytes: int, submission: int | None = None) -> Array:
         """Wait for everything that was submitted, or up to this submission; then the first bytes of a buffer made by
@@ -212,9 +203,3 @@ class Queue:
         info.mode = lib.WGPUCallbackMode_AllowProcessEvents
         info.callback = mapped
         return info[0]
-
-
-def copy(encoder: Any, region: Region, target: Any) -> None:
-    """Encode a copy of a region to the start of a buffer."""
-    nbytes = -(-region.nbytes // 4) * 4
-    encoder.copy_buffer_to_buffer(region.buffer, region.offset, target, 0, nbytes)

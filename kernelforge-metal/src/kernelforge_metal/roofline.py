@@ -9,8 +9,8 @@ import numpy as np
 from kernelforge.roofline import Peaks, Roofline
 from kernelforge_metal import wgsl
 from kernelforge_metal.device import GpuDevice
-from kernelforge_metal.native import Command
-from kernelforge_metal.queue import Region
+from kernelforge_metal.encoder import Region
+from kernelforge_metal.recorder import Command
 from kernelforge_metal.timing import measure as timed
 
 if TYPE_CHECKING:

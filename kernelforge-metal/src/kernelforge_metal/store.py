@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kernelforge.constant import Constant, evaluate
-from kernelforge_metal.queue import Region
+from kernelforge_metal.encoder import Region
 
 if TYPE_CHECKING:
     from kernelforge.backend import TensorSource

@@ -19,7 +19,8 @@ from kernelforge.errors import DeviceError
 from kernelforge_metal.native import MAX_QUERIES
 
 if TYPE_CHECKING:
-    from kernelforge_metal.native import Command, Gpu
+    from kernelforge_metal.native import Gpu
+    from kernelforge_metal.recorder import Command
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -52,7 +53,7 @@ def measure(gpu: Gpu, commands: Sequence[Command], uniforms: Any, repeats: int) 
             return Timing(tuple(samples), "timestamp-query")
 
     def batch(n: int) -> None:
-        encoder = gpu.encoder()
+        encoder = gpu.queue.encoder()
         for _ in range(n):
             gpu.encode(encoder, commands, uniforms)
         gpu.queue.submit(gpu.finish(encoder))
@@ -63,7 +64,7 @@ def measure(gpu: Gpu, commands: Sequence[Command], uniforms: Any, repeats: int) 
 
 def stamped(gpu: Gpu, passes: Sequence[Sequence[Command]], uniforms: Any) -> tuple[Array, float]:
     """Run compute passes one after the other: their start and end times in seconds [n, 2], and the wall clock's seconds."""
-    encoder = gpu.encoder()
+    encoder = gpu.queue.encoder()
     for i, commands in enumerate(passes):
         gpu.encode(encoder, commands, uniforms, (2 * i, 2 * i + 1))
     gpu.resolve(encoder, 2 * len(passes))

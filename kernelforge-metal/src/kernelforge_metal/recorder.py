@@ -1,0 +1,199 @@
+"""Dispatches on their way into a compute pass.
+
+A call from Python to wgpu costs more than what wgpu then does. A stream that is recorded over and over, as a decoder's steps are,
+is therefore written down as numbers that a compiled loop walks over: one call for all its dispatches.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kernelforge.errors import KernelForgeWarning
+
+if TYPE_CHECKING:
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+OFTEN = 32
+"""Recordings of a stream after which the loop is compiled: that takes as long as it saves in some hundreds of them."""
+
+FIELDS = 8
+"""Of a dispatch in the loop's numbers: pipeline (0 where it stays) and bind group, x and y in one, z, the address and bytes of
+its parameters, their offset in the uniform buffer, and one that fills a cache line."""
+
+
+@dataclass
+class Command:
+    """One dispatch, ready to be encoded: C handles, and what they refer to."""
+
+    pipeline: Any
+    group: Any
+    grid: tuple[int, int, int]
+    parameters: Any
+    """Pointer to the words of its parameters, or NULL."""
+    nbytes: int
+    """Of its parameters."""
+    offset: int
+    """Of its parameters in the uniform buffer, on devices without immediates."""
+    keep: Any
+    """The objects behind the handles."""
+
+
+@dataclass
+class Stream:
+    """Dispatches that are recorded together, and again."""
+
+    commands: list[Command]
+    times: int = 0
+    """They were recorded."""
+    numbers: Array | None = field(default=None, repr=False)
+    """What the loop walks over, int64 [dispatches, FIELDS]."""
+
+    def changed(self) -> None:
+        """Commands are others than before, or their grids."""
+        self.times, self.numbers = 0, None
+
+
+class Recorder:
+    """Encodes dispatches for one device."""
+
+    def __init__(self) -> None:
+        from wgpu.backends.wgpu_native import _api, ffi, lib
+
+        self.ffi, self.lib, self.libf = ffi, lib, _api.libf
+        """wgpu's C functions; those of `libf` raise what goes wrong."""
+        self._loop: Any = None
+        self._engine: Any = None  # keeps the loop's code
+        self._refused = False
+
+    def encode(self, handle: Any, commands: Sequence[Command] | Stream, uniforms: Any) -> None:
+        """Into the compute pass of a C handle. `uniforms`: the C handle of the bind group of parameters, on devices without
+        immediates, else None."""
+        if not isinstance(commands, Stream):
+            self._encode_each(handle, commands, uniforms)
+            return
+        commands.times += 1
+        if commands.times <= OFTEN or not self._compiled():
+            self._encode_each(handle, commands.commands, uniforms)
+            return
+        if commands.numbers is None:
+            commands.numbers = self._numbers(commands.commands)
+        cast, null = self.ffi.cast, self.ffi.NULL
+        numbers = cast("void *", commands.numbers.ctypes.data)
+        self._loop(handle, null if uniforms is None else uniforms, numbers, len(commands.numbers))
+
+    def _encode_each(self, handle: Any, commands: Sequence[Command], uniforms: Any) -> None:
+        lib, ffi = self.lib, self.ffi
+        set_pipeline, set_group = lib.wgpuComputePassEncoderSetPipeline, lib.wgpuComputePassEncoderSetBindGroup
+        set_words, dispatch = lib.wgpuComputePassEncoderSetImmediates, lib.wgpuComputePassEncoderDispatchWorkgroups
+        null, current = ffi.NULL, None
+        for c in commands:
+            if c.pipeline is not current:
+                current = c.pipeline
+                set_pipeline(handle, current)
+            set_group(handle, 0, c.group, 0, null)
+            if c.nbytes:
+                if uniforms is None:
+                    set_words(handle, 0, c.parameters, c.nbytes)
+                else:
+                    set_group(handle, 1, uniforms, 1, ffi.new("uint32_t[]", [c.offset]))
+            dispatch(handle, *c.grid)
+
+    def _numbers(self, commands: Sequence[Command]) -> Array:
+        def address(pointer: Any) -> int:
+            return 0 if pointer is None else int(self.ffi.cast("intptr_t", pointer))
+
+        found = np.zeros((len(commands), FIELDS), np.int64)
+        current = None
+        for row, c in zip(found, commands, strict=True):
+            x, y, z = c.grid
+            pipeline = None if c.pipeline is current else c.pipeline
+            parameters = address(c.parameters), c.nbytes, c.offset
+            row[:7] = address(pipeline), address(c.group), x | y << 32, z, *parameters
+            current = c.pipeline
+        return found
+
+    def _compiled(self) -> bool:
+        """Whether there is a loop; compiles it at the first call."""
+        if self._loop is None and not self._refused:
+            try:
+                self._engine = _compile(self._text())
+            except Exception as error:
+                self._refused = True
+                text = f"the loop that records the GPU's work cannot be compiled: Python records it, slower: {error}"
+                warnings.warn(KernelForgeWarning(text), stacklevel=2)
+                return False
+            made = self._engine.get_function_address("record")
+            self._loop = self.ffi.cast("void (*)(void *, void *, void *, int64_t)", made)
+        return self._loop is not None
+
+    def _text(self) -> str:
+        """The loop in LLVM IR."""
+        names = ("SetPipeline", "SetBindGroup", "SetImmediates", "DispatchWorkgroups")
+        pipeline, group, words, dispatch = (
+            f"inttoptr (i64 {int(self.ffi.cast('intptr_t', getattr(self.lib, f'wgpuComputePassEncoder{name}')))} to ptr)"
+            for name in names
+        )
+        loads = "\n  ".join(
+            f"%at{i} = getelementptr i64, ptr %row, i64 {i}\n  %f{i} = load i64, ptr %at{i}" for i in range(FIELDS - 1)
+        )
+        return f"""
+define void @record(ptr %pass, ptr %uniforms, ptr %rows, i64 %count) {{
+entry:
+  %immediate = icmp eq ptr %uniforms, null
+  br label %head
+head:
+  %i = phi i64 [ 0, %entry ], [ %next, %done ]
+  %more = icmp slt i64 %i, %count
+  br i1 %more, label %body, label %end
+body:
+  %row = getelementptr [{FIELDS} x i64], ptr %rows, i64 %i
+  {loads}
+  %pipeline = inttoptr i64 %f0 to ptr
+  %group = inttoptr i64 %f1 to ptr
+  %words = inttoptr i64 %f4 to ptr
+  %x = trunc i64 %f2 to i32
+  %high = lshr i64 %f2, 32
+  %y = trunc i64 %high to i32
+  %z = trunc i64 %f3 to i32
+  %stays = icmp eq i64 %f0, 0
+  br i1 %stays, label %bind, label %switch
+switch:
+  call void {pipeline}(ptr %pass, ptr %pipeline)
+  br label %bind
+bind:
+  call void {group}(ptr %pass, i32 0, ptr %group, i64 0, ptr null)
+  %none = icmp eq i64 %f5, 0
+  br i1 %none, label %done, label %parameters
+parameters:
+  br i1 %immediate, label %inline, label %uniform
+inline:
+  call void {words}(ptr %pass, i32 0, ptr %words, i64 %f5)
+  br label %done
+uniform:
+  call void {group}(ptr %pass, i32 1, ptr %uniforms, i64 1, ptr %at6)
+  br label %done
+done:
+  call void {dispatch}(ptr %pass, i32 %x, i32 %y, i32 %z)
+  %next = add i64 %i, 1
+  br label %head
+end:
+  ret void
+}}
+"""
+
+
+def _compile(text: str) -> Any:
+    """An engine with the functions of this IR."""
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine(opt=2)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(text), machine)
+    engine.finalize_object()
+    return engine
