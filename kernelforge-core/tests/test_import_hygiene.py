@@ -10,12 +10,25 @@ from pathlib import Path
 import pytest
 from child_time import child_seconds
 
-HEAVY = ("torch_mlir", "numpy", "ml_dtypes", "numba", "llvmlite", "wgpu", "tokenizers", "safetensors", "rich", "typer")
+HEAVY = (
+    "torch_mlir",
+    "numpy",
+    "ml_dtypes",
+    "numba",
+    "llvmlite",
+    "wgpu",
+    "tokenizers",
+    "safetensors",
+    "rich",
+    "typer",
+    "pydantic",
+)
 
 
 def loaded_by(code: str) -> set[str]:
     """The heavy packages that a fresh process has loaded after `code`."""
-    report = f"{code}\nimport sys\nsys.stderr.write(' '.join(m for m in {HEAVY!r} if m in sys.modules))"
+    looked_at = (*HEAVY, "importlib.metadata")
+    report = f"{code}\nimport sys\nsys.stderr.write(' '.join(m for m in {looked_at!r} if m in sys.modules))"
     ran = subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, check=True)
     return set(ran.stderr.split())
 

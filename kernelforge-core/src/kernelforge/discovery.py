@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 import sys
 import time
@@ -10,8 +9,10 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from kernelforge import __version__
+from kernelforge import __version__, distributions
+from kernelforge.distributions import UNKNOWN
 from kernelforge.errors import KernelForgeWarning, PluginError
 from kernelforge.hookspecs import GROUP
 from kernelforge.interruption import own_interruptions
@@ -19,13 +20,14 @@ from kernelforge.provenance import Provenance
 from kernelforge.quarantine import Quarantine
 from kernelforge.registry import State
 
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
 CORE = "core"
 """Entry-point name of the plugin with core's own descriptors: loaded first, and never left out."""
 
 GIVEN = "given as an object"
 """Instead of a distribution, of a plugin that was not installed."""
-
-UNKNOWN = "unknown distribution"
 
 QUICK_S = 2.0
 """An import that is interrupted sooner than this is not taken for one that does not end."""
@@ -124,9 +126,9 @@ class Candidate:
             self.quarantine.keep(getattr(sys.modules.get(self.module), "__file__", None) or "")
 
 
-def installed_plugins(entry_points: Iterable[importlib.metadata.EntryPoint] | None) -> list[Candidate]:
+def installed_plugins(given: Iterable[EntryPoint] | None) -> list[Candidate]:
     """The entry points given, or those of the environment: core first, then in name order."""
-    found = _environment() if entry_points is None else entry_points
+    found = distributions.entry_points(GROUP) if given is None else map(_with_header, given)
     return sorted(map(_candidate, found), key=lambda c: (c.name != CORE, c.name, c.distribution))
 
 
@@ -136,51 +138,16 @@ def plugin_object(plugin: object) -> Candidate:
     return Candidate(name, GIVEN, "", load=lambda: plugin, installed=False)
 
 
-def _environment() -> Iterable[importlib.metadata.EntryPoint]:
-    try:
-        return importlib.metadata.entry_points(group=GROUP)
-    except Exception:
-        # One unreadable file of any distribution fails the whole query: ask each distribution for its own.
-        return list(_readable())
+def _with_header(given: EntryPoint) -> distributions.EntryPoint:
+    told = {} if given.dist is None else distributions.header(given.dist)
+    return distributions.EntryPoint(given.name, given.value, told)
 
 
-def _readable() -> Iterator[importlib.metadata.EntryPoint]:
-    seen: set[str] = set()
-    for dist in importlib.metadata.distributions():
-        name = _header(dist).get("Name", [UNKNOWN])[0]
-        try:
-            found = dist.entry_points
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            warnings.warn(KernelForgeWarning(f"the entry points of {name} cannot be read: {reason}"), stacklevel=2)
-            continue
-        if name not in seen:
-            seen.add(name)
-            yield from found.select(group=GROUP)
-
-
-def _candidate(entry_point: importlib.metadata.EntryPoint) -> Candidate:
-    dist = entry_point.dist
-    if dist is None:
-        return Candidate(entry_point.name, UNKNOWN, "", entry_point.load, module=entry_point.module)
-    told = _header(dist)
+def _candidate(entry_point: distributions.EntryPoint) -> Candidate:
+    told = entry_point.header
     name, version = told.get("Name", [UNKNOWN])[0], told.get("Version", [""])[0]
     required = told.get("Requires-Dist", ())
     return Candidate(entry_point.name, name, version, entry_point.load, required, entry_point.module)
-
-
-def _header(dist: importlib.metadata.Distribution) -> dict[str, list[str]]:
-    """The fields of METADATA, which a damaged distribution may lack.
-
-    `dist.metadata` would parse the whole file as an e-mail, again for each attribute: half of the loader's time.
-    """
-    fields: dict[str, list[str]] = {}
-    for line in (dist.read_text("METADATA") or dist.read_text("PKG-INFO") or "").splitlines():
-        if not line:
-            break
-        name, _, value = line.partition(":")
-        fields.setdefault(name, []).append(value.strip())
-    return fields
 
 
 def _check_core_range(requirement: str) -> None:

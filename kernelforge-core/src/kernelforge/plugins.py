@@ -16,9 +16,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import cache, partial
 from importlib import import_module
-from importlib.metadata import EntryPoint
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
@@ -33,6 +32,9 @@ from kernelforge.hookspecs import GROUP
 from kernelforge.provenance import Provenance
 from kernelforge.registry import PluginStatus, Registry, State, command_key, did_you_mean
 from kernelforge.variant import KernelVariant
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 T = TypeVar("T")
 

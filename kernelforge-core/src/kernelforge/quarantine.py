@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -68,6 +67,8 @@ class Quarantine:
 
     def begin(self) -> None:
         """Leave the marker: code of the plugin is about to run. Nothing is left where the folder cannot be written."""
+        import socket  # only a plugin that is new here needs it
+
         trace = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": time.time()})
         with contextlib.suppress(OSError):
             write_atomic(self._marker, trace)
@@ -90,6 +91,8 @@ def _stamp(file: str) -> str:
 
 def _alive(pid: int, host: str) -> bool:
     """Whether another process of this machine, still there, wrote the marker."""
+    import socket
+
     if host != socket.gethostname() or pid == os.getpid():
         return False
     import psutil

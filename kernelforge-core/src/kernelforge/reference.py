@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,12 +13,12 @@ from kernelforge.backend import Buffer, Catalog, TensorSource, Timing
 from kernelforge.constant import evaluate
 from kernelforge.dtype import from_numpy, to_numpy
 from kernelforge.errors import UsageError
-from kernelforge.explanation import Explanation, explain_plan
 from kernelforge.op import OpDef
 from kernelforge.problem import Problem, TensorType
 from kernelforge.variant import Config, DeviceInfo, KernelVariant
 
 if TYPE_CHECKING:
+    from kernelforge.explanation import Explanation
     from kernelforge.plan import Plan, Step
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -214,6 +213,11 @@ class ReferenceExecutable:
         return Timing(tuple(samples), "host-clock")
 
     def explain(self, inputs: Mapping[str, Array | Buffer] | None = None, *, repeats: int = 9) -> Explanation:
+        # What it takes costs every start that explains nothing.
+        from statistics import median
+
+        from kernelforge.explanation import explain_plan
+
         if inputs is None:
             return explain_plan(self._plan, self._catalog)
         memory, dims = self._memory(inputs)

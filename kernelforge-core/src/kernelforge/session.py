@@ -9,14 +9,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 from kernelforge.constant import ArraySource, Named
 from kernelforge.errors import UsageError
-from kernelforge.layouts import share_layouts
-from kernelforge.module import Function, Module
 from kernelforge.passes import DEFAULT, Pipeline
 from kernelforge.plan import Plan, Step, Value
 from kernelforge.plan_cache import cached_plan, code_stamp, keep_plan, plan_key
-from kernelforge.planning import make_plan
 from kernelforge.problem import Problem, TensorType
-from kernelforge.roofline import Roofline, device_roofline
 from kernelforge.selection import Lookup, Selection, select
 from kernelforge.tune.records import RecordStore
 
@@ -24,7 +20,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from kernelforge.backend import Device, Executable, TensorSource
+    from kernelforge.module import Function, Module
     from kernelforge.registry import Registry
+    from kernelforge.roofline import Roofline
     from kernelforge.variant import Config
 
     Array = np.ndarray[Any, np.dtype[Any]]
@@ -81,6 +79,8 @@ class Session:
 
     def roofline(self, *, again: bool = False) -> Roofline | None:
         """What the device can do at most; see `kernelforge.roofline.device_roofline`."""
+        from kernelforge.roofline import device_roofline
+
         return device_roofline(self.device, self.registry, again=again)
 
     def select(self, problem: Problem) -> Selection:
@@ -109,6 +109,8 @@ class Session:
 
     def lower(self, module: str | Module) -> Module:
         """Parse `module` if it is text, and run the pass pipeline over it."""
+        from kernelforge.module import Module
+
         parsed = Module.parse(module, self.registry) if isinstance(module, str) else module
         return self.pipeline.run(parsed)
 
@@ -133,6 +135,9 @@ class Session:
         key = self._plan_key(module, dims, max_dims) if isinstance(module, str) else None
         if key is not None and (kept := cached_plan(key)) is not None:
             return kept
+        from kernelforge.layouts import share_layouts  # a start that finds its plans needs neither
+        from kernelforge.planning import make_plan
+
         function = self._function(module)
         plan = make_plan(
             function,

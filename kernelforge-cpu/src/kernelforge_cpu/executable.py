@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from numpy.lib.stride_tricks import as_strided
 
 from kernelforge.backend import Buffer, Timing
 from kernelforge.dtype import to_numpy
-from kernelforge.explanation import Explanation, explain_plan
 from kernelforge.reference import HostBuffer, bind_inputs, check_out, output_array
 from kernelforge_cpu.driver import StepTable
 from kernelforge_cpu.kernel import NativeKernel, PythonKernel
@@ -25,6 +23,7 @@ from kernelforge_cpu.store import ALIGNMENT, address, aligned_empty, quick_addre
 
 if TYPE_CHECKING:
     from kernelforge.backend import Catalog
+    from kernelforge.explanation import Explanation
     from kernelforge.plan import Plan
     from kernelforge_cpu.jit import Library
     from kernelforge_cpu.team import Team
@@ -261,6 +260,11 @@ class CpuExecutable:
         return Timing(tuple(self._timed(call) / inner for _ in range(repeats)), "host-clock")
 
     def explain(self, inputs: Mapping[str, Array | Buffer] | None = None, *, repeats: int = 9) -> Explanation:
+        # What it takes costs every start that explains nothing.
+        from statistics import median
+
+        from kernelforge.explanation import explain_plan
+
         if inputs is None:
             return explain_plan(self._plan, self._catalog)
         memory, _ = self._bind(inputs, None)

@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from kernelforge import home
+from kernelforge.distributions import version
 from kernelforge.errors import KernelForgeWarning, UsageError
 from kernelforge.plan_cache import cached_text, keep_text
 from kernelforge_cpu import jit
@@ -137,15 +138,8 @@ def key(text: str, target: CpuTarget) -> str:
 @cache
 def toolchain() -> tuple[str, ...]:
     """Versions of what turns text into code."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    def of(distribution: str) -> str:
-        try:
-            return f"{distribution} {version(distribution)}"
-        except PackageNotFoundError:
-            return distribution
-
-    return of("torch-mlir"), of("llvmlite")
+    torch_mlir, llvmlite = (f"{name} {version(name)}".rstrip() for name in ("torch-mlir", "llvmlite"))
+    return torch_mlir, llvmlite
 
 
 def max_bytes() -> int:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from functools import cached_property
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from kernelforge.backend import Buffer, Executable, Timing
 from kernelforge.errors import AssetError, KernelForgeWarning, UsageError
-from kernelforge.explanation import Explanation
 from kernelforge.importer import Program
 from kernelforge.session import Session
 from kernelforge.variant import ASYNCHRONOUS
@@ -29,6 +28,9 @@ from kernelforge_llm.sampling import RandomSampler, Sampler, greedy
 from kernelforge_llm.source import Source, open_source
 from kernelforge_llm.stream import StopStrings, TextStream
 from kernelforge_llm.weights import ActivationFormat, WeightFormat
+
+if TYPE_CHECKING:
+    from kernelforge.explanation import Explanation
 
 Logits = NDArray[np.float32]
 

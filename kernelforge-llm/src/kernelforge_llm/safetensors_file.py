@@ -54,11 +54,14 @@ class TensorEntry:
     @property
     def dtype(self) -> np.dtype[Any]:
         """The numpy dtype; bfloat16 and the 8-bit floats are those of ml_dtypes."""
-        import ml_dtypes
         import numpy as np
 
         name = _DTYPES[self.dtype_code][0]
-        return np.dtype(getattr(ml_dtypes, name, name))
+        if not hasattr(np, name):
+            import ml_dtypes
+
+            name = getattr(ml_dtypes, name)
+        return np.dtype(name)
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
