@@ -35,11 +35,15 @@ class Distribution(Protocol):
 class InfoFolder:
     """A distribution that an installer left as a folder."""
 
-    path: Path
+    path: str
 
     def read_text(self, filename: str, /) -> str | None:
-        with suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError):
-            return (self.path / filename).read_text(encoding="utf-8")
+        # Most distributions have no entry points: a Path for each costs more than all that is read.
+        with (
+            suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError),
+            open(f"{self.path}{os.sep}{filename}", encoding="utf-8") as file,  # noqa: PTH123
+        ):
+            return file.read()
         return None
 
 
@@ -115,22 +119,22 @@ def _distributions() -> Iterator[tuple[str, Distribution]]:
         return
     for folder in sys.path:
         try:
-            names = [entry.name for entry in os.scandir(folder or ".")]
+            names = [entry.name for entry in os.scandir(folder or os.curdir)]
         except NotADirectoryError:
             yield from _others([folder])
         except OSError:
             continue
         else:
-            yield from _in_folder(Path(folder), names)
+            yield from _in_folder(folder or os.curdir, names)
 
 
-def _in_folder(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Distribution]]:
+def _in_folder(folder: str, names: Iterable[str]) -> Iterator[tuple[str, Distribution]]:
     for name in names:
         lower = name.lower()
         if lower.endswith((".dist-info", ".egg-info")):
-            yield _name_in(name), InfoFolder(folder / name)
-        elif lower == "egg-info" and folder.suffix.lower() == ".egg":
-            yield _name_in(folder.name), InfoFolder(folder / name)
+            yield _name_in(name), InfoFolder(f"{folder}{os.sep}{name}")
+        elif lower == "egg-info" and folder.lower().endswith(".egg"):
+            yield _name_in(Path(folder).name), InfoFolder(f"{folder}{os.sep}{name}")
 
 
 def _name_in(file_name: str) -> str:

@@ -46,6 +46,7 @@ from typing import TYPE_CHECKING, Literal
 from kernelforge.errors import PluginError
 from kernelforge.lazy import Ref, resolve
 from kernelforge.variant import ConfigSpace, KernelVariant, Reject, accept_all
+from kernelforge_metal.dtypes import DTYPES
 
 if TYPE_CHECKING:
     from kernelforge.op import OpDef
@@ -78,8 +79,6 @@ def kernel(
 
     Raises PluginError for a dtype that shaders cannot load.
     """
-    from kernelforge_metal.kernels.tensors import DTYPES
-
     if unknown := set(dtypes) - set(DTYPES):
         raise PluginError(f"GPU kernels take {', '.join(DTYPES)}, not {', '.join(sorted(unknown))}")
     fixed = dict(attrs or {})

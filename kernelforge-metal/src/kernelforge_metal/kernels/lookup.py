@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from kernelforge.variant import Accept, Reject
 from kernelforge_metal import wgsl
+from kernelforge_metal.dtypes import DTYPES
 from kernelforge_metal.kernel import Binding, Dispatch, GpuKernel
 from kernelforge_metal.kernels.rows import Rows
-from kernelforge_metal.kernels.tensors import DTYPES, count, dim_text, product_text, takes, tensor
+from kernelforge_metal.kernels.tensors import count, dim_text, product_text, takes, tensor
 
 if TYPE_CHECKING:
     from kernelforge.problem import Problem

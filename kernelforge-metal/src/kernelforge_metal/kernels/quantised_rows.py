@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from kernelforge.variant import Accept, Reject
 from kernelforge_metal import wgsl
+from kernelforge_metal.dtypes import DTYPES
 from kernelforge_metal.kernel import Dispatch, GpuKernel
 from kernelforge_metal.kernels.matmul.weights import Quads, pieces
-from kernelforge_metal.kernels.tensors import DTYPES, count, product_text, tensor
+from kernelforge_metal.kernels.tensors import count, product_text, tensor
 
 if TYPE_CHECKING:
     from kernelforge.problem import Problem

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING
 from kernelforge.problem import Dim, Problem, TensorType
 from kernelforge.variant import Accept, Reject
 from kernelforge_metal import wgsl
+from kernelforge_metal.dtypes import DTYPES
 from kernelforge_metal.kernel import Binding, Size, is_value
 
 if TYPE_CHECKING:
     from kernelforge.variant import DeviceInfo, Verdict
-
-DTYPES = ("f32", "f16", "bf16", "i32")
-"""What shaders load and store; f16 without the feature, and bf16, as halves of words."""
 
 
 @dataclass(frozen=True)
