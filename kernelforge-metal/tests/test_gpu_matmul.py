@@ -261,13 +261,24 @@ def info(*features: str, **limits: int) -> DeviceInfo:
     return DeviceInfo("gpu", "null", "null", frozenset(features), tuple(sorted(named.items())))
 
 
+EVERYTHING = info(
+    "subgroup",
+    "shader-f16",
+    "dot4",
+    "cooperative-matrix",
+    max_compute_workgroup_storage_size=49152,
+    cooperative_matrix_f32_8=0,
+    cooperative_matrix_f16_16=0,
+)
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.op.partition('.')[2]}-{v.name}")
 def test_shaders_of_all_samples_are_written(variant: KernelVariant) -> None:
     """With shapes of real models; the default is legal, on devices with everything and with nothing."""
     op = next(op for op in OPS if op.full_name == variant.op)
     taken, step = 0, 1 if "integer" in variant.name else 5  # few are quantised
     for problem in list(op.samples(random.Random(2)))[::step]:
-        for device in (info("subgroup", "shader-f16", "dot4", max_compute_workgroup_storage_size=49152), info("dot4")):
+        for device in (EVERYTHING, info("dot4")):
             verdict = variant.judge(problem, device)
             if isinstance(verdict, Reject):
                 assert verdict.reason

@@ -66,6 +66,8 @@ class DeviceInfo:
     limits: tuple[tuple[str, int], ...] = ()
     """Sorted (name, value) pairs: "l2_bytes", "vector_bytes", "max_workgroup_storage"."""
     threads: int = 1
+    missing: tuple[tuple[str, str], ...] = ()
+    """(ability, reason) of those that users may expect and that cannot be used: the reasons are told by `why` and `doctor`."""
 
     def limit(self, name: str, default: int = 0) -> int:
         return dict(self.limits).get(name, default)

@@ -27,7 +27,13 @@ DOT4 = "dot4"
 not tell where it is one instruction: Vulkan and DirectX 12 have one, which GPUs of the last ten years carry out as such; Metal
 has none."""
 
-FEATURES = ("shader-f16", "subgroup", "timestamp-query", "immediates")
+COOPERATIVE = "cooperative-matrix"
+"""The feature of adapters that multiply small matrices by a subgroup (`kernelforge_metal.cooperative`)."""
+
+EXPERIMENTAL = frozenset({COOPERATIVE})
+"""Features that wgpu may list and yet refuse."""
+
+FEATURES = ("shader-f16", "subgroup", "timestamp-query", "immediates", COOPERATIVE)
 """The abilities that kernels may ask for."""
 
 LIMITS = (
@@ -59,7 +65,8 @@ class Adapter:
 
     @property
     def info(self) -> DeviceInfo:
-        """For selection: the features, "software" of a software adapter, and "dot4" of those that are not used through Metal."""
+        """For selection: the features, less those that only an opened device can tell, "software" of a software adapter, and
+        "dot4" of those that are not used through Metal."""
         told = {ASYNCHRONOUS}
         if self.kind == SOFTWARE:
             told.add(SOFTWARE)
@@ -69,7 +76,7 @@ class Adapter:
             target="gpu",
             name=self.name,
             fingerprint=f"gpu/{self.api}/{self.ids[0]:04x}:{self.ids[1]:04x}/{self.name}/{self.driver}",
-            features=self.features | told,
+            features=self.features - EXPERIMENTAL | told,
             limits=self.limits,
         )
 

@@ -38,6 +38,7 @@ class GpuBackend:
     def open(self, device: str | None = None, *, threads: int | None = None) -> GpuDevice:
         """Open an adapter by name or a part of it: the given one, else that of KERNELFORGE_GPU, else the first, hardware before
         software. Raises UsageError for a name that no adapter has, or that several have; DeviceError when there is none."""
+        from kernelforge_metal.cooperative import examine
         from kernelforge_metal.device import GpuDevice
         from kernelforge_metal.native import Gpu
 
@@ -47,7 +48,7 @@ class GpuBackend:
         if adapter.kind == SOFTWARE:
             text = f"{adapter.name} is a software GPU: it computes on the processor, slowly"
             warnings.warn(KernelForgeWarning(text), stacklevel=2)
-        return GpuDevice(replace(adapter, features=gpu.features).info, gpu)
+        return GpuDevice(examine(gpu, adapter), gpu)
 
 
 def choose(adapters: Sequence[Adapter], name: str | None) -> Adapter:

@@ -170,7 +170,7 @@ def shader(
     problem: Problem, kernel: GpuKernel, dispatch: Dispatch, *, immediates: bool, fixed: Sequence[int] | None = None
 ) -> str:
     """The whole text of a dispatch's shader. `fixed`: its parameters, which are then no parameters but constants."""
-    lines = ["enable f16;"] if "f16" in _elements(dispatch) or _uses_f16(dispatch.code) else []
+    lines = extensions(dispatch.code, _elements(dispatch))
     if names := parameter_names(problem, dispatch):
         fields = ", ".join(f"{name}: u32" for name in names)
         place = "var<immediate> p" if immediates else "@group(1) @binding(0) var<uniform> p"
@@ -182,6 +182,12 @@ def shader(
         access = "read" if is_read_only(problem, kernel, b.index) else "read_write"
         lines.append(f"@group(0) @binding({i}) var<storage, {access}> {b.name}: array<{b.element}>;")
     return "\n".join([*lines, dispatch.code])
+
+
+def extensions(code: str, elements: str = "") -> list[str]:
+    """The lines that a shader must begin with; `elements`: of its arrays."""
+    lines = ["enable f16;"] if "f16" in elements or _uses_f16(code) else []
+    return [*lines, *(["enable wgpu_cooperative_matrix;"] if "coop_mat" in code else [])]
 
 
 def _elements(dispatch: Dispatch) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import RLock
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kernelforge.errors import DeviceError
-from kernelforge_metal.adapters import FEATURES, Adapter, wgpu_adapter
+from kernelforge_metal.adapters import EXPERIMENTAL, FEATURES, Adapter, wgpu_adapter
 from kernelforge_metal.encoder import Encoder, Recorded, Region
 from kernelforge_metal.queue import Queue
 
@@ -54,7 +54,7 @@ class Gpu:
         self.lost = False
         self.name = adapter.name
         with self._errors("open the device"):
-            self.device = _request(wgpu_adapter(adapter), adapter.features)
+            self.device, self.refused = _request(wgpu_adapter(adapter), adapter.features)
         self.queue = Queue(self.device, self._errors, self.name)
         self.features = frozenset(f for f in FEATURES if f in self.device.features)
         self.immediates = "immediates" in self.features
@@ -63,6 +63,13 @@ class Gpu:
         self._pipelines: dict[tuple[str, tuple[bool, ...], int, bool], Pipeline] = {}
         self._layouts: dict[tuple[bool, ...], Any] = {}
         self._queries: Any = None
+
+    @property
+    def version(self) -> str:
+        """Of wgpu's library, which compiles the shaders."""
+        from wgpu.backends.wgpu_native import lib_version_info
+
+        return ".".join(map(str, lib_version_info))
 
     def limit(self, name: str) -> int:
         """One of the device's limits by wgpu's name."""
@@ -226,14 +233,22 @@ class Gpu:
         return self._ffi.cast("void *", words.ctypes.data)
 
 
-def _request(adapter: Any, wanted: Collection[str]) -> Any:
-    """A `wgpu.GPUDevice` with all of these features, or with those that can be had one by one."""
-    try:
-        return adapter.request_device_sync(required_features=sorted(wanted))
-    except Exception:
-        granted = []
-        for feature in sorted(wanted):
-            with suppress(Exception):
-                adapter.request_device_sync(required_features=[feature])
-                granted.append(feature)
-        return adapter.request_device_sync(required_features=granted)
+def _request(adapter: Any, wanted: Collection[str]) -> tuple[Any, dict[str, str]]:
+    """A `wgpu.GPUDevice` with all of these features, or with those that can be had one by one; and why it has not the others."""
+    refused: dict[str, str] = {}
+
+    def asked(features: Collection[str]) -> Any:
+        try:
+            return adapter.request_device_sync(required_features=sorted(features))
+        except Exception as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            refused.update(dict.fromkeys(features, lines[-1] if lines else type(error).__name__))
+            return None
+
+    if (device := asked(wanted)) is not None:
+        return device, {}
+    if EXPERIMENTAL & set(wanted) and (device := asked(set(wanted) - EXPERIMENTAL)) is not None:
+        return device, {name: refused[name] for name in EXPERIMENTAL & set(wanted)}
+    granted = {feature for feature in sorted(wanted) if asked([feature]) is not None}
+    device = adapter.request_device_sync(required_features=sorted(granted))
+    return device, {name: text for name, text in refused.items() if name not in granted}

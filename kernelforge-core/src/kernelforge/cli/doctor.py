@@ -114,6 +114,8 @@ def _devices(out: Output, targets: Sequence[str], problem: Any, *, again: bool) 
             threads = f"{info.threads} thread{'s' if info.threads != 1 else ''}"
             features = "".join(f" {feature}" for feature in sorted(info.features))
             out.print(f"device    {target}: {info.name}, {threads}" + (f",{features}" if features else ""))
+            for ability, reason in info.missing:
+                out.print(f"          without {ability}: {reason}")
             if roofline is not None:
                 out.print(f"          at most: {roofline}")
             found[target].append(
@@ -123,6 +125,7 @@ def _devices(out: Output, targets: Sequence[str], problem: Any, *, again: bool) 
                     "threads": info.threads,
                     "features": info.features,
                     "limits": dict(info.limits),
+                    "missing": dict(info.missing),
                     "roofline": None if roofline is None else roofline.as_data(),
                 }
             )

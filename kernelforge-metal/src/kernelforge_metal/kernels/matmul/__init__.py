@@ -23,6 +23,13 @@ _KINDS = (
     ),
     ("gemv", "gemv:build_gemv_subgroups", "gemv:takes_gemv_subgroups", "gemv:gemv", 30),
     ("gemv-shared", "gemv:build_gemv", "gemv:takes_gemv", "gemv:gemv_shared", 25),
+    (
+        "gemm-cooperative",
+        "gemm_cooperative:build_cooperative",
+        "gemm_cooperative:takes_cooperative",
+        "gemm_cooperative:cooperative",
+        22,
+    ),
     ("gemm", "gemm:build_gemm", "gemm:takes_gemm", "gemm:gemm", 20),
 )
 """Name, build, supports, family of configs, priority."""
@@ -30,11 +37,15 @@ _KINDS = (
 _NORMALISING = ("gemv-integer", "gemv-integer-shared", "gemv", "gemv-shared")
 """With more rows than these take, norm and product are run one after the other: `OpDef.parts`."""
 
+_SINGLE = ("gemm-cooperative",)
+"""With one right-hand side only."""
+
 _SUMMARIES = {
     "gemv-integer": "a few rows times quantised weights in integers, sums across subgroups",
     "gemv-integer-shared": "the same, sums in workgroup memory",
     "gemv": "a few rows; each weight is read once, sums across subgroups",
     "gemv-shared": "the same, sums in workgroup memory",
+    "gemm-cooperative": "tiles of the result, multiplied by cooperative matrices (tensor cores, simdgroup_matrix)",
     "gemm": "tiles of the result, their operands in workgroup memory",
 }
 
@@ -53,7 +64,7 @@ VARIANTS = (
         )
         for op in ("matmul", "glu_matmul", "rms_norm_matmul", "rms_norm_glu_matmul")
         for name, build, supports, family, priority in _KINDS
-        if not op.startswith("rms_norm") or name in _NORMALISING
+        if (not op.startswith("rms_norm") or name in _NORMALISING) and (op == "matmul" or name not in _SINGLE)
     ),
     *(
         KernelVariant(

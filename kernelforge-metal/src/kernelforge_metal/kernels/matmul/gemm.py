@@ -7,22 +7,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kernelforge.variant import Accept, ConfigSpace, Reject
-from kernelforge_metal.kernel import Binding, Dispatch, GpuKernel, Grid, Pack, Size, size_of
-from kernelforge_metal.kernels.matmul.common import start_of, takes_products
-from kernelforge_metal.kernels.matmul.geometry import Product, count_of, count_text, product_of
-from kernelforge_metal.kernels.matmul.numbers import Q8
-from kernelforge_metal.kernels.matmul.result import Result, stored_columns
-from kernelforge_metal.kernels.matmul.sources import Dense, Packed, Source
-from kernelforge_metal.kernels.matmul.tile import LEFT, Slab, Tile, sums
-from kernelforge_metal.kernels.matmul.weights import QUAD, Piece, Quads, Weights, pieces, weights_of
-from kernelforge_metal.wgsl import BF16, FLAT, IDS, fold
+from kernelforge_metal.kernels.matmul.common import takes_products
+from kernelforge_metal.kernels.matmul.geometry import product_of
+from kernelforge_metal.kernels.matmul.tile import Slab, Tile, sums
+from kernelforge_metal.kernels.matmul.tiled import Tiled, constant_weights
 
 if TYPE_CHECKING:
     from kernelforge.problem import Problem
     from kernelforge.variant import Config, DeviceInfo, Verdict
+    from kernelforge_metal.kernel import GpuKernel
+    from kernelforge_metal.kernels.matmul.result import Result
+    from kernelforge_metal.kernels.matmul.weights import Piece
 
-BAND = 8
-"""Columns of tiles whose rows of tiles are walked together: what they share of the weight stays in the cache."""
 MAX_SUMS = 128
 """Of a thread: more do not fit the registers."""
 NAMES = ("rows", "columns", "steps", "thread_rows", "thread_columns", "unroll", "prefetch")
@@ -107,116 +103,15 @@ def tile_of(c: Config) -> Tile:
 
 
 @dataclass(frozen=True)
-class Gemm:
-    """The text of a GEMM kernel."""
+class Gemm(Tiled):
+    """Sums in the registers of threads."""
 
-    product: Product
     tile: Tile
-    weights: Weights | None
-    """None: the right-hand side is no constant, or has batches."""
-    device: DeviceInfo
 
-    @property
-    def ragged(self) -> bool:
-        return self.product.inner % self.tile.steps != 0
-
-    @property
-    def left(self) -> Slab:
-        g = self.product
-        clamped = g.static_rows is None or g.static_rows % self.tile.rows != 0
-        source = Dense(
-            "x",
-            g.problem.operand(0).dtype,
-            self.device,
-            self._start(0, "x"),
-            "row0",
-            "(rows - 1u)" if clamped else None,
-            g.static_rows,
-            g.rows.lhs,
-            g.lhs_inner,
-            g.inner,
-            self.ragged,
-        )
-        return Slab(LEFT, self.tile, self.tile.rows, source)
-
-    def right(self, n: int, piece: Piece) -> Slab:
-        g = self.product
-        name, index = ("b", "g")[n], g.rhs[n]
-        clamped = not piece.whole or g.columns % self.tile.columns != 0
-        source: Source
-        if self.weights is not None:
-            last = "(columns - 1u)"
-            if isinstance(self.weights, Quads):
-                last = f"{(self.weights.quads if piece.whole else piece.columns // QUAD) - 1}u"
-            source = Packed(f"{name}_w", self.weights, last if clamped else None, self.ragged)
-        else:
-            source = Dense(
-                f"{name}_w",
-                g.problem.operand(index).dtype,
-                self.device,
-                self._start(index, f"{name}_w"),
-                "column0",
-                "(columns - 1u)" if clamped else None,
-                g.columns,
-                g.rhs_columns,
-                g.rhs_inner,
-                g.inner,
-                self.ragged,
-            )
-        return Slab(name, self.tile, self.tile.columns, source)
-
-    def _start(self, index: int, name: str) -> str:
-        start = start_of(self.product.problem, index, name)
-        for axis in self.product.batches:
-            start += f" + batch * {axis.lhs if index == 0 else axis.rhs}u"
-        return start
-
-    def bindings(self, left: Slab, rights: Sequence[Slab], piece: Piece, result: Result) -> list[Binding]:
-        found = [Binding(left.source.name, 0, left.source.element)]
-        for slab, index in zip(rights, self.product.rhs, strict=True):
-            name, element = slab.source.name, slab.source.element
-            if self.weights is None:
-                found.append(Binding(name, index, element))
-            else:
-                found += self.weights.bindings(name, index, piece, element)
-        return found + result.bindings
-
-    def dispatch(self, piece: Piece) -> Dispatch:
-        g, tile = self.product, self.tile
-        left, rights = self.left, [self.right(n, piece) for n in range(len(g.rhs))]
-        result = Result(g, self.device, stored_columns(g) or 1)
-        dtypes = {t.dtype for t in (*g.problem.operands, *g.problem.results) if t is not None}
-        columns = min(piece.columns, g.columns - piece.first)
-        across = -(-columns // tile.columns)
-        numbers: tuple[tuple[str, Size], ...] = ()
-        place = f"let first = 0u; let columns = {columns}u; let across = {across}u;"
-        if not piece.whole:
-            numbers = (("first", piece.first), ("columns", columns), ("across", across))
-            place = "let first = p.first; let columns = p.columns; let across = p.across;"
-        lines = [
-            IDS,
-            BF16 if "bf16" in dtypes else "",
-            Q8 if "q8" in dtypes else "",
-            *(slab.source.functions + slab.declaration for slab in (left, *rights)),
-            result.functions,
-            f"@compute @workgroup_size({tile.threads})",
-            "fn main(ids: Ids) {",
-            f"let t = ids.thread; let batch = ids.group.z; let rows = {count_text(g.rows, g.problem)};",
-            place,
-            f"let down = (rows + {tile.rows - 1}u) / {tile.rows}u;",
-            f"let number = {FLAT};",
-            "if (number >= down * across) { return; }",
-            f"let band = number / (down * {BAND}u); let within = number % (down * {BAND}u);",
-            f"let width = min({BAND}u, across - band * {BAND}u);",
-            f"let row0 = within / width * {tile.rows}u;",
-            f"let column0 = (band * {BAND}u + within % width) * {tile.columns}u;",
-            *tile.places,
-            *sums(tile, left, rights, -(-g.inner // tile.steps)),
-            *self.stores(result, len(rights), piece),
-            "}",
-        ]
-        bindings = tuple(self.bindings(left, rights, piece, result))
-        return Dispatch("\n".join(lines), bindings, self.workgroups(across), numbers)
+    def body(self, left: Slab, rights: Sequence[Slab], result: Result, piece: Piece) -> Iterator[str]:
+        yield from self.tile.places
+        yield from sums(self.tile, left, rights, -(-self.product.inner // self.tile.steps))
+        yield from self.stores(result, len(rights), piece)
 
     def stores(self, result: Result, count: int, piece: Piece) -> Iterator[str]:
         """Guarded where tiles may be cut off."""
@@ -242,25 +137,7 @@ class Gemm:
                 yield "}"
             yield "} }"
 
-    def workgroups(self, across: int) -> Grid:
-        """A workgroup for each tile, batches along z."""
-        g, tile = self.product, self.tile
-        rows, batches = count_of(g.rows, g.problem), [count_of(b, g.problem) for b in g.batches]
-
-        def counted(dims: Sequence[int]) -> tuple[int, int, int]:
-            x, y, _ = fold(-(-size_of(rows, dims) // tile.rows) * across)
-            return x, y, size_of(batches[0], dims) if batches else 1
-
-        return counted if g.problem.dims else counted(())
-
 
 def build_gemm(problem: Problem, config: Config, device: DeviceInfo) -> GpuKernel:
     g = product_of(problem)
-    rhs = problem.operand(g.rhs[0])
-    weights = weights_of(rhs.dtype, g.columns, g.inner) if rhs.constant and rhs.rank == 2 else None
-    kernel = Gemm(g, tile_of(config), weights, device)
-    parts = [Piece(0, g.columns, True)] if weights is None else pieces(weights, device)
-    packs: dict[int, Pack] = {}
-    if weights is not None and (pack := weights.packs(transposed=g.transpose_rhs)) is not None:
-        packs = dict.fromkeys(g.rhs, pack)
-    return GpuKernel(tuple(kernel.dispatch(piece) for piece in parts), packs)
+    return Gemm(g, tile_of(config), constant_weights(g), device).kernel()

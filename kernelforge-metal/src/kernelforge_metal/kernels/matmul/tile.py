@@ -14,13 +14,37 @@ LANES = 32
 
 
 @dataclass(frozen=True)
-class Tile:
-    """How a product is divided: `rows` x `columns` of the result for a workgroup, `thread_rows` x `thread_columns` for a
-    thread, `steps` of the inner dimension in workgroup memory at a time."""
+class Division:
+    """How a product is divided: `rows` x `columns` of the result for a workgroup, `steps` of the inner dimension in workgroup
+    memory at a time."""
 
     rows: int
     columns: int
     steps: int
+
+    @property
+    def threads(self) -> int:
+        """Of a workgroup."""
+        raise NotImplementedError
+
+    @property
+    def depth(self) -> int:
+        """Blocks of steps of a slab."""
+        return self.steps // BLOCK
+
+    def shares(self, extent: int) -> bool:
+        """Whether the blocks of that many rows or columns are the same number for every thread."""
+        return extent // BLOCK * self.depth % self.threads == 0
+
+    def stride(self, extent: int) -> int:
+        """Vectors from one step of a slab to the next."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Tile(Division):
+    """`thread_rows` x `thread_columns` of the result for a thread."""
+
     thread_rows: int
     thread_columns: int
     unroll: int
@@ -42,22 +66,13 @@ class Tile:
     def threads(self) -> int:
         return self.across * self.down
 
-    @property
-    def depth(self) -> int:
-        """Blocks of steps of a slab."""
-        return self.steps // BLOCK
-
-    def shares(self, extent: int) -> bool:
-        """Whether the blocks of that many rows or columns are the same number for every thread."""
-        return extent // BLOCK * self.depth % self.threads == 0
-
     def shared_bytes(self, rhs: int) -> int:
         """Of workgroup memory, with that many right-hand sides."""
         return 16 * self.steps * (self.stride(self.rows) + rhs * self.stride(self.columns))
 
     def stride(self, extent: int) -> int:
-        """Vectors from one step of a slab to the next. The padding lets the eight threads of one memory access, which store
-        the same step of `depth` blocks of steps and neighbouring rows, hit different banks."""
+        """See `Division`. The padding lets the eight threads of one memory access, which store the same step of `depth` blocks
+        of steps and neighbouring rows, hit different banks."""
         return extent // BLOCK + max(1, 8 // self.depth)
 
     @property
@@ -81,7 +96,7 @@ class Slab:
     """
 
     name: str
-    tile: Tile
+    tile: Division
     extent: int
     """Rows or columns of the tile."""
     source: Source
@@ -125,18 +140,6 @@ class Slab:
                 yield f"{self.name}_slab[{n}_at + {s * self.tile.depth * self.stride}u] = {value};"
             yield "}"
 
-    def read(self, step: int, vector: int) -> str:
-        """Vector `vector` of a thread's, in a step that is counted from `from_<name>` on."""
-        block, s = divmod(step, BLOCK)
-        threads = self.tile.down if self.name == LEFT else self.tile.across
-        row = s * self.tile.depth + block
-        return f"{self.name}_slab[from_{self.name} + {row * self.stride + vector * threads}u]"
-
-    def begin(self, block: str | None) -> str:
-        """Where a thread reads from block `block` of steps on."""
-        place = "ty" if self.name == LEFT else "tx"
-        return f"let from_{self.name} = {place}{'' if block is None else f' + {block} * {self.stride}u'};"
-
 
 def sums(tile: Tile, left: Slab, rights: Sequence[Slab], slabs: int) -> Iterator[str]:
     """c<n>_<i>_<j>: with right-hand side n, row i of the thread's and vector j of its columns."""
@@ -172,7 +175,7 @@ def sums(tile: Tile, left: Slab, rights: Sequence[Slab], slabs: int) -> Iterator
     if looped:
         yield f"for (var part = 0u; part < {tile.depth}u; part += {tile.unroll // BLOCK}u) {{"
     for side in sides:
-        yield side.begin("part" if looped else None)
+        yield _begin(tile, side, "part" if looped else None)
     for step in range(min(tile.unroll, tile.steps)):
         yield "{"
         yield from _products(tile, left, rights, step)
@@ -184,11 +187,25 @@ def _products(tile: Tile, left: Slab, rights: Sequence[Slab], step: int) -> Iter
     """One step of a slab: every row of the thread's times every column."""
     vectors = range(tile.thread_columns // 4)
     for v in range(tile.thread_rows // 4):
-        yield f"let a{v} = {left.read(step, v)};"
+        yield f"let a{v} = {_read(tile, left, step, v)};"
     for n, right in enumerate(rights):
         for j in vectors:
-            yield f"let b{n}_{j} = {right.read(step, j)};"
+            yield f"let b{n}_{j} = {_read(tile, right, step, j)};"
         for i in range(tile.thread_rows):
             for j in vectors:
                 c = f"c{n}_{i}_{j}"
                 yield f"{c} = fma(vec4<f32>(a{i // 4}.{'xyzw'[i % 4]}), b{n}_{j}, {c});"
+
+
+def _read(tile: Tile, slab: Slab, step: int, vector: int) -> str:
+    """Vector `vector` of a thread's, in a step that is counted from `from_<name>` on."""
+    block, s = divmod(step, BLOCK)
+    threads = tile.down if slab.name == LEFT else tile.across
+    row = s * tile.depth + block
+    return f"{slab.name}_slab[from_{slab.name} + {row * slab.stride + vector * threads}u]"
+
+
+def _begin(tile: Tile, slab: Slab, block: str | None) -> str:
+    """Where a thread reads from block `block` of steps on."""
+    place = "ty" if slab.name == LEFT else "tx"
+    return f"let from_{slab.name} = {place}{'' if block is None else f' + {block} * {slab.stride}u'};"
