@@ -74,6 +74,14 @@ class Builder:
             f'llvm.call_intrinsic "{name}"({", ".join(a.name for a in args)}) : ({types}) -> {result}', result
         )
 
+    def assembly(self, text: str, constraints: str, *args: Value) -> None:
+        """Instructions of the target, in LLVM's spelling of inline assembly (AT&T's on x86), that write memory only."""
+        quoted = text.replace("$", "$$").replace("\n", "\\0A")  # `$` begins an operand
+        names, types = ", ".join(a.name for a in args), ", ".join(str(a.type) for a in args)
+        self.lines.append(
+            f'llvm.inline_asm has_side_effects asm_dialect = att "{quoted}", "{constraints}" {names} : ({types}) -> ()'
+        )
+
     # --- constants ---
     def const(self, value: Number, t: Type) -> Value:
         """A constant; of a vector type, in every lane."""

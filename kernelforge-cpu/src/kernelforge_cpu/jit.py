@@ -180,6 +180,7 @@ def _llvm(arch: str | None = None) -> Any:
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
+    llvm.initialize_native_asmparser()  # of kernels with inline assembly
     if arch is not None and arch != host_target().arch:
         llvm.initialize_all_targets()
         llvm.initialize_all_asmprinters()

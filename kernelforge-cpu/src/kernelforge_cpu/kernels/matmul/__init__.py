@@ -51,17 +51,17 @@ VARIANTS = (
             build=f"{HERE}.integer:build_{kind}",
             summary=f"activations of 8 bits times weights of 8 or 4, {instructions}",
             supports=f"{HERE}.integer:takes_{kind}",
-            space=f"{HERE}.integer:integer_space",
-            default=f"{HERE}.integer:integer_default",
+            space=f"{HERE}.integer:{choice}_space",
+            default=f"{HERE}.integer:{choice}_default",
             layouts=f"{HERE}.layouts:words",
             priority=priority,
             arithmetic="int8",
         )
         for op in ("matmul", "glu_matmul")
-        for name, kind, instructions, priority in (
-            ("integer", "pairs", "by pmaddubsw of SSSE3, AVX2 or AVX-512", 10),
-            ("integer-vnni", "vnni", "by vpdpbusd of AVX-512 VNNI or AVX-VNNI", 11),
-            ("integer-dotprod", "dotprod", "by sdot of Armv8.2", 11),
+        for name, kind, choice, instructions, priority in (
+            ("integer", "pairs", "pairs", "by pmaddubsw of SSSE3, AVX2 or AVX-512", 10),
+            ("integer-vnni", "vnni", "integer", "by vpdpbusd of AVX-512 VNNI or AVX-VNNI", 11),
+            ("integer-dotprod", "dotprod", "integer", "by sdot of Armv8.2", 11),
         )
     ),
     *(

@@ -21,7 +21,7 @@ from kernelforge_cpu.kernels.matmul.dot import Dot, NeonDot, PairDot, VnniDot
 from kernelforge_cpu.kernels.matmul.geometry import LHS, OUT, RESIDUAL, geometry
 from kernelforge_cpu.kernels.matmul.product import Operands, Product
 from kernelforge_cpu.kernels.matmul.tile import LINE, Tile
-from kernelforge_cpu.kernels.matmul.vectorized import FLOATS, shared_parts, takes_rows
+from kernelforge_cpu.kernels.matmul.vectorized import FLOATS, PARTS_PER_THREAD, shared_parts, takes_rows
 from kernelforge_cpu.kernels.matmul.words import WORD, Words
 from kernelforge_cpu.kernels.quantize import GROUP_BYTES, VALUES, ZEROS
 from kernelforge_cpu.ssa import BITS, vec
@@ -35,6 +35,12 @@ if TYPE_CHECKING:
     from kernelforge_cpu.kernels.axes import Size
 
 ROWS = (3, 4, 5, 6)
+TALL = 8
+"""Rows of a tall tile, with AVX2: see `kernelforge_cpu.kernels.matmul.tall`."""
+TALL_GROUP = 16
+"""Panels side by side of tall tiles."""
+LEAST_ROWS = 32
+"""Of tall tiles: below, spreading weights out costs more than it saves."""
 BEST_ROWS = {"q4": 3, "q8": 4}
 """As many as 16 registers hold beside the weights: from there on LLVM's spills cost more than the loads that they save."""
 AHEAD = (1024, 2048, 4096)
@@ -96,6 +102,15 @@ def integer_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
     )
 
 
+def pairs_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
+    """With AVX2 also tall tiles."""
+    space, rows = integer_space(problem, device), static_rows(geometry(problem))
+    if lanes(device) != 8 or (rows is not None and rows < LEAST_ROWS):
+        return space
+    rest = dict(space.parameters)
+    return ConfigSpace((("rows", (*rest.pop("rows"), TALL)), ("group", (4, 8, 16, 32)), ("ahead", AHEAD)))
+
+
 def integer_default(problem: Problem, device: DeviceInfo) -> Config:
     """Few rows: one pass over the weights, panel by panel as they lie in memory. Many: panels that fill half of L2."""
     g = geometry(problem)
@@ -110,7 +125,15 @@ def integer_default(problem: Problem, device: DeviceInfo) -> Config:
     return {"rows": height, "group": group, "ahead": AHEAD[1]}
 
 
+def pairs_default(problem: Problem, device: DeviceInfo) -> Config:
+    space, config = pairs_space(problem, device), integer_default(problem, device)
+    tall = {**config, "rows": TALL, "group": TALL_GROUP // len(geometry(problem).rhs)}
+    return tall if tall in space else config
+
+
 def build_pairs(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
+    if int(config["rows"]) == TALL:
+        return _build_tall(problem, config, device)
     return _build(PairDot, problem, config, device)
 
 
@@ -138,6 +161,33 @@ def _build(dot: type[Dot], problem: Problem, config: Config, device: DeviceInfo)
     return NativeKernel(
         (Phase(k.name, shared_parts(problem, g, tile, SINGLE_ROW_PARTS)),), text, dict.fromkeys(g.rhs, layout.pack)
     )
+
+
+def _build_tall(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
+    from kernelforge_cpu.kernels.matmul.tall import TallProduct
+
+    k = new_kernel(problem, config, device)
+    g = geometry(problem)
+    group, ahead = (int(config[name]) for name in ("group", "ahead"))
+    dtype = problem.operand(g.rhs[0]).dtype
+    # Fewer rows are done as without it.
+    tile = Tile(BEST_ROWS[dtype], len(g.rhs), 1, k.lanes, 1, registers(device))
+    layout = Words(dtype, k.lanes, int(g.columns), int(g.inner))
+    rhs = [k.buffer(i, "i8") for i in g.rhs]
+    scratch = k.buffer(g.out + 1, "i8")
+    product = TallProduct(
+        k, problem, g, tile, int(g.inner), group, rhs, layout, PairDot(dtype, k.lanes), ahead, scratch
+    )
+    parts = shared_parts(problem, g, tile, SINGLE_ROW_PARTS)
+
+    def text() -> str:
+        product.emit()
+        return k.text()
+
+    def scratch_bytes(dims: Sequence[int], threads: int) -> int:
+        return PARTS_PER_THREAD * threads * product.part_bytes
+
+    return NativeKernel((Phase(k.name, parts),), text, dict.fromkeys(g.rhs, layout.pack), scratch=scratch_bytes)
 
 
 @dataclass(frozen=True)
