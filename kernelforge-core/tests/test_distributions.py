@@ -94,6 +94,12 @@ def test_another_import_hook(path: list[Path], monkeypatch: pytest.MonkeyPatch) 
     assert found() == theirs() == [("hooked", "acme_module")]
 
 
+def test_what_is_no_text_on_the_path_is_passed_over(path: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    install(path[0], "acme_one-1.0.dist-info", "[acme]\none = acme_module")
+    monkeypatch.setattr(sys, "path", [None, path[1], *sys.path])
+    assert found() == [("one", "acme_module")]
+
+
 def test_installed_a_moment_ago_is_seen(path: list[Path]) -> None:
     install(path[0], "acme_one-1.0.dist-info", "[acme]\none = acme_module")
     assert [name for name, _ in found()] == ["one"]

@@ -117,7 +117,7 @@ def _distributions() -> Iterator[tuple[str, Distribution]]:
     if any(hasattr(finder, "find_distributions") and finder is not PathFinder for finder in sys.meta_path):
         yield from _others(sys.path)
         return
-    for folder in sys.path:
+    for folder in [entry for entry in sys.path if isinstance(entry, str)]:  # imports pass over the others, too
         try:
             names = [entry.name for entry in os.scandir(folder or os.curdir)]
         except NotADirectoryError:

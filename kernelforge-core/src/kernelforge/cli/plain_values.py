@@ -1,6 +1,6 @@
 """Values of options that need no conversion, or a plain one, without pydantic.
 
-Newer versions of typer convert every value with it, defaults too; importing it took a fifth of a start of `llm-inference`.
+Newer versions of typer convert every value with it, defaults too; importing it took a sixth of a start of `llm-inference`.
 What is not plain, or not valid, is left to typer, so that conversions and messages stay its own.
 """
 
