@@ -52,6 +52,24 @@ def test_f32_sums_are_right_and_narrower_ones_are_not(dtype: str, k: int) -> Non
         compare(narrow.astype(kind), want.exact, want.allowed, dtype, "x")
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_subnormal_operands_count_as_zeros_where_a_target_says_so(dtype: str) -> None:
+    problem, op = matmul(8, 9, 33, dtype), OPS["transformer.matmul"]
+    lhs, rhs, *rest = op.make_inputs(problem, np.random.default_rng(0))
+    assert lhs is not None
+    tiny = (lhs.astype(np.float64) * 2.0**-128).astype(lhs.dtype)
+    (strict,), (loose,) = (expect(problem, op, [tiny, rhs, *rest], flushes=f) for f in (False, True))
+    flushed = np.zeros((8, 9), lhs.dtype)
+    assert compare(flushed, loose.exact, loose.allowed, dtype, "x") > 0
+    assert compare(loose.exact.astype(lhs.dtype), loose.exact, loose.allowed, dtype, "x") >= 0
+    with pytest.raises(Mismatch, match="tolerated"):
+        compare(flushed, strict.exact, strict.allowed, dtype, "x")
+    with pytest.raises(Mismatch, match="tolerated"):
+        compare((8 * loose.exact).astype(lhs.dtype), loose.exact, loose.allowed, dtype, "x")
+    (normal,), (same,) = (expect(problem, op, [lhs, rhs, *rest], flushes=f) for f in (False, True))
+    assert np.array_equal(normal.allowed, same.allowed)
+
+
 def test_every_reference_is_within_its_own_tolerance() -> None:
     for op in OPS.values():
         for problem in op.samples(random.Random(0)):

@@ -75,6 +75,9 @@ class BackendSpec:
     roofline: Ref | None = None
     """`(Device) -> kernelforge.roofline.Roofline`: measures the limits of an open device, in about a second; None: the
     target does not offer that, and its speeds are shown without them."""
+    flushes_subnormals: bool = False
+    """Whether its kernels may take subnormal operands of f32 and bf16 for zero, as WGSL and SPIR-V leave open to each device:
+    conformance then accepts what follows from that."""
     provenance: Provenance = BUILTIN
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from kernelforge.dtype import ACTIVATION_FORMAT, FLOATS, GROUP, QUANTISED, epsilon, to_numpy
+from kernelforge.dtype import ACTIVATION_FORMAT, FLOATS, GROUP, QUANTISED, epsilon, from_numpy, to_numpy
 from kernelforge.errors import WrongResultError
 from kernelforge.op import OpDef
 from kernelforge.problem import Problem
@@ -100,8 +100,11 @@ class Expected:
     """Largest absolute error of each element."""
 
 
-def expect(problem: Problem, op: OpDef, arrays: Sequence[Array | None], *, factor: float = 1.0) -> tuple[Expected, ...]:
-    """What a static problem's results must be for these operands; `factor` widens the tolerance."""
+def expect(
+    problem: Problem, op: OpDef, arrays: Sequence[Array | None], *, factor: float = 1.0, flushes: bool = False
+) -> tuple[Expected, ...]:
+    """What a static problem's results must be for these operands. `factor` widens the tolerance; with `flushes`, subnormal
+    operands may count as zero, each time they are read or never."""
     exact = op.compute(problem, arrays)
     models = [roundings(problem, op, i) for i in range(len(exact))]
     if not any(m.result for m in models):
@@ -109,14 +112,26 @@ def expect(problem: Problem, op: OpDef, arrays: Sequence[Array | None], *, facto
     conditions = condition(problem, op, arrays, exact)
     magnitudes = op.magnitudes(problem, arrays) or tuple(np.zeros(e.shape) for e in exact)
     terms = [c + np.where(np.isfinite(m), np.abs(m), 0.0) for c, m in zip(conditions, magnitudes, strict=True)]
+    others = op.compute(problem, [None if a is None else _flushed(a) for a in arrays]) if flushes else exact
     found = []
-    for e, m, c, t in zip(exact, models, terms, problem.results, strict=True):
+    for e, other, m, c, t in zip(exact, others, models, terms, problem.results, strict=True):
         size = np.abs(np.where(np.isfinite(e), e, 0.0))
         if t.quantised and m.result:
             size = np.repeat(_grouped(size).max(axis=-1, initial=0.0), GROUP, axis=-1)
         smallest = _SMALLEST[t.dtype] if m.result else 0.0
-        found.append(Expected(e, factor * (m.result * size + m.sums * c) + smallest))
+        with np.errstate(invalid="ignore"):
+            apart = np.abs(np.asarray(other, np.float64) - e) if m.result and flushes else np.zeros(e.shape)
+        apart = np.where(np.isfinite(apart), apart, 0.0)
+        found.append(Expected(e, factor * (m.result * size + m.sums * c) + smallest + apart))
     return tuple(found)
+
+
+def _flushed(a: Array) -> Array:
+    """Subnormal numbers of f32 and bf16 as zeros of their sign; those of f16 are kept, f32 holds them."""
+    if from_numpy(a.dtype) not in ("f32", "bf16"):
+        return a
+    wide = a.astype(np.float64)
+    return np.asarray(np.where(np.abs(wide) < 2.0**-126, np.copysign(0.0, wide), wide).astype(a.dtype))
 
 
 def condition(problem: Problem, op: OpDef, arrays: Sequence[Array | None], exact: Sequence[Array]) -> tuple[Array, ...]:

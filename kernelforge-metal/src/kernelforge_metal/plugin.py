@@ -19,6 +19,7 @@ def kernelforge_backends() -> Iterable[BackendSpec]:
             "GPUs through Metal, Vulkan or DirectX 12.",
             fallback="kernelforge_metal.kernels.host:variant",
             roofline="kernelforge_metal.roofline:measure",
+            flushes_subnormals=True,  # https://www.w3.org/TR/WGSL/#differences-from-ieee754; NVIDIA's GPUs and SwiftShader do
         ),
     )
 

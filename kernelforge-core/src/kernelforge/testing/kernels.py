@@ -81,7 +81,8 @@ class Subject:
 
     def expect(self, arrays: Arrays) -> tuple[Expected, ...]:
         key = f"{self.run.target}/{self.run.problem.op}/{self.run.variant}"
-        return expect(self.run.static, self.op, arrays, factor=self.bench.factor(key))
+        flushes = self.bench.registry.backends[self.run.target].flushes_subnormals
+        return expect(self.run.static, self.op, arrays, factor=self.bench.factor(key), flushes=flushes)
 
     def session(self, threads: int | None = None) -> Session:
         return self.bench.session(self.run.target, threads)

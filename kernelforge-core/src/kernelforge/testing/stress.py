@@ -123,10 +123,16 @@ def many_times(bench: Bench, run: KernelRun) -> None:
     process = psutil.Process()
     for _ in range(LEAK_RUNS // 10):
         repeated.run()
-    before = process.memory_info().rss
-    for _ in range(LEAK_RUNS):
-        repeated.run()
-    grown = process.memory_info().rss - before
+
+    def growth() -> int:
+        before = process.memory_info().rss
+        for _ in range(LEAK_RUNS):
+            repeated.run()
+        return process.memory_info().rss - before
+
+    grown = growth()
+    if grown > LEAK_BYTES:
+        grown = growth()  # a driver or an allocator may take a block once; what leaks is taken again
     repeated.again(f"after {LEAK_RUNS} runs")
     if grown > LEAK_BYTES:
         raise Failure("leaked", f"{run}: {LEAK_RUNS} runs took {grown >> 20} MiB that were not given back")
