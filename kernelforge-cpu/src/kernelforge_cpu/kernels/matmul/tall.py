@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from kernelforge.dtype import GROUP
 from kernelforge_cpu.emit import I64, PTR, Pointer
 from kernelforge_cpu.kernels.matmul.integer import LEAST_ROWS, TALL, IntegerProduct
+from kernelforge_cpu.kernels.matmul.product import ceil_div
 from kernelforge_cpu.kernels.matmul.tall_loop import NEAR, TURNS, VECTOR, WORDS, TallLoop
 from kernelforge_cpu.kernels.matmul.words import WORD
 from kernelforge_cpu.kernels.quantize import GROUP_BYTES, VALUES, ZEROS
@@ -26,8 +27,8 @@ LOW = 4
 """Rows of a last tile that needs no more."""
 CHUNK = 256
 """Rows whose sums are kept until the inner dimension has been walked."""
-BLOCK = 16
-"""Groups of the inner dimension at a time: a tile of x stays in L1, the weights of all panels side by side in L2."""
+BLOCK = 20
+"""Groups of the inner dimension at a time, at most: a tile of x stays in L1, the weights of all panels side by side in L2."""
 
 
 class Side(NamedTuple):
@@ -57,9 +58,15 @@ class TallProduct(IntegerProduct):
         return TallLoop(self.layout.dtype, rows, 4 * self.row_sums)
 
     @property
+    def block(self) -> int:
+        """Groups at a time: blocks of about equal size."""
+        groups = self.layout.groups
+        return -(-groups // max(1, -(-groups // BLOCK)))
+
+    @property
     def areas(self) -> tuple[int, int, int]:
         """Bytes of a part's weights [panels][rhs][groups], of its tile of x, and of its sums [tiles][panels][TALL][rhs][8]."""
-        loop, groups = self.loop(TALL), min(BLOCK, self.layout.groups)
+        loop, groups = self.loop(TALL), self.block
         weights = self.group * len(self.rhs) * groups * loop.weight_bytes
         sizes = (weights, groups * loop.group_bytes, CHUNK * self.group * self.row_sums * 4)
         a, b, c = (-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
@@ -83,14 +90,16 @@ class TallProduct(IntegerProduct):
         weights = self.scratch.at(k.part * self.part_bytes)
         x = weights.at(self.areas[0])
         sums = x.at(self.areas[1]).of("f32")
-        with k.for_(row0, row1, CHUNK) as chunk, k.for_(first, last, self.group) as across:
-            side = Side(at, across.i, k.min(across.i + self.group, last), weights, x)
+        # A tile of x is spread out once for each group of panels: these are of about equal size.
+        width = ceil_div(k, last - first, k.max(1, ceil_div(k, last - first, k.i64(self.group))))
+        with k.for_(row0, row1, CHUNK) as chunk, k.for_(first, last, k.max(1, width)) as across:
+            side = Side(at, across.i, k.min(across.i + width, last), weights, x)
             start, stop = chunk.i, k.min(chunk.i + CHUNK, row1)
             tiles = (stop - start + (TALL - 1)) // TALL
             with k.for_(0, tiles * (self.group * of_panel), self.tile.width) as each:
                 sums.store(k.f32(0.0, self.tile.width), each.i)
-            with k.for_(0, groups, BLOCK) as block:
-                n = k.min(groups - block.i, BLOCK)
+            with k.for_(0, groups, self.block) as block:
+                n = k.min(groups - block.i, self.block)
                 self.emit_spread(side, block.i, n)
                 with k.for_(0, tiles) as down:
                     row, own = start + down.i * TALL, sums.at(down.i * (self.group * of_panel))
