@@ -96,8 +96,6 @@ class TallProduct(IntegerProduct):
             side = Side(at, across.i, k.min(across.i + width, last), weights, x)
             start, stop = chunk.i, k.min(chunk.i + CHUNK, row1)
             tiles = (stop - start + (TALL - 1)) // TALL
-            with k.for_(0, tiles * (self.group * of_panel), self.tile.width) as each:
-                sums.store(k.f32(0.0, self.tile.width), each.i)
             with k.for_(0, groups, self.block) as block:
                 n = k.min(groups - block.i, self.block)
                 self.emit_spread(side, block.i, n)
@@ -108,10 +106,11 @@ class TallProduct(IntegerProduct):
                         self.emit_tall(LOW, side, row, count, block.i, n, own)
                     with low.else_():
                         self.emit_tall(TALL, side, row, count, block.i, n, own)
-            with k.for_(0, tiles) as down, k.for_(side.first, side.end) as panel:
-                row = start + down.i * TALL
-                own = sums.at((down.i * self.group + (panel.i - side.first)) * of_panel)
-                self.emit_epilogue(at, row, k.min(stop - row, TALL), panel.i, side.end, k.i64(0), own)
+            # Row by row, so that whole lines of the result are written one after the other.
+            with k.for_(0, stop - start) as down, k.for_(side.first, side.end) as panel:
+                tile, line = down.i // TALL, down.i % TALL
+                own = sums.at((tile * self.group + (panel.i - side.first)) * of_panel).at(line * self.row_sums)
+                self.emit_epilogue(at, start + down.i, k.i64(1), panel.i, side.end, k.i64(0), own)
 
     def emit_spread(self, side: Side, group: Value, n: Value) -> None:
         """`n` groups of all panels as `TallLoop` reads them."""
@@ -143,7 +142,7 @@ class TallProduct(IntegerProduct):
                 k.call(function, source, side.weights.at(number * (n * nbytes)), n)
 
     def emit_tall(self, rows: int, side: Side, row: Value, count: Value, group: Value, n: Value, sums: Pointer) -> None:
-        """Adds `n` groups of a tile of `count` rows times all panels to `sums`."""
+        """Adds `n` groups, from number `group` on, of a tile of `count` rows times all panels to `sums`."""
         k, layout, loop = self.k, self.layout, self.loop(rows)
         self.emit_tile_of_x(loop, side.at.lhs.at(row * self.row_bytes).at(group * GROUP_BYTES), side.x, n, count - 1)
 
@@ -151,14 +150,14 @@ class TallProduct(IntegerProduct):
             b.assembly(loop.text(), loop.constraints, *args)
             return []
 
-        function = k.function(f"{k.name}_tall{rows}", (PTR, PTR, PTR, PTR, I64), write, inline=False)
+        function = k.function(f"{k.name}_tall{rows}", (PTR, PTR, PTR, PTR, I64, I64), write, inline=False)
         with k.for_(side.first, side.end) as panel:
             number = panel.i - side.first
             for i, rhs in enumerate(side.at.rhs):
                 scales = rhs.at(panel.i * layout.panel_bytes).of("f16").at(group * self.tile.width)
                 to = sums.at(number * (TALL * self.row_sums)).at(i * self.tile.width).of("i8").at(NEAR)
                 weights = side.weights.at((number * len(self.rhs) + i) * (n * loop.weight_bytes))
-                k.call(function, side.x, weights, scales, to, n)
+                k.call(function, side.x, weights, scales, to, n, group)
 
     def emit_tile_of_x(self, loop: TallLoop, source: Pointer, to: Pointer, n: Value, last: Value) -> None:
         """`n` groups of rows 0 to `last`, which stands in for those behind it, as `loop` reads them."""
@@ -171,6 +170,7 @@ class TallProduct(IntegerProduct):
                 out = Pointer(b, to.name, "i8").at(g.i * loop.group_bytes)
                 groups = [start.at(g.i * GROUP_BYTES) for start in starts]
                 for r, own in enumerate(groups):
+                    own.prefetch(rows * self.row_bytes)  # the next tile's, which this one's products push out of L1
                     out.at(scales).of("f32").store(own.of("f32").load(), r)
                 if loop.dtype == "q8":
                     for r, own in enumerate(groups):

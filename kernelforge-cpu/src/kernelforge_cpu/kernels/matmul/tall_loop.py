@@ -26,7 +26,7 @@ class TallLoop:
     """Adds to f32 sums [rows][8], `step` bytes from row to row, the products of `rows` rows and 8 columns.
 
     The arguments of `text`: x in r8, weights in r9, their f16 scales in r10, sums in r11 (plus `NEAR`), the number of
-    groups, at least 1, in rax.
+    groups, at least 1, in rax, and in rbx the number of the first: at 0 the sums begin.
 
     x of a group at q8: [2][rows][2][16 bytes], of quarters 0 and 2, then 1 and 3, a quarter as v0, -v0, v1, -v1 ..., then
     f32 scales [rows]; weights [words in turn][2][8 columns][4]: magnitudes, then where in a quarter's 16 bytes the element
@@ -51,7 +51,11 @@ class TallLoop:
     @property
     def constraints(self) -> str:
         clobbered = ("rcx", "rdx", "rsi", "rdi", *(f"ymm{i}" for i in range(16)), "memory", "flags")
-        return ",".join(("{r8}", "{r9}", "{r10}", "{r11}", "{rax}", *(f"~{{{name}}}" for name in clobbered)))
+        return ",".join(("{r8}", "{r9}", "{r10}", "{r11}", "{rax}", "{rbx}", *(f"~{{{name}}}" for name in clobbered)))
+
+    def sum(self, row: int) -> str:
+        """Where a row's is."""
+        return f"{self.step * row - NEAR}(%r11)"
 
     def text(self) -> str:
         body = _Body(self.rows)
@@ -62,7 +66,9 @@ class TallLoop:
         ones = body.ones
         start = [
             *(f"lea {NEAR}(%r8), %rdi", f"lea {NEAR}(%r9), %rdx", "mov %r10, %rsi", "mov %rax, %rcx"),
-            *(f"vpcmpeqw {ones}, {ones}, {ones}", f"vpsrlw $15, {ones}, {ones}", ".p2align 5", "1:"),
+            *("test %rbx, %rbx", "jnz 2f", "vpxor %ymm0, %ymm0, %ymm0"),
+            *(f"vmovups %ymm0, {self.sum(row)}" for row in range(self.rows)),
+            *("2:", f"vpcmpeqw {ones}, {ones}, {ones}", f"vpsrlw $15, {ones}, {ones}", ".p2align 5", "1:"),
         ]
         end = ["add $16, %rsi", "dec %rcx", "jnz 1b"]
         return "\n".join((*start, *body.lines, *end))
@@ -112,7 +118,7 @@ class TallLoop:
             factor = body.temporary()
             if factor == scales:
                 factor = body.temporary()
-            at = f"{self.step * row - NEAR}(%r11)"
+            at = self.sum(row)
             body.emit("vbroadcastss", body.x.at(first + row * 4), factor)
             body.emit("vcvtdq2ps", total, total)
             body.emit("vmulps", scales, factor, factor)
