@@ -106,7 +106,7 @@ def test_every_tile_and_every_blocking() -> None:
     seen: set[tuple[int | str, ...]] = set()
     chosen: list[Config] = []
     for c in variant(BLOCKED, "vectorized").config_space(BLOCKED, device()):
-        tile, blocking = (c["rows"], c["panels"], c["vectors"]), (c["kc"], c["group"])
+        tile, blocking = (c["rows"], c["panels"], c["vectors"], c["widen"]), (c["kc"], c["group"], c["widen"])
         if tile not in seen or blocking not in seen:
             chosen.append(c)
             seen |= {tile, blocking}
@@ -118,7 +118,7 @@ def test_every_tile_and_every_blocking() -> None:
 def test_more_columns_and_rows_than_a_group_and_a_block() -> None:
     """Enough for several groups of tiles, row blocks and blocks of the inner dimension at once."""
     p = matmul("f32[100,600]", "f32[600,333]@const")
-    made = Products([(p, {"rows": 4, "panels": 2, "vectors": 1, "kc": 512, "group": 2})])
+    made = Products([(p, {"rows": 4, "panels": 2, "vectors": 1, "kc": 512, "group": 2, "widen": "tile"})])
     made.check(0, parts=(1, 2, 5, 64, 999))
 
 
@@ -166,7 +166,7 @@ def test_each_level_keeps_its_sums_in_its_widest_registers(
     v = variant(p, "vectorized")
     config = v.default_config(p, info)
     code = assembly(v.build_kernel(p, config, info).text, cpu=target)
-    products = code.split(f"_rows{config['rows']}:")[1].split("retq" if "x86" in level else "ret\n")[0]
+    products = code.split(f"_rows{config['rows']}_{dtype}:")[1].split("retq" if "x86" in level else "ret\n")[0]
     loop = max(
         re.split(r"\n[.L]\w+:|\n\s+j\w+\s.*|\n\s+b\.\w+.*", products),
         key=lambda b: len(re.findall("fma|fmla|mulps", b)),

@@ -19,6 +19,9 @@ MIN_SUMS = 8
 """Independent sums that keep two units busy whose multiply-adds take four cycles."""
 BLOCKS = (512, 1024, 2048)
 UNKNOWN_L2 = 256 * 1024
+F32 = 4
+MAX_WIDENED = 512 * 1024
+"""Bytes of stack for panels that are kept as f32."""
 
 
 def lanes(device: DeviceInfo) -> int:
@@ -47,7 +50,8 @@ def widening(dtype: str, device: DeviceInfo) -> int:
 def matmul_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
     """`rows` x `panels` * `vectors` is the register tile, `vectors` the width of a packed panel, `kc` the part of the
     inner dimension done at a time, `group` the number of tiles side by side that share one pass over the rows of lhs.
-    Gate and up are two panels of one tile, or with one panel two tiles after each other.
+    Gate and up are two panels of one tile, or with one panel two tiles after each other. Weights of 16 bits become f32 for
+    each tile of rows, or once, kept for the other tiles of a block of rows.
     """
     g = geometry(problem)
     inner, columns, rows = int(g.inner), int(g.columns), static_rows(g)
@@ -65,6 +69,9 @@ def matmul_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
     def group_bytes(c: Config) -> int:
         return int(c["group"]) * int(c["kc"]) * max(int(c["panels"]), len(g.rhs)) * int(c["vectors"]) * element
 
+    def widened(c: Config) -> int:
+        return 0 if c["widen"] == "tile" else group_bytes(c) * F32 // problem.operand(1).itemsize
+
     return ConfigSpace(
         (
             ("rows", own if low else tuple(sorted({*ROWS, *own}))),
@@ -72,11 +79,13 @@ def matmul_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
             ("vectors", tuple(vectors)),
             ("kc", (*(b for b in BLOCKS if blocked and b < inner), max(1, inner))),
             ("group", (1,) if low else (1, 2, 4)),
+            ("widen", ("tile",) if low or problem.operand(1).itemsize == F32 else ("tile", "once")),
         ),
         (
             ("the tile needs more registers than there are", lambda c: sums(c, 1) <= free),
             ("the tile has too few sums to hide their latency", lambda c: low or sums(c) >= MIN_SUMS),
             ("the panels of a group of tiles do not fit L2", lambda c: int(c["group"]) == 1 or group_bytes(c) <= l2),
+            ("the widened panels of a group of tiles are too many to keep", lambda c: widened(c) <= MAX_WIDENED),
         ),
     )
 
@@ -90,15 +99,14 @@ def matmul_default(problem: Problem, device: DeviceInfo) -> Config:
     """
     g = geometry(problem)
     space = matmul_space(problem, device)
-    parameters = {name: [int(v) for v in values] for name, values in space.parameters}
+    parameters = {name: [int(v) for v in values] for name, values in space.parameters if name != "widen"}
     vectors = min(2, parameters["vectors"][-1])
     width = vectors * lanes(device)
     widest = 2 if len(g.rhs) == 2 or int(g.columns) > width else 1
     panels = widest if registers(device) == 32 else 1
 
-    def config(rows: int, panels: int, kc: int, group: int = 1) -> Config:
-        chosen = (rows, panels, vectors, kc, group)
-        return dict(zip(parameters, chosen, strict=True))
+    def config(rows: int, panels: int, kc: int, group: int = 1, widen: str = "tile") -> Config:
+        return {"rows": rows, "panels": panels, "vectors": vectors, "kc": kc, "group": group, "widen": widen}
 
     rows = static_rows(g)
     if rows is not None and rows <= ROWS[-1]:  # one tile, if it can be: the panels are read once
@@ -106,13 +114,19 @@ def matmul_default(problem: Problem, device: DeviceInfo) -> Config:
             if (once := config(max(1, rows), count, parameters["kc"][-1])) in space:
                 return once
     half = device.limit("l2_bytes", UNKNOWN_L2) // 2
-    tile_bytes = max(panels, len(g.rhs)) * width * problem.operand(1).itemsize
-    kc = max([b for b in parameters["kc"] if b * tile_bytes <= half], default=parameters["kc"][0])
-    group = max(n for n in parameters["group"] if n == 1 or n * kc * tile_bytes <= half)
-    legal = [r for r in parameters["rows"] if config(r, panels, kc, group) in space]
+    # Widening once pays from the second tile of rows on.
+    for widen in ("once", "tile") if ("widen", ("tile", "once")) in space.parameters else ("tile",):
+        held = half if widen == "tile" else min(half, MAX_WIDENED)
+        step_bytes = max(panels, len(g.rhs)) * width * (problem.operand(1).itemsize if widen == "tile" else F32)
+        kc = max([b for b in parameters["kc"] if b * step_bytes <= held], default=parameters["kc"][0])
+        group = max(n for n in parameters["group"] if n == 1 or n * kc * step_bytes <= held)
+        legal = [r for r in parameters["rows"] if config(r, panels, kc, group, widen) in space]
+        if legal:
+            break
     high = [r for r in legal if r <= BEST_ROWS] or legal[:1]
     # The fewest passes over the panels, then the most even ones: 8 rows are 4 and 4.
-    return config(min(high, key=lambda r: (-(-(rows or 0) // r), r if rows else -r)), panels, kc, group)
+    best = min(high, key=lambda r: (-(-(rows or 0) // r), r if rows else -r))
+    return config(best, panels, kc, group, widen)
 
 
 def static_rows(g: Geometry) -> int | None:

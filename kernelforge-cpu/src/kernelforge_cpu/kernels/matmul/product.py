@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from kernelforge_cpu.kernels.activation import activate
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 UNITS_PER_PART = 4
 """Row blocks are made small enough for this many units of work in a part, so that parts are about equal."""
+WIDE_UNITS_PER_PART = 2
+"""The same where each row block widens its panels again."""
 
 
 class Operands(NamedTuple):
@@ -31,6 +34,16 @@ class Operands(NamedTuple):
     """Packed."""
     out: Pointer
     residual: Pointer | None
+
+
+class Widened(NamedTuple):
+    """Where the full tiles of rows of a block keep the panels of a tile as f32."""
+
+    panels: tuple[Pointer, ...]
+    first: Value
+    """Whether the tile is the first of the block, which writes them; the others read them."""
+    several: Value
+    """Whether there are others."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,8 @@ class Product:
     """Tiles side by side."""
     rhs: Sequence[Pointer]
     """Packed."""
+    widen_once: bool = field(default=False, kw_only=True)
+    """The first tile of rows keeps its panels as f32, and the other full tiles of the block read those."""
 
     @property
     def panels(self) -> int:
@@ -84,7 +99,8 @@ class Product:
         )
         columns = ceil_div(k, k.i64(self.panels), across)
         tiles = k.max(1, (rows + (tile.rows - 1)) // tile.rows)
-        blocks = k.min(tiles, ceil_div(k, k.parts * UNITS_PER_PART, columns))
+        units = WIDE_UNITS_PER_PART if self.widen_once else UNITS_PER_PART
+        blocks = k.min(tiles, ceil_div(k, k.parts * units, columns))
         height = ceil_div(k, tiles, blocks) * tile.rows
         blocks = ceil_div(k, tiles * tile.rows, height)
         lo, hi = k.share(batches * blocks * columns)
@@ -115,6 +131,9 @@ class Product:
         k, tile = self.k, self.tile
         sums = k.alloca("f32", tile.rows * max(tile.panels, len(self.rhs)) * tile.width)
         full = (row1 - row0) // tile.rows
+        panel = min(int(self.g.inner), self.kc) * tile.width
+        slots = self.group * self.advance
+        kept = k.alloca("f32", len(self.rhs) * slots * panel) if self.widen_once else None
         rest = row1 - row0 - full * tile.rows
         low = tile.low
         with k.for_(first, last, self.group * self.advance) as side:
@@ -124,11 +143,24 @@ class Product:
                 row = row0 + k.select(whole, down.i * tile.rows, full * tile.rows + (down.i - full) * low)
                 count = k.select(whole, k.i64(tile.rows), k.min(low, row1 - row))
                 with k.for_(side.i, end, self.advance) as across:
-                    self.emit_tile(at, row, count, across.i, end, step.i, sums)
+                    wide = None
+                    if kept is not None:
+                        start = kept.at((across.i - side.i) * panel)
+                        places = [r * slots + i for r in range(len(self.rhs)) for i in range(self.advance)]
+                        wide = Widened(tuple(start.at(i * panel) for i in places), down.i.eq(0), full.gt(1))
+                    self.emit_tile(at, row, count, across.i, end, step.i, sums, wide)
                     self.emit_epilogue(at, row, count, across.i, end, step.i, sums)
 
     def emit_tile(
-        self, at: Operands, row: Value, count: Value, panel: Value, end: Value, step: Value, sums: Pointer
+        self,
+        at: Operands,
+        row: Value,
+        count: Value,
+        panel: Value,
+        end: Value,
+        step: Value,
+        sums: Pointer,
+        wide: Widened | None,
     ) -> None:
         k, g, tile, inner = self.k, self.g, self.tile, int(self.g.inner)
         steps = emit_size(k, self.problem, g.rows.strides[LHS]), emit_size(k, self.problem, g.inner_step)
@@ -143,9 +175,20 @@ class Product:
         for height in heights:
             with k.if_(count.eq(height)) if len(heights) > 1 else nullcontext():
                 streamed = height < tile.rows or height == rows
-                for i, own in enumerate([[p] for p in panels] if self.apart else [panels]):
+                for i in range(len(panels) if self.apart else 1):
+                    own = slice(i, i + 1) if self.apart else slice(None)
                     to = sums.at(i * tile.rows * tile.width)
-                    emit_products(k, tile, height, lhs, steps, own, n, to, streamed=streamed)
+                    emit = partial(emit_products, k, tile, height, lhs, steps, n=n, out=to)
+                    if wide is None or height < tile.rows:
+                        emit(panels[own], streamed=streamed)
+                        continue
+                    with k.if_(wide.several) as several:
+                        with k.if_(wide.first) as first:
+                            emit(panels[own], streamed=True, kept=wide.panels[own])
+                        with first.else_():
+                            emit(wide.panels[own], streamed=False)
+                    with several.else_():
+                        emit(panels[own], streamed=True)
 
     def emit_epilogue(
         self, at: Operands, row: Value, count: Value, panel: Value, end: Value, step: Value, sums: Pointer

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kernelforge.problem import Problem
     from kernelforge.variant import Config, DeviceInfo, Verdict
     from kernelforge_cpu.emit import Builder, Value
-    from kernelforge_cpu.kernels.matmul.product import Operands
+    from kernelforge_cpu.kernels.matmul.product import Operands, Widened
 
 OCTETS = GROUP // OCTET
 UNROLLED = 128
@@ -124,7 +124,15 @@ class QuantisedProduct(Product):
     layout: Groups
 
     def emit_tile(
-        self, at: Operands, row: Value, count: Value, panel: Value, end: Value, step: Value, sums: Pointer
+        self,
+        at: Operands,
+        row: Value,
+        count: Value,
+        panel: Value,
+        end: Value,
+        step: Value,
+        sums: Pointer,
+        wide: Widened | None,
     ) -> None:
         k, g, tile, layout = self.k, self.g, self.tile, self.layout
         steps = emit_size(k, self.problem, g.rows.strides[LHS]), emit_size(k, self.problem, g.inner_step)

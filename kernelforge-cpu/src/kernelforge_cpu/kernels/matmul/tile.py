@@ -77,29 +77,35 @@ def emit_products(
     out: Pointer,
     *,
     streamed: bool,
+    kept: Sequence[Pointer] = (),
 ) -> None:
     """out[r, p, :] = sum over i < n of lhs[r, i] * panel p[i, :] for `rows` rows; f32 [tile.rows][panels][width].
 
     `steps`: from row to row and from column to column of lhs, in elements. `streamed`: the panels are read once, from
-    memory. Sums are f32, whatever the types of the operands. The code is a function of its own, which knows the numbers
-    that are constant.
+    memory. `kept`: where the panels are written to as f32 [n][width], if they are. Sums are f32, whatever the types of
+    the operands. The code is a function of its own, which knows the numbers that are constant.
     """
     numbers = (*steps, n)
     passed = [v for v in numbers if v.const is None]
+    count = len(panels)
 
     def write(b: Builder, left: Value, sums: Value, *rest: Value) -> list[Value]:
-        right = [Pointer(b, v.name, p.element) for v, p in zip(rest, panels, strict=False)]
-        variables = iter(rest[len(panels) :])
-        row_step, inner_step, count = (next(variables) if v.const is None else b.i64(int(v.const)) for v in numbers)
-        results = _sums(
-            b, tile, rows, Pointer(b, left.name, lhs.element), (row_step, inner_step), right, count, streamed
+        right, wide = (
+            [Pointer(b, v.name, p.element) for v, p in zip(rest[start:], own, strict=False)]
+            for start, own in ((0, panels), (count, kept))
         )
-        for i, total in enumerate(results):
-            Pointer(b, sums.name, "f32").store(total, i * tile.lanes)
+        variables = iter(rest[count + len(kept) :])
+        row_step, inner_step, total = (next(variables) if v.const is None else b.i64(int(v.const)) for v in numbers)
+        results = _sums(
+            b, tile, rows, Pointer(b, left.name, lhs.element), (row_step, inner_step), right, total, streamed, wide
+        )
+        for i, found in enumerate(results):
+            Pointer(b, sums.name, "f32").store(found, i * tile.lanes)
         return []
 
-    types = [PTR] * (2 + len(panels)) + [I64] * len(passed)
-    k.call(k.function(f"{k.name}_rows{rows}", types, write, inline=False), lhs, out, *panels, *passed)
+    types = [PTR] * (2 + count + len(kept)) + [I64] * len(passed)
+    name = f"{k.name}_rows{rows}{'_kept' if kept else ''}_{panels[0].element}"
+    k.call(k.function(name, types, write, inline=False), lhs, out, *panels, *kept, *passed)
 
 
 def _sums(
@@ -111,6 +117,7 @@ def _sums(
     panels: Sequence[Pointer],
     n: Value,
     streamed: bool,
+    kept: Sequence[Pointer],
 ) -> list[Value]:
     """Vectors of `out` of `emit_products`."""
     row_step, inner_step = steps
@@ -118,7 +125,7 @@ def _sums(
     stretch = n // chains
     ahead = IN_FLIGHT // (chains * len(panels))
     lefts = [lhs.at(stretch * c * inner_step) for c in range(chains)]
-    rights = [[p.at(stretch * c * tile.width) for p in panels] for c in range(chains)]
+    rights, wide = ([[p.at(stretch * c * tile.width) for p in own] for c in range(chains)] for own in (panels, kept))
 
     def step(chain: int, i: Value, u: int, sums: Sequence[Value]) -> list[Value]:
         """The sums of one chain after step i + u."""
@@ -128,6 +135,9 @@ def _sums(
             for p in right:
                 emit_prefetch(p, tile.width, u, ahead)
         columns = [c for p in right for c in load_row(k, p, Panels(tile.vectors, tile.lanes, p.element))]
+        for p, first in zip(wide[chain], range(0, len(columns), tile.vectors), strict=False):
+            for v, column in enumerate(columns[first : first + tile.vectors]):
+                p.at(i * tile.width).store(column, u * tile.width + v * tile.lanes)
         done: list[Value] = []
         for r in range(rows):  # each factor just before its use: LLVM keeps the order, and has no registers to spare
             factor = k.broadcast(left.load_f32(row_step * r), tile.lanes)

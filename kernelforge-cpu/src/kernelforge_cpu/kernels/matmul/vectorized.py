@@ -58,6 +58,7 @@ def build_matmul(problem: Problem, config: Config, device: DeviceInfo) -> Native
     k = new_kernel(problem, config, device)
     g = geometry(problem)
     rows, panels, vectors, kc, group = (int(config[name]) for name in ("rows", "panels", "vectors", "kc", "group"))
+    once = config["widen"] == "once"
     dtype = problem.operand(g.rhs[0]).dtype
     tile = Tile(rows, panels, vectors, k.lanes, unroll(dtype, device), registers(device))
     multiply = Phase(k.name, shared_parts(problem, g, tile))
@@ -67,7 +68,7 @@ def build_matmul(problem: Problem, config: Config, device: DeviceInfo) -> Native
     if len(constant) == len(g.rhs):
 
         def text() -> str:
-            Product(k, problem, g, tile, kc, group, [k.buffer(i, dtype) for i in g.rhs]).emit()
+            Product(k, problem, g, tile, kc, group, [k.buffer(i, dtype) for i in g.rhs], widen_once=once).emit()
             return k.text()
 
         return NativeKernel((multiply,), text, packs)
@@ -80,7 +81,7 @@ def build_matmul(problem: Problem, config: Config, device: DeviceInfo) -> Native
     for i, start in at.items():
         emit_pack(pack, problem, i, g.transpose_rhs, layout, pack.buffer(scratch, "i8").at(start).of(dtype))
     rhs = [k.buffer(scratch, "i8").at(at[i]).of(dtype) if i in at else k.buffer(i, dtype) for i in g.rhs]
-    Product(k, problem, g, tile, kc, group, rhs).emit()
+    Product(k, problem, g, tile, kc, group, rhs, widen_once=once).emit()
 
     def scratch_bytes(dims: Sequence[int], threads: int) -> int:
         return len(at) * size.evaluate(dict(zip(problem.dims, dims, strict=True)))
