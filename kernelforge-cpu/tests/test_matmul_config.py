@@ -55,7 +55,7 @@ def test_the_panels_of_a_group_stay_in_l2(machine: DeviceInfo) -> None:
         p = matmul(f"f32[256,{k}]", f"{dtype}[{k},{n}]@const")
         c = variant(p, "vectorized").default_config(p, machine)
         width = int(c["panels"]) * int(c["vectors"]) * machine.limit("vector_bytes") // 4
-        held = int(c["kc"]) * int(c["group"]) * width * {"f32": 4, "bf16": 2}[dtype]
+        held = int(c["kc"]) * int(c["group"]) * width * (2 if dtype == "bf16" and c["widen"] == "tile" else 4)
         assert held <= machine.limit("l2_bytes", 1 << 18) // 2
 
 
@@ -72,3 +72,23 @@ def test_rows_that_fit_one_tile_read_the_weight_once(m: int, rows: int, panels: 
     c = variant(p, "vectorized").default_config(p, MACHINES["avx512"])
     assert (c["rows"], c["panels"]) == (rows, panels)
     assert (c["kc"] == 9000) == (m <= 12)
+
+
+@pytest.mark.parametrize(
+    ("machine", "bf16", "f16"),
+    [("sse", "tile", "once"), ("avx2", "tile", "once"), ("avx512", "once", "once"), ("neon", "tile", "tile")],
+)
+def test_weights_are_widened_once_where_that_is_slow_and_rows_are_many(machine: str, bf16: str, f16: str) -> None:
+    for dtype, wanted in (("f32", "tile"), ("bf16", bf16), ("f16", f16)):
+        for m in (1, 16, 24, 512, "t"):
+            p = matmul(f"f32[{m},700]", f"{dtype}[700,4096]@const")
+            c = variant(p, "vectorized").default_config(p, MACHINES[machine])
+            assert c["widen"] == (wanted if m not in (1, 16) else "tile"), (dtype, m)
+
+
+def test_panels_that_are_too_many_to_keep_are_widened_for_each_tile() -> None:
+    p = problem("glu_matmul", "f32[64,9000]", *["f16[9000,64]@const"] * 2)
+    space = variant(p, "vectorized").config_space(p, MACHINES["avx512"])
+    assert variant(p, "vectorized").default_config(p, MACHINES["avx512"])["widen"] == "tile"
+    kept = [int(c["kc"]) * max(2, int(c["panels"])) * int(c["vectors"]) * 64 for c in space if c["widen"] == "once"]
+    assert all(n <= 512 * 1024 for n in kept)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from kernel_checks import problem
 from matmul_checks import WIDTHS, Products, device, inputs, matmul, variant
 
 from kernelforge.problem import Problem
@@ -122,12 +123,47 @@ def test_more_columns_and_rows_than_a_group_and_a_block() -> None:
     made.check(0, parts=(1, 2, 5, 64, 999))
 
 
+@pytest.mark.parametrize(("n", "parts"), [(576, 6), (1536, 8), (192, 6), (64, 2), (16, 1)])
+def test_parts_of_one_row_are_whole_tiles_where_that_is_as_even(n: int, parts: int) -> None:
+    """Of 36 panels, 8 parts have 4 or 5, which are 2 or 3 tiles of two; 6 parts have 3 each."""
+    p, info = matmul("f32[1,576]", f"f32[576,{n}]@const"), device(8, threads=2)
+    v = variant(p, "vectorized")
+    (phase,) = v.build_kernel(p, v.default_config(p, info), info).phases
+    assert phase.parts((), 2) == parts
+    assert phase.parts((), 1) <= 4
+
+
+KEPT = [
+    (
+        problem("matmul", "f32[67,530]", "bf16[530,333]@const"),
+        {"kc": 512, "group": 2},
+    ),  # blocks and groups, each kept anew
+    (problem("matmul", "f32[tokens,37]", "f16[70,37]@const", transpose_rhs=True), {}),
+    (problem("matmul", "bf16[3,31,20]", "f16[3,20,45]", "f32[45]", "", epilogue="silu"), {"group": 4}),
+    (problem("glu_matmul", "f32[40,21]", "bf16[21,53]@const", "bf16[21,53]@const"), {}),
+    (problem("glu_matmul", "f32[40,21]", "f16[21,53]@const", "f16[21,53]@const"), {"panels": 2, "vectors": 1}),
+]
+
+
+@pytest.mark.parametrize("lanes", WIDTHS)
+def test_panels_widened_once_serve_all_tiles_of_rows(lanes: int) -> None:
+    cases: list[tuple[Problem, Config | None]] = []
+    for p, own in KEPT:
+        c = variant(p, "vectorized").default_config(p.canonical(), device(lanes))
+        cases.append((p, {**c, "rows": 4, "group": 1, **own, "widen": "once"}))
+    made = Products(cases, lanes=lanes)
+    for i, (p, _) in enumerate(KEPT):
+        for tokens in (1, 11, 12, 50) if p.dims else (0,):
+            made.check(i, {"tokens": tokens}, parts=(1, 3, 16))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_spreads_as_in_the_formula(bad: float) -> None:
     p = matmul("f32[8,40]", "f32[40,70]@const", "", "", epilogue="silu")
     plain = matmul("f32[8,40]", "f32[40,70]@const", "f32[70]", "f32[8,70]")
-    made = Products([(p, None), (plain, None)])
-    for index, case in enumerate((p, plain)):
+    kept = matmul("f32[30,40]", "f16[40,70]@const")  # widened once for several tiles of rows
+    made = Products([(p, None), (plain, None), (kept, None)])
+    for index, case in enumerate((p, plain, kept)):
         for operand, at in ((0, (3, 5)), (1, (7, 69)), (2, (3,)), (3, (2, 1))):
             arrays = inputs(case)
             array = arrays[operand]

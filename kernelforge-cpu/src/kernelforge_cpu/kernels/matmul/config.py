@@ -20,6 +20,8 @@ MIN_SUMS = 8
 BLOCKS = (512, 1024, 2048)
 UNKNOWN_L2 = 256 * 1024
 F32 = 4
+MANY_ROWS = 24
+"""From where on it pays to keep widened panels for later tiles of rows."""
 MAX_WIDENED = 512 * 1024
 """Bytes of stack for panels that are kept as f32."""
 
@@ -45,6 +47,13 @@ def unroll(dtype: str, device: DeviceInfo) -> int:
 def widening(dtype: str, device: DeviceInfo) -> int:
     """Registers for weights on their way to f32: where no instruction widens them from memory."""
     return 4 if dtype != "f32" and device.features & {"neon", "asimd"} else 0
+
+
+def widens_once(dtype: str, rows: int | None, device: DeviceInfo) -> bool:
+    """Whether weights of a type are kept as f32 for the tiles of a block of rows: where it takes more than an instruction a
+    vector to widen them, or that instruction takes the place of a multiply-add, as with AVX-512."""
+    slow = dtype == "f16" and not device.features & {"neon", "asimd"}
+    return (slow or (dtype == "bf16" and lanes(device) == 16)) and (rows is None or rows >= MANY_ROWS)
 
 
 def matmul_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
@@ -114,8 +123,7 @@ def matmul_default(problem: Problem, device: DeviceInfo) -> Config:
             if (once := config(max(1, rows), count, parameters["kc"][-1])) in space:
                 return once
     half = device.limit("l2_bytes", UNKNOWN_L2) // 2
-    # Widening once pays from the second tile of rows on.
-    for widen in ("once", "tile") if ("widen", ("tile", "once")) in space.parameters else ("tile",):
+    for widen in ("once", "tile") if widens_once(problem.operand(1).dtype, rows, device) else ("tile",):
         held = half if widen == "tile" else min(half, MAX_WIDENED)
         step_bytes = max(panels, len(g.rhs)) * width * (problem.operand(1).itemsize if widen == "tile" else F32)
         kc = max([b for b in parameters["kc"] if b * step_bytes <= held], default=parameters["kc"][0])

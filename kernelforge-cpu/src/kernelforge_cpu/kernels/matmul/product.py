@@ -43,7 +43,7 @@ class Widened(NamedTuple):
     first: Value
     """Whether the tile is the first of the block, which writes them; the others read them."""
     several: Value
-    """Whether there are others."""
+    """Whether enough others follow that it pays."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Product:
                     if kept is not None:
                         start = kept.at((across.i - side.i) * panel)
                         places = [r * slots + i for r in range(len(self.rhs)) for i in range(self.advance)]
-                        wide = Widened(tuple(start.at(i * panel) for i in places), down.i.eq(0), full.gt(1))
+                        wide = Widened(tuple(start.at(i * panel) for i in places), down.i.eq(0), full.gt(2))
                     self.emit_tile(at, row, count, across.i, end, step.i, sums, wide)
                     self.emit_epilogue(at, row, count, across.i, end, step.i, sums)
 

@@ -61,7 +61,7 @@ def build_matmul(problem: Problem, config: Config, device: DeviceInfo) -> Native
     once = config["widen"] == "once"
     dtype = problem.operand(g.rhs[0]).dtype
     tile = Tile(rows, panels, vectors, k.lanes, unroll(dtype, device), registers(device))
-    multiply = Phase(k.name, shared_parts(problem, g, tile))
+    multiply = Phase(k.name, shared_parts(problem, g, tile, across=max(1, panels // len(g.rhs))))
     constant = [i for i in g.rhs if problem.operand(i).constant]
     layout = Panels(vectors, k.lanes, dtype)
     packs = {i: layout.pack(g.transpose_rhs) for i in constant}
@@ -100,8 +100,10 @@ def _packed_bytes(problem: Problem, g: Geometry, tile: Tile) -> Size:
     return Size(-(-matrix // 64) * 64).times(size_of(*rhs.shape[:-2]))
 
 
-def shared_parts(problem: Problem, g: Geometry, tile: Tile, single_row_parts: int = PARTS_PER_THREAD) -> Count:
-    """`single_row_parts` a thread where there is one row."""
+def shared_parts(
+    problem: Problem, g: Geometry, tile: Tile, single_row_parts: int = PARTS_PER_THREAD, *, across: int = 1
+) -> Count:
+    """`single_row_parts` a thread where there is one row. Panels of a single tile of rows are done `across` at a time."""
     inner, columns = int(g.inner), int(g.columns)
     flops, matrix = 2 * len(g.rhs) * inner * columns, problem.operand(g.rhs[0]).bytes_of(inner * columns)
     panels = -(-columns // tile.width)
@@ -115,6 +117,13 @@ def shared_parts(problem: Problem, g: Geometry, tile: Tile, single_row_parts: in
         work = products * max(flops * rows // PART_FLOPS, len(g.rhs) * matrix // PART_BYTES)
         units = products * panels * -(-rows // tile.rows)
         wanted = max(1, min(work, units, (single_row_parts if rows == 1 else PARTS_PER_THREAD) * threads))
-        return wanted if wanted < threads else wanted - wanted % threads
+        if wanted < threads:
+            return wanted
+        wanted -= wanted % threads
+        if across == 1 or products > 1 or rows > tile.rows:
+            return wanted
+        # A part that ends within a tile does as much as one that ends with it.
+        tiles = {n: n // threads * -(-panels // (n * across)) for n in range(threads, wanted + 1, threads)}
+        return min(tiles, key=lambda n: (tiles[n], -n))
 
     return parts
