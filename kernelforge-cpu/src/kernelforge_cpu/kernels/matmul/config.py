@@ -20,7 +20,7 @@ MIN_SUMS = 8
 BLOCKS = (512, 1024, 2048)
 UNKNOWN_L2 = 256 * 1024
 F32 = 4
-MANY_ROWS = 24
+MANY_ROWS = 64
 """From where on it pays to keep widened panels for later tiles of rows."""
 MAX_WIDENED = 512 * 1024
 """Bytes of stack for panels that are kept as f32."""

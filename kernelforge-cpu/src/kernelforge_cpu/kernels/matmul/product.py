@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 UNITS_PER_PART = 4
 """Row blocks are made small enough for this many units of work in a part, so that parts are about equal."""
-WIDE_UNITS_PER_PART = 2
-"""The same where each row block widens its panels again."""
+KEPT_FROM = 8
+"""Full tiles of rows in a block from which on it pays to keep panels as f32: writing them costs half a tile."""
 
 
 class Operands(NamedTuple):
@@ -43,7 +43,7 @@ class Widened(NamedTuple):
     first: Value
     """Whether the tile is the first of the block, which writes them; the others read them."""
     several: Value
-    """Whether enough others follow that it pays."""
+    """Whether there are enough others."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class Product:
         )
         columns = ceil_div(k, k.i64(self.panels), across)
         tiles = k.max(1, (rows + (tile.rows - 1)) // tile.rows)
-        units = WIDE_UNITS_PER_PART if self.widen_once else UNITS_PER_PART
-        blocks = k.min(tiles, ceil_div(k, k.parts * units, columns))
+        most = k.max(1, tiles // KEPT_FROM) if self.widen_once else tiles
+        blocks = k.min(most, ceil_div(k, k.parts * UNITS_PER_PART, columns))
         height = ceil_div(k, tiles, blocks) * tile.rows
         blocks = ceil_div(k, tiles * tile.rows, height)
         lo, hi = k.share(batches * blocks * columns)
@@ -147,7 +147,7 @@ class Product:
                     if kept is not None:
                         start = kept.at((across.i - side.i) * panel)
                         places = [r * slots + i for r in range(len(self.rhs)) for i in range(self.advance)]
-                        wide = Widened(tuple(start.at(i * panel) for i in places), down.i.eq(0), full.gt(2))
+                        wide = Widened(tuple(start.at(i * panel) for i in places), down.i.eq(0), full.ge(KEPT_FROM))
                     self.emit_tile(at, row, count, across.i, end, step.i, sums, wide)
                     self.emit_epilogue(at, row, count, across.i, end, step.i, sums)
 
