@@ -125,7 +125,7 @@ def test_what_is_written_around_a_dispatch() -> None:
         parameter_names(problem, many)
 
 
-@pytest.mark.filterwarnings("ignore:no GPU kernel takes")
+@pytest.mark.filterwarnings("ignore:.*run on the host, slowly")
 def test_a_kernel_may_run_on_the_host(gpu: Session) -> None:
     def build(problem: object, config: object, device: object) -> HostKernel:
         return HostKernel(lambda operands, results: np.copyto(results[0], 7.0))

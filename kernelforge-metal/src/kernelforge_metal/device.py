@@ -74,12 +74,19 @@ class GpuDevice:
         return GpuExecutable(plan, kernels, regions, arrays, self._gpu, catalog)
 
     def _say_what_runs_on_the_host(self, plan: Plan, kernels: Sequence[CompiledKernel]) -> None:
-        """Warn of each op once: its operands and results go over the bus, and the GPU waits."""
-        pairs = zip(plan.steps, kernels, strict=True)
-        ops = {step.problem.op for step, compiled in pairs if isinstance(compiled.kernel, HostKernel)} - self._on_host
+        """Warn of each op once: its operands and results go over the bus, and the GPU waits. Who gives a config, as tuning
+        does, has asked for the kernel."""
+        ops = {
+            step.problem.op
+            for step, compiled in zip(plan.steps, kernels, strict=True)
+            if isinstance(compiled.kernel, HostKernel) and step.config_source != "given"
+        } - self._on_host
         if ops:
-            text = f"no GPU kernel takes all of {', '.join(sorted(ops))}: these steps run on the host, slowly"
-            warnings.warn(KernelForgeWarning(f"{text}; `kernelforge why --target gpu` says why"), stacklevel=4)
+            text = f"{', '.join(sorted(ops))}: these steps run on the host, slowly"
+            warnings.warn(
+                KernelForgeWarning(f"{text}; `kernelforge why --target gpu` says why no GPU kernel was taken"),
+                stacklevel=4,
+            )
         self._on_host |= ops
 
     def _store(self, source: TensorSource) -> ConstantStore:

@@ -47,15 +47,22 @@ class Family:
     """Choices (in part) of large problems, each tried once."""
     values: Mapping[str, Values] = field(default_factory=dict)
     """Edge values of the op's own."""
+    _made: dict[tuple[str, frozenset[tuple[str, Any]]], Problem | None] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+    """Problems of ops and choices: all variants of an op are asked for mostly the same ones."""
 
     def problem(self, op: OpDef, choice: Choice, *, dynamic: bool = False) -> Problem | None:
         """The canonical problem of a complete choice, None where the op refuses it. `dynamic` leaves an extent open."""
         if dynamic:
             choice = {**choice, self.dynamic: TOKENS}
-        try:
-            return self.make(op, choice).canonical()
-        except (OpError, UsageError):
-            return None
+        key = op.full_name, frozenset(choice.items())
+        if key not in self._made:
+            try:
+                self._made[key] = self.make(op, choice).canonical()
+            except (OpError, UsageError):
+                self._made[key] = None
+        return self._made[key]
 
     def first(self, **changed: Any) -> dict[str, Any]:
         """The plainest choice."""

@@ -43,6 +43,7 @@ class KernelCases:
         self.family: Family = family_of(op)
         self.cases: dict[str, Case] = {}
         self._refused: dict[Problem, str] = {}
+        self._claimed: dict[frozenset[tuple[str, Any]], bool] = {}
 
     def run(self, problem: Problem, sizes: Sequence[int] = (), values: str = "normal") -> KernelRun:
         return KernelRun(self.variant.target, self.variant.name, problem, tuple(sizes), values)
@@ -72,8 +73,11 @@ class KernelCases:
         return self.family.problem(self.op, choice, dynamic=bool(choice.get("dynamic")))
 
     def claims(self, choice: Choice) -> bool:
-        problem = self.problem(choice)
-        return problem is not None and not self.refusal(problem)
+        key = frozenset(choice.items())
+        if key not in self._claimed:
+            problem = self.problem(choice)
+            self._claimed[key] = problem is not None and not self.refusal(problem)
+        return self._claimed[key]
 
     @cached_property
     def plainest(self) -> dict[tuple[str, bool], dict[str, Any]]:
