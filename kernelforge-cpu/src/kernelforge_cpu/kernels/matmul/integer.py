@@ -39,7 +39,7 @@ TALL = 8
 """Rows of a tall tile, with AVX2: see `kernelforge_cpu.kernels.matmul.tall`."""
 TALL_GROUP = 16
 """Panels side by side of tall tiles."""
-LEAST_ROWS = 32
+LEAST_ROWS = 48
 """Of tall tiles: below, spreading weights out costs more than it saves."""
 BEST_ROWS = {"q4": 3, "q8": 4}
 """As many as 16 registers hold beside the weights: from there on LLVM's spills cost more than the loads that they save."""

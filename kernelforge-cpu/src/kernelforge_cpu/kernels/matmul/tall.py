@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from kernelforge_cpu.emit import Builder, Value
     from kernelforge_cpu.kernels.matmul.product import Operands
 
-LOW = 4
-"""Rows of a last tile that needs no more."""
 CHUNK = 256
 """Rows whose sums are kept until the inner dimension has been walked."""
 BLOCK = 20
@@ -54,8 +52,9 @@ class TallProduct(IntegerProduct):
         """f32 of a row and a panel."""
         return len(self.rhs) * self.tile.width
 
-    def loop(self, rows: int) -> TallLoop:
-        return TallLoop(self.layout.dtype, rows, 4 * self.row_sums)
+    @property
+    def loop(self) -> TallLoop:
+        return TallLoop(self.layout.dtype, TALL, 4 * self.row_sums)
 
     @property
     def block(self) -> int:
@@ -66,7 +65,7 @@ class TallProduct(IntegerProduct):
     @property
     def areas(self) -> tuple[int, int, int]:
         """Bytes of a part's weights [panels][rhs][groups], of its tile of x, and of its sums [tiles][panels][TALL][rhs][8]."""
-        loop, groups = self.loop(TALL), self.block
+        loop, groups = self.loop, self.block
         weights = self.group * len(self.rhs) * groups * loop.weight_bytes
         sizes = (weights, groups * loop.group_bytes, CHUNK * self.group * self.row_sums * 4)
         a, b, c = (-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
@@ -102,10 +101,7 @@ class TallProduct(IntegerProduct):
                 with k.for_(0, tiles) as down:
                     row, own = start + down.i * TALL, sums.at(down.i * (self.group * of_panel))
                     count = k.min(stop - row, TALL)
-                    with k.if_(count.le(LOW)) as low:
-                        self.emit_tall(LOW, side, row, count, block.i, n, own)
-                    with low.else_():
-                        self.emit_tall(TALL, side, row, count, block.i, n, own)
+                    self.emit_tall(side, row, count, block.i, n, own)
             # Row by row, so that whole lines of the result are written one after the other.
             with k.for_(0, stop - start) as down, k.for_(side.first, side.end) as panel:
                 tile, line = down.i // TALL, down.i % TALL
@@ -114,7 +110,7 @@ class TallProduct(IntegerProduct):
 
     def emit_spread(self, side: Side, group: Value, n: Value) -> None:
         """`n` groups of all panels as `TallLoop` reads them."""
-        k, layout, nbytes = self.k, self.layout, self.loop(TALL).weight_bytes
+        k, layout, nbytes = self.k, self.layout, self.loop.weight_bytes
 
         def write(b: Builder, source: Value, to: Value, n: Value) -> list[Value]:
             with b.for_(0, n) as g:
@@ -141,16 +137,16 @@ class TallProduct(IntegerProduct):
                 number = (panel.i - side.first) * len(self.rhs) + i
                 k.call(function, source, side.weights.at(number * (n * nbytes)), n)
 
-    def emit_tall(self, rows: int, side: Side, row: Value, count: Value, group: Value, n: Value, sums: Pointer) -> None:
+    def emit_tall(self, side: Side, row: Value, count: Value, group: Value, n: Value, sums: Pointer) -> None:
         """Adds `n` groups, from number `group` on, of a tile of `count` rows times all panels to `sums`."""
-        k, layout, loop = self.k, self.layout, self.loop(rows)
-        self.emit_tile_of_x(loop, side.at.lhs.at(row * self.row_bytes).at(group * GROUP_BYTES), side.x, n, count - 1)
+        k, layout, loop = self.k, self.layout, self.loop
+        self.emit_tile_of_x(side.at.lhs.at(row * self.row_bytes).at(group * GROUP_BYTES), side.x, n, count - 1)
 
         def write(b: Builder, *args: Value) -> list[Value]:
             b.assembly(loop.text(), loop.constraints, *args)
             return []
 
-        function = k.function(f"{k.name}_tall{rows}", (PTR, PTR, PTR, PTR, I64, I64), write, inline=False)
+        function = k.function(f"{k.name}_tall", (PTR, PTR, PTR, PTR, I64, I64), write, inline=False)
         with k.for_(side.first, side.end) as panel:
             number = panel.i - side.first
             for i, rhs in enumerate(side.at.rhs):
@@ -159,18 +155,18 @@ class TallProduct(IntegerProduct):
                 weights = side.weights.at((number * len(self.rhs) + i) * (n * loop.weight_bytes))
                 k.call(function, side.x, weights, scales, to, n, group)
 
-    def emit_tile_of_x(self, loop: TallLoop, source: Pointer, to: Pointer, n: Value, last: Value) -> None:
-        """`n` groups of rows 0 to `last`, which stands in for those behind it, as `loop` reads them."""
-        k, rows, scales = self.k, loop.rows, loop.group_bytes - 4 * loop.rows
+    def emit_tile_of_x(self, source: Pointer, to: Pointer, n: Value, last: Value) -> None:
+        """`n` groups of rows 0 to `last`, which stands in for those behind it, as `TallLoop` reads them."""
+        k, loop, scales = self.k, self.loop, self.loop.group_bytes - 4 * TALL
 
         def write(b: Builder, source: Value, to: Value, n: Value, last: Value) -> list[Value]:
             first = Pointer(b, source.name, "i8")
-            starts = [first, *(first.at(b.min(last, r) * self.row_bytes) for r in range(1, rows))]
+            starts = [first, *(first.at(b.min(last, r) * self.row_bytes) for r in range(1, TALL))]
             with b.for_(0, n) as g:
                 out = Pointer(b, to.name, "i8").at(g.i * loop.group_bytes)
                 groups = [start.at(g.i * GROUP_BYTES) for start in starts]
                 for r, own in enumerate(groups):
-                    own.prefetch(rows * self.row_bytes)  # the next tile's, which this one's products push out of L1
+                    own.prefetch(TALL * self.row_bytes)  # the next tile's, which this one's products push out of L1
                     out.at(scales).of("f32").store(own.of("f32").load(), r)
                 if loop.dtype == "q8":
                     for r, own in enumerate(groups):
@@ -179,14 +175,14 @@ class TallProduct(IntegerProduct):
                         for half in range(2):  # a vector's shuffle stays within its halves: quarters 0 and 2, 1 and 3
                             kept = [16 * (j // 8) + 8 * half + j % 8 for j in range(GROUP // 2)]
                             lanes = [lane for j in kept for lane in (j, GROUP + j)]
-                            out.store(b.shuffle(v, minus, lanes), (half * rows + r) * VECTOR)
+                            out.store(b.shuffle(v, minus, lanes), (half * TALL + r) * VECTOR)
                 else:
                     words = [own.at(VALUES).of("i32").load(0, WORDS) for own in groups]
-                    for word, column in enumerate(b.transpose(words * (WORDS // rows))):
-                        out.of("i32").store(b.slice(column, 0, rows) if rows < WORDS else column, word * rows)
+                    for word, column in enumerate(b.transpose(words)):
+                        out.of("i32").store(column, word * TALL)
                     for r, own in enumerate(groups):
-                        out.of("i32").store(own.at(ZEROS).of("i32").load(), WORDS * rows + r)
+                        out.of("i32").store(own.at(ZEROS).of("i32").load(), WORDS * TALL + r)
             return []
 
-        function = k.function(f"{k.name}_x{rows}", (PTR, PTR, I64, I64), write, inline=False)
+        function = k.function(f"{k.name}_x", (PTR, PTR, I64, I64), write, inline=False)
         k.call(function, source, to, n, last)
