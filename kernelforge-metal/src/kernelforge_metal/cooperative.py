@@ -26,6 +26,8 @@ from kernelforge_metal.kernel import extensions
 from kernelforge_metal.wgsl import F16, SUBGROUP, SUBGROUP_IDS
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from kernelforge_metal.native import Gpu
 
     Array = np.ndarray[Any, np.dtype[Any]]
@@ -46,18 +48,19 @@ class Matrices:
 
     size: int
     scalar: str
-    """ "f32" or "f16"."""
+    """f32 or f16."""
     loads_turned: bool = False
     """Whether loading takes rows for columns: see the head of this file."""
     stores_turned: bool = False
 
     @property
     def key(self) -> str:
-        """The name of the limit that tells a device's kernels of them: the bits of `loads_turned` and `stores_turned`."""
+        """The name of the limit by which a device tells of them; its value is `form`."""
         return f"{COOPERATIVE}-{self.scalar}-{self.size}"
 
     @property
     def form(self) -> int:
+        """Bits: `loads_turned` and `stores_turned`."""
         return self.loads_turned + 2 * self.stores_turned
 
     def type(self, role: str) -> str:
@@ -212,5 +215,5 @@ def _keep(key: str, found: dict[str, int | str]) -> None:
         return
 
 
-def _file(key: str) -> Any:
+def _file(key: str) -> Path:
     return home.cache_dir() / "cooperative" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
