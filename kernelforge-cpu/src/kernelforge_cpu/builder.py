@@ -75,7 +75,10 @@ class Builder:
         )
 
     def assembly(self, text: str, constraints: str, *args: Value) -> None:
-        """Instructions of the target, in LLVM's spelling of inline assembly (AT&T's on x86), that write memory only."""
+        """Instructions of the target, in LLVM's spelling of inline assembly (AT&T's on x86), that write memory only.
+
+        Such a module compiles on machines of the target's architecture alone.
+        """
         quoted = text.replace("$", "$$").replace("\n", "\\0A")  # `$` begins an operand
         names, types = ", ".join(a.name for a in args), ", ".join(str(a.type) for a in args)
         self.lines.append(
