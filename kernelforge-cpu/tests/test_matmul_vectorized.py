@@ -180,8 +180,8 @@ SUMS = {
     "apple-m1": r"fmla\.4s",
 }
 WIDENING = {
-    ("x86-64-v3", "bf16"): r"vpunpck[lh]wd.*%ymm",
-    ("x86-64-v4", "bf16"): r"vpunpck[lh]wd.*%zmm",
+    ("x86-64-v3", "bf16"): r"vpslld.*%ymm",
+    ("x86-64-v4", "bf16"): r"vpslld.*%zmm",
     ("x86-64-v3", "f16"): r"vcvtph2ps.*%ymm",
     ("x86-64-v4", "f16"): r"vcvtph2ps.*%zmm",
     ("neoverse-n1", "f16"): r"fcvtl",

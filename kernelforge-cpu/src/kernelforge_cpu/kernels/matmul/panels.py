@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 Column = TypeVar("Column", int, Value)
 
-QUAD = 4
-"""f32 in 128 bits: within these x86 takes elements of two vectors in turn."""
+UPPER = -1 << 16
+"""The upper half of 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,21 @@ class Panels:
 
     @property
     def interleaved(self) -> bool:
-        """bf16 becomes f32 with one instruction, which puts zeros between the elements of half a vector, when the
-        columns of two vectors alternate four by four. Vectors of four lanes need no such order."""
-        return self.dtype == "bf16" and self.vectors % 2 == 0 and self.lanes > QUAD
+        """bf16 becomes f32 with one instruction when the columns of two vectors alternate: two of them are 32 bits, of which
+        a shift leaves the first and a mask the second. The mask may go to any unit of a vector. Vectors of four lanes need no
+        such order."""
+        return self.dtype == "bf16" and self.vectors % 2 == 0 and self.lanes > 4
 
     def position(self, column: Column) -> Column:
         """Where a column's element is in a row of the panel."""
         if not self.interleaved:
             return column
         pair, second = column // (2 * self.lanes), column // self.lanes % 2
-        return pair * (2 * self.lanes) + column % self.lanes // QUAD * (2 * QUAD) + second * QUAD + column % QUAD
+        return (pair * self.lanes + column % self.lanes) * 2 + second
 
     def name(self, transposed: bool) -> str:
         """The layout's, of a constant of shape [..., K, N] ([..., N, K] if transposed)."""
-        order = f"x{self.lanes}" if self.interleaved else ""
+        order = f"w{self.lanes}" if self.interleaved else ""
         return f"panel{self.width}{order}{'t' if transposed else ''}:{self.dtype}"
 
     def pack(self, transposed: bool) -> Pack:
@@ -102,13 +103,9 @@ def load_row(k: Builder, row: Pointer, panels: Panels) -> list[Value]:
     if not panels.interleaved:
         return [row.load_f32(v * lanes, lanes) for v in range(panels.vectors)]
     found: list[Value] = []
-    zeros = k.const(0, Type("i16", 2 * lanes))
     for first in range(0, panels.width, 2 * lanes):
-        both = k.bitcast(row.load(first, 2 * lanes), zeros.type)
-        for v in range(2):
-            own = [q + v * QUAD + i for q in range(0, 2 * lanes, 2 * QUAD) for i in range(QUAD)]
-            spread = k.shuffle(zeros, both, [i for at in own for i in (0, 2 * lanes + at)])
-            found.append(k.bitcast(spread, vec(lanes)))
+        words = k.bitcast(row.load(first, 2 * lanes), Type("i32", lanes))
+        found += [k.bitcast(half, vec(lanes)) for half in (words << 16, words & UPPER)]
     return found
 
 
