@@ -185,7 +185,7 @@ def test_emitted_stages() -> None:
     selected = kernelforge("emit-mlir", "--stage", "selected")["data"]["text"]
     assert 'variant = "vectorized"' in selected
     apart = kernelforge("emit-mlir", "--stage", "selected", "--target", "reference")["data"]["text"]
-    (fused,) = [line for line in apart.splitlines() if '"transformer.rope_cache_update"(' in line]
+    (fused,) = [line for line in apart.splitlines() if '"transformer.rope_attention"(' in line]
     assert fused.count('op = "transformer.kv_cache_update"') == fused.count('op = "transformer.rope"') == 2
     llvm = kernelforge("emit-mlir", "--stage", "llvm", "--tokens", "4")["data"]["text"]
     assert "define " in llvm

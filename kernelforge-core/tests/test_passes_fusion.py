@@ -432,6 +432,53 @@ def test_each_layer_gets_its_own_rope_and_caches() -> None:
     assert ops(after) == {"rope_cache_update": 2, "attention": 2}
 
 
+FUSE_ATTENTION = "fuse-rope-cache,fuse-rope-attention"
+
+
+def test_attention_takes_in_rope_and_the_updates() -> None:
+    layer = Layer()
+    q, k = layer.rope(layer.q), layer.rope(layer.k)
+    keys, values = layer.update(layer.key_cache, k), layer.update(layer.value_cache, layer.v)
+    layer.g.output(layer.g.attention(q, keys, values, layer.positions, layer.slots, scale=0.3, window=2), "y")
+    layer.g.output(keys, "new_keys")
+    layer.g.output(values, "new_values")
+    after = check(layer.g, FUSE_ATTENTION)
+    assert ops(after) == {"rope_attention": 1}
+    attrs = dict(after.function().nodes[0].problem.attrs)
+    assert (attrs["theta"], attrs["scale"], attrs["window"]) == (100.0, 0.3, 2)
+
+
+def queries_of_two_readers(layer: Layer) -> Graph:
+    q, k = layer.rope(layer.q), layer.rope(layer.k)
+    keys, values = layer.update(layer.key_cache, k), layer.update(layer.value_cache, layer.v)
+    layer.g.output(layer.g.silu(q), "other")
+    return layer.attend(q, keys, values)
+
+
+def keys_read_before(layer: Layer) -> Graph:
+    q, k = layer.rope(layer.q), layer.rope(layer.k)
+    keys, values = layer.update(layer.key_cache, k), layer.update(layer.value_cache, layer.v)
+    layer.g.output(layer.g.silu(keys), "other")
+    return layer.attend(q, keys, values)
+
+
+def attention_that_sees_all(layer: Layer) -> Graph:
+    q, k = layer.rope(layer.q), layer.rope(layer.k)
+    keys, values = layer.update(layer.key_cache, k), layer.update(layer.value_cache, layer.v)
+    lengths = layer.g.input("lengths", (4,), "i32")
+    y = layer.g.attention(q, keys, values, layer.positions, layer.slots, lengths, causal=False)
+    for name, value in (("y", y), ("new_keys", keys), ("new_values", values)):
+        layer.g.output(value, name)
+    return layer.g
+
+
+@pytest.mark.parametrize("build", [queries_of_two_readers, keys_read_before, attention_that_sees_all])
+def test_attention_is_left_alone(build: Callable[[Layer], Graph]) -> None:
+    graph = build(Layer())
+    assert ops(check(graph, FUSE_ATTENTION)) == ops(check(graph, FUSE_CACHE))
+    assert ops(check(graph, FUSE_CACHE))["rope_cache_update"] == 1
+
+
 def other_positions(layer: Layer) -> Graph:
     other = layer.g.input("other", ("tokens",), "i32")
     q = layer.g.rope(layer.q, other, max_position=CAPACITY, theta=100.0)

@@ -80,7 +80,7 @@ def test_every_printed_module_parses_back() -> None:
     texts: list[str] = []
     pipeline = Pipeline.parse(DEFAULT, REGISTRY)
     pipeline.run(decoder().module(REGISTRY), lambda _, module: texts.append(str(module)))
-    assert len(texts) == 11
+    assert len(texts) == 12
     assert all(str(Module.parse(text, REGISTRY)) == text for text in texts)
 
 
@@ -144,8 +144,7 @@ def test_default_pipeline_on_a_decoder(bias: bool) -> None:
         "matmul": 4,  # o with its residual; down with its residual
         "split": 2,
         "reshape": 8,
-        "rope_cache_update": 2,
-        "attention": 2,
+        "rope_attention": 2,
         "rms_norm_glu_matmul": 2,
     }
 

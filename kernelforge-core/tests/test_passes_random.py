@@ -20,6 +20,7 @@ PASSES = [
     "fuse-norm-matmul",
     "fuse-norm-quantize",
     "fuse-qkv",
+    "fuse-rope-attention",
     "fuse-rope-cache",
 ]
 

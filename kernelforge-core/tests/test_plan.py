@@ -189,6 +189,24 @@ def test_one_op_that_writes_one_tensor_twice_gets_a_copy() -> None:
     assert np.abs(keys[0, 2] - inputs["k"][2]).max() > 0.1
 
 
+def test_parts_have_parts_and_operands_that_are_absent() -> None:
+    g = Graph()
+    positions, slots = (g.input(name, ("tokens",), "i32") for name in ("positions", "slots"))
+    q, k, v = (g.input(name, ("tokens", heads, 32), "f32") for name, heads in (("q", 4), ("k", 2), ("v", 2)))
+    keys, values = (g.input(name, (1, 16, 2, 32), "f32", donated=True) for name in ("keys", "values"))
+    found = g.rope_attention(q, k, v, keys, values, positions, slots, max_position=16, scale=0.25)
+    for name, value in zip(("out", "keys_out", "values_out"), found, strict=True):
+        g.output(value, name)
+    whole, apart = plan_of(g.text()), plan_of(g.text(), has_kernel=lambda _: False)
+    assert ops(whole) == ["rope_attention"]
+    assert ops(apart) == ["rope", "rope", "kv_cache_update", "kv_cache_update", "attention"]
+    assert apart.steps[-1].operands[5] is None
+    results = [run(plan, fused_inputs()) for plan in (whole, apart)]
+    for one, other in zip(*results, strict=True):
+        arrays = [a.array if isinstance(a, HostBuffer) else a for a in (one, other)]
+        np.testing.assert_allclose(arrays[0], arrays[1], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("cache", ["f32", "q8"])
 def test_an_op_without_a_kernel_is_planned_as_its_parts(cache: str) -> None:
     text = fused(cache).text()

@@ -387,8 +387,10 @@ def test_the_selected_stage_says_how_each_op_runs() -> None:
     assert ops
     for line in ops:
         assert "kernelforge.kernel = " in line
-    kernels = [line for line in ops if '"transformer.attention"' in line]
+    kernels = [line for line in ops if '= "transformer.matmul"(' in line]
     assert 'kernelforge.kernel = {config = {}, target = "reference", variant = "reference"}' in kernels[0]
+    (apart,) = [line for line in ops if '"transformer.rope_attention"' in line]
+    assert 'op = "transformer.attention"' in apart
     views = [line for line in ops if '"transformer.reshape"' in line]
     assert 'kernelforge.kernel = "view"' in views[0]
 

@@ -35,6 +35,11 @@ PASSES = (
     ),
     PassSpec("fuse-qkv", "kernelforge.passes.fuse_qkv:FuseQkv", "Multiply by several weights at once."),
     PassSpec(
+        "fuse-rope-attention",
+        "kernelforge.passes.fuse_rope_attention:FuseRopeAttention",
+        "Rotate, update the caches and attend to them in one op.",
+    ),
+    PassSpec(
         "fuse-rope-cache",
         "kernelforge.passes.fuse_rope_cache:FuseRopeCache",
         "Rotate queries and keys and update the caches in one op.",

@@ -29,6 +29,7 @@ from kernelforge.dialects.transformer import (
     norms,
     quantisation,
     rope,
+    rope_attention,
     rope_cache,
     sampling,
 )
@@ -463,6 +464,22 @@ class Graph:
         operands = (q, k, v, key_cache, value_cache, positions, slots)
         rotated, keys, values = self._add(rope_cache.ROPE_CACHE_UPDATE, operands, attrs)
         return rotated, keys, values
+
+    def rope_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        **attrs: Attr,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `attention` gives with the results of `rope_cache_update`, and both caches. `attrs`: of both, but causal."""
+        operands = (q, k, v, key_cache, value_cache, positions, slots)
+        out, keys, values = self._add(rope_attention.ROPE_ATTENTION, operands, attrs)
+        return out, keys, values
 
     def argmax(self, x: Tensor) -> Tensor:
         """Index of the largest element along the last axis, i32."""

@@ -40,7 +40,8 @@ def _parts(node: Node, ops: Mapping[str, OpDef], fresh: count[int]) -> list[Node
         if unknown := [f"op '{part.op}'"] * (part.op not in ops) + [f"'{v}'" for v in part.operands if v not in values]:
             raise PluginError(f"the parts of op '{node.op}' name {unknown[0]}, which is not there")
         problem = ops[part.op].problem([types[name] for name in part.operands], part.attrs)
-        operands = tuple(values[name] for name in part.operands)
+        absent = (None,) * (len(problem.operands) - len(part.operands))
+        operands = (*(values[name] for name in part.operands), *absent)
         for name, t in zip(part.results, problem.results, strict=True):
             values[name] = results[name] if name in results else next(fresh)
             types[name] = t
@@ -58,7 +59,8 @@ def evaluate_parts(problem: Problem, arrays: Sequence[Array | None], ops: Mappin
     types: dict[str, TensorType | None] = dict(zip(have, problem.operands, strict=True))
     for part in op.parts_of(problem):
         inner = ops[part.op].problem([types[name] for name in part.operands], part.attrs)
-        made = ops[part.op].evaluate(inner, [have[name] for name in part.operands])
+        absent = [None] * (len(inner.operands) - len(part.operands))
+        made = ops[part.op].evaluate(inner, [*(have[name] for name in part.operands), *absent])
         have.update(zip(part.results, made, strict=True))
         types.update(zip(part.results, inner.results, strict=True))
     return tuple(a for name in op.results if (a := have[name]) is not None)

@@ -204,3 +204,13 @@ def quad_numbers(value: str, dtype: str) -> str:
         return value
     unpacked = "unpack2x16float({})" if dtype == "f16" else "bf16_pair({})"
     return f"vec4<f32>({unpacked.format(value + '.x')}, {unpacked.format(value + '.y')})"
+
+
+def quad_of(numbers: str, dtype: str) -> str:
+    """The reverse of `quad_numbers`: an element of a vec4<f32> expression without side effects, rounded."""
+    if dtype == "f32":
+        return numbers
+    if dtype == "f16":
+        return f"vec2<u32>(pack2x16float({numbers}.xy), pack2x16float({numbers}.zw))"
+    low, high = (f"(bf16_bits({numbers}.{a}) | (bf16_bits({numbers}.{b}) << 16u))" for a, b in ("xy", "zw"))
+    return f"vec2<u32>({low}, {high})"

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from kernelforge.registry import Registry
 
 DEFAULT = (
-    "canonicalize,cse,fuse-glu,fuse-epilogue,fuse-qkv,fuse-add-norm,fuse-rope-cache,fuse-norm-quantize,fuse-norm-matmul,"
-    "canonicalize,cse"
+    "canonicalize,cse,fuse-glu,fuse-epilogue,fuse-qkv,fuse-add-norm,fuse-rope-cache,fuse-rope-attention,fuse-norm-quantize,"
+    "fuse-norm-matmul,canonicalize,cse"
 )
 """The text of the pipeline that modules are lowered with unless another one is asked for.
 
@@ -27,8 +27,9 @@ Epilogues come before fuse-qkv, which merges only bare matmuls: a matmul gets it
 its activation or residual rather than lose it to a merger. They also come before fuse-add-norm: where a matmul's result
 goes into a sum and the sum into a norm, a matmul that adds in its epilogue and then a norm touch memory four times
 (residual and sum read, sum and norm written), a plain matmul and then add_rms_norm five times. What no matmul could
-take is left to fuse-add-norm. fuse-norm-quantize takes what norms are left after that and are read in 8 bits,
-fuse-norm-matmul those whose one reader is a product, when that has all it gets from the other passes.
+take is left to fuse-add-norm. fuse-rope-attention builds on what fuse-rope-cache makes. fuse-norm-quantize takes what
+norms are left after that and are read in 8 bits, fuse-norm-matmul those whose one reader is a product, when that has all
+it gets from the other passes.
 """
 
 

@@ -40,6 +40,33 @@ def hidden(problem: Problem, arrays: Arrays, rng: Generator) -> Arrays:
     return arrays
 
 
+def hidden_caches(problem: Problem, arrays: Arrays, rng: Generator) -> Arrays:
+    """RoPE and attention: what stands in the caches from the first new position on is NaN, as memory that was never written."""
+    caches, (positions, slots) = (_present(arrays, 3), _present(arrays, 4)), arrays[5:7]
+    assert positions is not None
+    for slot in range(len(caches[0])):
+        mine = positions[(slots == slot) & (positions >= 0)]
+        for cache in caches:
+            cache[slot, int(mine.min(initial=cache.shape[1])) :] = np.nan
+    return arrays
+
+
+def last_position(problem: Problem, arrays: Arrays, rng: Generator) -> Arrays:
+    """RoPE and attention: tokens at the end of their caches, a slot each as far as there are some."""
+    slots, capacity = _present(arrays, 3).shape[:2]
+    positions, owners = _present(arrays, 5), _present(arrays, 6)
+    count = np.arange(positions.size)
+    owners[...] = count % slots
+    positions[...] = np.where(count < slots, capacity - 1, -1)
+    return arrays
+
+
+def padding(problem: Problem, arrays: Arrays, rng: Generator) -> Arrays:
+    """RoPE and attention: the first token is none."""
+    _present(arrays, 5)[:1] = -1
+    return arrays
+
+
 def masked(problem: Problem, arrays: Arrays, rng: Generator) -> Arrays:
     """Attention: some queries see no key at all."""
     positions, lengths = arrays[3], arrays[5]

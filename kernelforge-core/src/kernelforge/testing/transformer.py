@@ -7,6 +7,7 @@ from dataclasses import replace
 from math import prod
 
 from kernelforge.dialects.transformer import matmul as products
+from kernelforge.dialects.transformer import rope_cache
 from kernelforge.dtype import ACTIVATION_FORMAT, GROUP
 from kernelforge.op import OpDef
 from kernelforge.problem import Attr, Problem, TensorType
@@ -408,6 +409,29 @@ ROPE_CACHE_UPDATE = Family(
     zero=("tokens",),
 )
 
+
+def _rope_attention(op: OpDef, c: Choice) -> Problem:
+    plain = _rope_cache_update(rope_cache.ROPE_CACHE_UPDATE, c)
+    attrs = {**dict(plain.attrs), **{name: c[name] for name in ("scale", "window", "softcap")}}
+    return op.problem(plain.operands, attrs)
+
+
+ROPE_ATTENTION = Family(
+    {
+        **ROPE_CACHE_UPDATE.factors,
+        "dtype": WEIGHTED,
+        "window": (0, 1, 9),
+        "softcap": (0.0, 5.0),
+        "scale": (0.0, 0.3),
+    },
+    _rope_attention,
+    {**ROPE_CACHE_UPDATE.sizes, "tokens": (1, 2, 7), "capacity": (40, 1, 7, 130, 300), "queries": (4, 1, 2, 3, 8)},
+    dynamic="tokens",
+    zero=("tokens",),
+    values={"hidden": edges.hidden_caches, "last": edges.last_position, "padding": edges.padding},
+)
+"""One token is what kernels for the whole take."""
+
 ALL_TYPES = (*FLOATS, "i32", "f64", "i64", "i8")
 
 
@@ -484,6 +508,7 @@ FAMILIES = {
         "embedding": EMBEDDING,
         "kv_cache_update": KV_CACHE_UPDATE,
         "rope_cache_update": ROPE_CACHE_UPDATE,
+        "rope_attention": ROPE_ATTENTION,
         "argmax": ARGMAX,
         "sample": SAMPLE,
         "reshape": _moving("reshape", shape=("rows", "flat", "split")),

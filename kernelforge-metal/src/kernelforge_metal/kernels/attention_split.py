@@ -7,7 +7,7 @@ query sees, its workgroup divides, and nothing is merged.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kernelforge.variant import Accept, ConfigSpace, Reject
@@ -64,8 +64,29 @@ def split_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
     )
 
 
+@dataclass(frozen=True)
+class NewRow:
+    """A key and a value that are not in the caches yet: the workgroup whose chunk they belong to has them in workgroup memory,
+    and writes them where they belong when it has read all that it reads. WGSL."""
+
+    functions: str
+    query: str
+    """An expression, of head `head`: quad `d` of the query."""
+    find: str
+    """Statements: whether the new row is `here`, in the chunk that has `many` keys from `begin` on, and how many are `old`."""
+    load: str
+    """Statements for one thread of all: fill `fresh`, the quads of the key and then those of the value."""
+    store: str
+    """Statements for one thread of all."""
+
+
 def build_split(problem: Problem, config: Config, device: DeviceInfo) -> GpuKernel:
-    a = Attention(problem, device)
+    return split_kernel(Attention(problem, device), config)
+
+
+def split_kernel(a: Attention, config: Config, new: NewRow | None = None) -> GpuKernel:
+    """`new`: of the only token."""
+    problem, device = a.problem, a.device
     chunk, size, tokens = int(config["chunk"]), a.size, a.tokens[0]
     # A window bounds what a query sees on one side; the other end is its own position only if attention is causal.
     capacity, window = a.capacity, int(a.number("window")) if problem.attr("causal") else 0
@@ -96,7 +117,7 @@ def build_split(problem: Problem, config: Config, device: DeviceInfo) -> GpuKern
     def products(places: Iterable[str], numbers: Iterable[str]) -> str:
         """Of the keys that are seen: what another one has may be infinite."""
         return " ".join(
-            f"o{r} += select(vec4<f32>(), weights[{r * chunk}u + min({j}, {chunk - 1}u)] * {number}, {j} < many);"
+            f"o{r} += select(vec4<f32>(), weights[{r * chunk}u + min({j}, {chunk - 1}u)] * {number}, {j} < old);"
             for j, number in zip(places, numbers, strict=True)
             for r in range(repeat)
         )
@@ -104,15 +125,19 @@ def build_split(problem: Problem, config: Config, device: DeviceInfo) -> GpuKern
     keep = " ".join(f"partial[({r}u * {lanes}u + lane) * {quads}u + d] = o{r};" for r in range(repeat))
     summed = "".join(f" + partial[(r * {lanes}u + {n}u) * {quads}u + d]" for n in range(lanes))[3:]
     load_q = wgsl.load_quad("q", q.type.dtype, f"({q.at} + {a.query_place('q', 'token', 'head')}) / 4u + d")
+
+    def key(n: int) -> str:
+        """Quad `n` of a thread's key, of `depth` that it has in registers."""
+        found = wgsl.quad_numbers(f"k{n}", k.type.dtype)
+        return found if new is None else f"select({found}, fresh[{n}u], ids.thread == old && here)"
+
     # Threads past the last key seen read that one again: those behind it may be anything.
     keys = " ".join(f"let k{n} = k[keys_at + {n}u];" for n in range(depth))
     dots = " ".join(
-        f"s{head(r)} += dot(query[{r * quads + n}u], {wgsl.quad_numbers(f'k{n}', k.type.dtype)});"
-        for n in range(depth)
-        for r in range(repeat)
+        f"s{head(r)} += dot(query[{r * quads + n}u], {key(n)});" for n in range(depth) for r in range(repeat)
     )
     if depth < quads:
-        dots = dots.replace("query[", "query[d + ")
+        dots = dots.replace("query[", "query[d + ").replace("fresh[", "fresh[d + ")
         dots = (
             f"for (var d = 0u; d < {quads}u; d += {depth}u) {{ {keys.replace('keys_at +', 'keys_at + d +')} {dots} }}"
         )
@@ -127,7 +152,7 @@ def build_split(problem: Problem, config: Config, device: DeviceInfo) -> GpuKern
     if len(early) * lanes < chunk:
         numbers = [wgsl.quad_numbers(f"v{n}", v.type.dtype) for n in range(UNROLLED)]
         other_products = (
-            f"for (var j = lane + {len(early) * lanes}u; j < many; j += {UNROLLED * lanes}u) {{ "
+            f"for (var j = lane + {len(early) * lanes}u; j < old; j += {UNROLLED * lanes}u) {{ "
             + " ".join(f"let v{n} = {value(j)};" for n, j in enumerate(own))
             + f" {products([f'({j})' for j in own], numbers)} }}"
         )
@@ -136,7 +161,13 @@ def build_split(problem: Problem, config: Config, device: DeviceInfo) -> GpuKern
         for c in range(4)
     )
     ids = wgsl.SUBGROUP_IDS if subgroups else wgsl.IDS
-    first = f"""{ids}{wgsl.BF16}{FUNCTIONS}{functions}{a.functions}
+    find, load_new, store_new, more_functions, new_value = "let old = many;", "", "", "", ""
+    if new is not None:
+        load_q, find, load_new, store_new = new.query, new.find, new.load, new.store
+        more_functions = f"{new.functions}\nvar<workgroup> fresh: array<vec4<f32>, {2 * quads}>;"
+        sums = " ".join(f"o{r} += weights[{r * chunk}u + old] * fresh[{quads}u + d];" for r in range(repeat))
+        new_value = f"if (here && lane == 0u) {{ {sums} }}"
+    first = f"""{ids}{wgsl.BF16}{FUNCTIONS}{functions}{a.functions}{more_functions}
 var<workgroup> query: array<vec4<f32>, {repeat * quads}>;
 var<workgroup> weights: array<f32, {repeat * chunk}>;
 var<workgroup> partial: array<vec4<f32>, {lanes * quads * repeat}>;
@@ -148,8 +179,9 @@ fn main(ids: Ids) {{
   let begin = seen.start + ids.group.x * {chunk}u;
   if (begin >= seen.end && ids.group.x > 0u) {{ return; }}
   let many = min({chunk}u, seen.end - begin);
-  let last = max(many, 1u) - 1u;
-  let start = select(0u, begin, many > 0u);
+  {find}
+  let last = max(old, 1u) - 1u;
+  let start = select(0u, begin, old > 0u);
   let lane = ids.thread / {quads}u;
   let d = ids.thread % {quads}u;
   let key = start + min(ids.thread, last);
@@ -162,6 +194,7 @@ fn main(ids: Ids) {{
     let d = i % {quads}u;
     query[i] = {load_q};
   }}
+  {load_new}
   workgroupBarrier();
   let inside = ids.thread < many;
   {" ".join(f"var s{n} = vec4<f32>(-3.0e38);" for n in fours)}
@@ -178,6 +211,7 @@ fn main(ids: Ids) {{
   {" ".join(f"var o{r} = vec4<f32>();" for r in range(repeat))}
   {first_products}
   {other_products}
+  {new_value}
   if (lane < {lanes}u) {{ {keep} }}
   workgroupBarrier();
   let place = (token * {a.heads}u + group * {repeat}u) * {chunks}u + ids.group.x;
@@ -198,6 +232,7 @@ fn main(ids: Ids) {{
       if (d == 0u) {{ found[at + {quads}u] = vec4<f32>(tops[r / 4u][r % 4u], total, 0.0, 0.0); }}
     }}
   }}
+  {store_new}
 }}
 """
     merged = " ".join(

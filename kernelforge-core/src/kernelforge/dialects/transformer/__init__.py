@@ -15,6 +15,7 @@ from kernelforge.dialects.transformer.norm_matmul import RMS_NORM_GLU_MATMUL, RM
 from kernelforge.dialects.transformer.norms import ADD_RMS_NORM, LAYER_NORM, RMS_NORM, RMS_NORM_QUANTIZE, SOFTMAX
 from kernelforge.dialects.transformer.quantisation import DEQUANTIZE, QUANTIZE
 from kernelforge.dialects.transformer.rope import ROPE
+from kernelforge.dialects.transformer.rope_attention import ROPE_ATTENTION
 from kernelforge.dialects.transformer.rope_cache import ROPE_CACHE_UPDATE
 from kernelforge.dialects.transformer.sampling import SAMPLE
 
@@ -38,6 +39,7 @@ OPS = (
     EMBEDDING,
     KV_CACHE_UPDATE,
     ROPE_CACHE_UPDATE,
+    ROPE_ATTENTION,
     ARGMAX,
     SAMPLE,
     RESHAPE,
