@@ -20,6 +20,7 @@ MIN_SUMS = 8
 BLOCKS = (512, 1024, 2048)
 UNKNOWN_L2 = 256 * 1024
 F32 = 4
+"""Bytes of a widened weight."""
 MANY_ROWS = 64
 """From where on it pays to keep widened panels for later tiles of rows."""
 MAX_WIDENED = 512 * 1024

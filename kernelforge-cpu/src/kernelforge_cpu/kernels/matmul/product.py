@@ -188,7 +188,7 @@ class Product:
                         with first.else_():
                             emit(wide.panels[own], streamed=False)
                     with several.else_():
-                        emit(panels[own], streamed=True)
+                        emit(panels[own], streamed=streamed)
 
     def emit_epilogue(
         self, at: Operands, row: Value, count: Value, panel: Value, end: Value, step: Value, sums: Pointer
