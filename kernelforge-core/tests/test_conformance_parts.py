@@ -11,10 +11,12 @@ from mutant_target import Plugin, honest, registry, variant
 
 from kernelforge.errors import AssetError, PluginError
 from kernelforge.problem import Problem
+from kernelforge.registry import default_registry
 from kernelforge.testing.bench import Bench
 from kernelforge.testing.case import LEVELS, Outcome, reproduce
 from kernelforge.testing.collect import Scope, collect
 from kernelforge.testing.expectations import expectations_of, parse
+from kernelforge.testing.families import family_of
 from kernelforge.testing.kernel_cases import KernelCases, edges_of, kernel_cases, restrided, some_configs
 from kernelforge.testing.memory import POISONS, Guarded
 from kernelforge.testing.pairwise import pairwise
@@ -200,3 +202,13 @@ def test_every_kind_of_values_fits_every_op() -> None:
 def test_a_case_is_repeated_by_one_line() -> None:
     assert reproduce("cpu", "cpu/a.b/c/1/d") == "kernelforge conformance run cpu --case cpu/a.b/c/1/d"
     assert reproduce("x", "a b", threads=4) == "kernelforge conformance run x --case 'a b' --threads 4"
+
+
+def test_ops_that_share_a_family_have_problems_of_their_own() -> None:
+    ops = default_registry().ops
+    assert family_of(ops["transformer.add"]) is family_of(ops["transformer.mul"])
+    for name in ("add", "mul", "add"):
+        op = ops[f"transformer.{name}"]
+        problem = family_of(op).problem(op, family_of(op).first())
+        assert problem is not None
+        assert problem.op == op.full_name
