@@ -53,6 +53,7 @@ class Gpu:
         """One run or transfer at a time: they share a queue, and a poll ends the mappings of all threads."""
         self.lost = False
         self.name = adapter.name
+        self.discrete = adapter.kind == "discrete"
         with self._errors("open the device"):
             self.device, self.refused = _request(wgpu_adapter(adapter), adapter.features)
         self.queue = Queue(self.device, self._errors, self.name)
