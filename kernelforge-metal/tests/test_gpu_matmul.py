@@ -160,9 +160,9 @@ def test_integers_are_exact_where_f32_sums_are(gpu: Session, w: str) -> None:
     assert abs(got[0] - exact[0]).max() <= 2.0**-23 * abs(exact[0]).max()
 
 
-SMALL: Config = dict(zip(NAMES, (32, 32, 32, 4, 4, 16, 1), strict=True))
-TALL: Config = dict(zip(NAMES, (32, 32, 16, 8, 4, 16, 0), strict=True))
-BRANCHLESS: Config = dict(zip(NAMES, (32, 32, 16, 4, 8, 16, 2), strict=True))
+SMALL: Config = dict(zip(NAMES, (32, 32, 32, 4, 4, 16, 1, 4), strict=True))
+TALL: Config = dict(zip(NAMES, (32, 32, 16, 8, 4, 16, 0, 4), strict=True))
+BRANCHLESS: Config = dict(zip(NAMES, (32, 32, 16, 4, 8, 16, 2, 4), strict=True))
 
 
 @pytest.mark.parametrize("w", WEIGHTS)

@@ -8,30 +8,30 @@ from typing import TYPE_CHECKING
 
 from kernelforge.variant import Accept, ConfigSpace, Reject
 from kernelforge_metal.kernels.matmul.common import takes_products
-from kernelforge_metal.kernels.matmul.geometry import product_of
+from kernelforge_metal.kernels.matmul.geometry import Product, product_of
 from kernelforge_metal.kernels.matmul.tile import Slab, Tile, sums
 from kernelforge_metal.kernels.matmul.tiled import Tiled, constant_weights
+from kernelforge_metal.kernels.matmul.weights import Piece
 
 if TYPE_CHECKING:
     from kernelforge.problem import Problem
     from kernelforge.variant import Config, DeviceInfo, Verdict
     from kernelforge_metal.kernel import GpuKernel
     from kernelforge_metal.kernels.matmul.result import Result
-    from kernelforge_metal.kernels.matmul.weights import Piece
 
 MAX_SUMS = 128
 """Of a thread: more do not fit the registers."""
-NAMES = ("rows", "columns", "steps", "thread_rows", "thread_columns", "unroll", "prefetch")
+NAMES = ("rows", "columns", "steps", "thread_rows", "thread_columns", "unroll", "prefetch", "block")
 TILES = (
-    (128, 128, 32, 8, 8, 32, 1),
-    (128, 64, 32, 8, 8, 16, 1),
-    (64, 64, 32, 8, 8, 16, 1),
-    (64, 64, 32, 8, 4, 32, 1),
-    (32, 64, 32, 4, 8, 32, 1),
-    (32, 32, 32, 4, 4, 32, 1),
+    (128, 128, 32, 8, 8, 32, 1, 4),
+    (128, 64, 32, 8, 8, 16, 1, 4),
+    (64, 64, 32, 8, 8, 16, 1, 4),
+    (64, 64, 32, 8, 4, 32, 1, 4),
+    (32, 64, 32, 4, 8, 32, 1, 4),
+    (32, 32, 32, 4, 4, 32, 1, 4),
 )
 """Configs from large tiles to small ones."""
-GATED_TILES = ((64, 64, 16, 8, 8, 16, 1), (64, 64, 32, 8, 4, 32, 1), (32, 32, 32, 4, 4, 32, 1))
+GATED_TILES = ((64, 64, 16, 8, 8, 16, 1, 4), (64, 64, 32, 8, 4, 32, 1, 4), (32, 32, 32, 4, 4, 32, 1, 4))
 """With twice the sums and right-hand sides."""
 PROMPT = 512
 """Rows for which a tile is chosen when any number may come."""
@@ -54,6 +54,8 @@ def gemm_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
     threads = device.limit("max-compute-invocations-per-workgroup", 256)
     memory = device.limit("max-compute-workgroup-storage-size", 16384)
 
+    by_lines = _by_lines(product_of(problem), device)
+
     def shares(c: Config) -> bool:
         tile = tile_of(c)
         return tile.shares(tile.rows) and tile.shares(tile.columns)
@@ -62,11 +64,12 @@ def gemm_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
         (
             ("rows", (32, 64, 128)),
             ("columns", (32, 64, 128)),
-            ("steps", (16, 32)),
+            ("steps", (8, 16, 32)),
             ("thread_rows", (4, 8, 16)),
             ("thread_columns", (4, 8, 16)),
-            ("unroll", (16, 32)),
-            ("prefetch", (0, 1, 2)),
+            ("unroll", (8, 16, 32)),
+            ("prefetch", (0, 1, 2, 3)),
+            ("block", (4, 1)),
         ),
         (
             ("the device has no such large workgroups", lambda c: tile_of(c).threads <= min(threads, 256)),
@@ -77,6 +80,10 @@ def gemm_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
                 lambda c: count * int(c["thread_rows"]) * int(c["thread_columns"]) <= MAX_SUMS,
             ),
             ("the threads cannot share the loads evenly", shares),
+            (
+                "single rows are loaded of floats that follow each other along the inner dimension",
+                lambda c: int(c["block"]) == 4 or by_lines,
+            ),
             ("there are not so many steps", lambda c: int(c["unroll"]) <= int(c["steps"])),
         ),
     )
@@ -96,6 +103,13 @@ def gemm_default(problem: Problem, device: DeviceInfo) -> Config:
         return -(-rows // int(c["rows"])) * -(-g.columns // int(c["columns"]))
 
     return next((c for c in legal if tiles(c) >= BUSY), legal[-1])
+
+
+def _by_lines(g: Product, device: DeviceInfo) -> bool:
+    """Whether all operands can be loaded row by row."""
+    kernel = Gemm(g, Tile(*TILES[0]), constant_weights(g), device)
+    sides = (kernel.left, *(kernel.right(n, Piece(0, g.columns, True)) for n in range(len(g.rhs))))
+    return all(side.source.by_lines for side in sides)
 
 
 def tile_of(c: Config) -> Tile:

@@ -158,14 +158,14 @@ class MatrixSlab(Slab):
     def declaration(self) -> str:
         return f"var<workgroup> {self.name}_slab: array<{self.scalar}, {BLOCK * self.stride * self.tile.steps}>;\n"
 
-    def store(self) -> Iterator[str]:
+    def store(self, slab: int = 0) -> Iterator[str]:
         for n in self.blocks:
             yield "{"
             yield from self.source.vectors(n)
             for s, step in enumerate("xyzw"):
                 for r, row in enumerate("xyzw"):
                     value = f"v{r}.{step}" if self.source.along_steps else f"v{s}.{row}"
-                    at = f"{BLOCK}u * {n}_at + {BLOCK * s * self.tile.depth * self.stride + r}u"
+                    at = f"{BLOCK}u * {n}_at + {BLOCK * (s * self.tile.depth * self.stride + slab * self.vectors) + r}u"
                     yield f"{self.name}_slab[{at}] = {self.scalar}({value});"
             yield "}"
 

@@ -30,6 +30,16 @@ class Source(Protocol):
         ...
 
     @property
+    def lines(self) -> int:
+        """Rows of a block: 4, or 1, of which the numbers are stored one by one."""
+        ...
+
+    @property
+    def by_lines(self) -> bool:
+        """Whether `lines` may be 1."""
+        ...
+
+    @property
     def along_steps(self) -> bool:
         """Whether a vector is four steps of a row, else four rows of a step."""
         ...
@@ -74,6 +84,11 @@ class Dense:
     inner: int
     ragged: bool
     """The last slab is not full."""
+    lines: int = BLOCK
+
+    @property
+    def by_lines(self) -> bool:
+        return self.along_steps
 
     @property
     def along_steps(self) -> bool:
@@ -100,22 +115,22 @@ class Dense:
         return f"fn {self.name}_read(at: u32) -> f32 {{ return {value}; }}\n"
 
     def setup(self, n: str) -> Iterator[str]:
-        row = f"{self.first} + {n}_r * {BLOCK}u"
+        row = f"{self.first} + {n}_r * {self.lines}u"
         if not self.along_steps:
             at = row if self.last is None else f"min({row}, {self.last} - {BLOCK - 1}u)"
             yield f"let {n}_p = {self.start} + {at};"
             return
-        for r in range(BLOCK):
+        for r in range(self.lines):
             at = f"({row} + {r}u)" if self.last is None else f"min({row} + {r}u, {self.last})"
             yield f"let {n}_p{r} = {self.start} + {at} * {self.row_step}u;"
 
     def declare(self, n: str) -> Iterator[str]:
-        for r in range(BLOCK):
+        for r in range(self.lines):
             yield f"var {n}_v{r} = vec4<f32>();"
 
     def load(self, n: str, block: str) -> Iterator[str]:
         read, first = f"{self.name}_read", f"{BLOCK}u * {block}"
-        for r in range(BLOCK):
+        for r in range(self.lines):
             v = f"{n}_v{r}"
             if not self.along_steps:
                 yield self._guarded(
@@ -134,7 +149,7 @@ class Dense:
         return f"if ({step} < {self.inner}u) {{ {text} }} else {{ {variable} = {kind}(); }}" if self.ragged else text
 
     def vectors(self, n: str) -> Iterator[str]:
-        for r in range(BLOCK):
+        for r in range(self.lines):
             yield f"let v{r} = {n}_v{r};"
 
 
@@ -147,6 +162,7 @@ class Packed:
     last: str | None
     """The last column, of a quantised weight the last four, that the binding holds; None: every tile is full."""
     ragged: bool
+    lines: int = BLOCK
 
     along_steps = True
     functions = ""
@@ -154,6 +170,11 @@ class Packed:
     @property
     def element(self) -> str:
         return "vec4<u32>" if isinstance(self.weights, Quads) else vector_element(self.weights.dtype)
+
+    @property
+    def by_lines(self) -> bool:
+        """Quantised weights come in fours."""
+        return not isinstance(self.weights, Quads)
 
     @property
     def blocks(self) -> int:
@@ -169,8 +190,8 @@ class Packed:
             yield f"let {n}_p = {n}_q * {w.units}u;"
             yield f"let {n}_d = {n}_q * {w.groups}u;"
             return
-        for r in range(BLOCK):
-            column = f"column0 + {n}_r * {BLOCK}u + {r}u"
+        for r in range(self.lines):
+            column = f"column0 + {n}_r * {self.lines}u + {r}u"
             at = f"({column})" if self.last is None else f"min({column}, {self.last})"
             yield f"let {n}_p{r} = {at} * {self.blocks}u;"
 
@@ -178,7 +199,7 @@ class Packed:
         if isinstance(self.weights, Quads):
             yield f"var {n}_w = vec4<u32>(); var {n}_s = vec2<u32>(); var {n}_h = 0u;"
         else:
-            for r in range(BLOCK):
+            for r in range(self.lines):
                 yield f"var {n}_w{r} = {self.element}();"
 
     def load(self, n: str, block: str) -> Iterator[str]:
@@ -193,20 +214,20 @@ class Packed:
             if w.steps != BLOCK:
                 yield f"{n}_h = ({n}_o & 1u) << 2u;"
         else:
-            for r in range(BLOCK):
+            for r in range(self.lines):
                 yield f"{n}_w{r} = {self.name}[{n}_p{r} + {block}];"
         if self.ragged:
             yield "} else {"
             if isinstance(w, Quads):
                 yield f"{n}_s = vec2<u32>();"
             else:
-                for r in range(BLOCK):
+                for r in range(self.lines):
                     yield f"{n}_w{r} = {self.element}();"
             yield "}"
 
     def vectors(self, n: str) -> Iterator[str]:
         w = self.weights
-        for r, lane in enumerate("xyzw"):
+        for r, lane in enumerate("xyzw"[: self.lines]):
             if not isinstance(w, Quads):
                 yield f"let v{r} = {floats(f'{n}_w{r}', w.dtype)};"
                 continue

@@ -32,9 +32,19 @@ class Division:
         """Blocks of steps of a slab."""
         return self.steps // BLOCK
 
+    @property
+    def lines(self) -> int:
+        """Rows of a block that a thread loads: 4, turned in registers, or 1, whose numbers are stored one by one."""
+        return BLOCK
+
+    @property
+    def slabs(self) -> int:
+        """That are in workgroup memory at once."""
+        return 1
+
     def shares(self, extent: int) -> bool:
         """Whether the blocks of that many rows or columns are the same number for every thread."""
-        return extent // BLOCK * self.depth % self.threads == 0
+        return extent // self.lines * self.depth % self.threads == 0
 
     def stride(self, extent: int) -> int:
         """Vectors from one step of a slab to the next."""
@@ -51,7 +61,18 @@ class Tile(Division):
     """Steps that are written out; the others are a loop around them."""
     prefetch: int
     """0: a slab is loaded when the one before is done with; 1: into registers before that one is multiplied; 2: the same without
-    a branch around the loads, so that they may be moved among the products: the last slab is loaded twice."""
+    a branch around the loads, so that they may be moved among the products: the last slab is loaded twice; 3: as 1, but
+    then into a second slab, so that the threads wait for each other once a slab and not twice."""
+    block: int
+    """See `lines`."""
+
+    @property
+    def lines(self) -> int:
+        return self.block
+
+    @property
+    def slabs(self) -> int:
+        return 2 if self.prefetch == 3 else 1
 
     @property
     def across(self) -> int:
@@ -68,7 +89,7 @@ class Tile(Division):
 
     def shared_bytes(self, rhs: int) -> int:
         """Of workgroup memory, with that many right-hand sides."""
-        return 16 * self.steps * (self.stride(self.rows) + rhs * self.stride(self.columns))
+        return 16 * self.slabs * self.steps * (self.stride(self.rows) + rhs * self.stride(self.columns))
 
     def stride(self, extent: int) -> int:
         """See `Division`. The padding lets the eight threads of one memory access, which store the same step of `depth` blocks
@@ -106,13 +127,17 @@ class Slab:
         return self.tile.stride(self.extent)
 
     @property
+    def vectors(self) -> int:
+        return self.stride * self.tile.steps
+
+    @property
     def declaration(self) -> str:
-        return f"var<workgroup> {self.name}_slab: array<vec4<f32>, {self.stride * self.tile.steps}>;\n"
+        return f"var<workgroup> {self.name}_slab: array<vec4<f32>, {self.vectors * self.tile.slabs}>;\n"
 
     @property
     def blocks(self) -> list[str]:
         """Names of a thread's blocks."""
-        return [f"{self.name}{i}" for i in range(self.extent // BLOCK * self.tile.depth // self.tile.threads)]
+        return [f"{self.name}{i}" for i in range(self.extent // self.tile.lines * self.tile.depth // self.tile.threads)]
 
     def setup(self) -> Iterator[str]:
         depth, vectors = self.tile.depth, self.extent // BLOCK
@@ -122,7 +147,10 @@ class Slab:
                 yield f"let {n}_k = {number} % {depth}u; let {n}_r = {number} / {depth}u;"
             else:
                 yield f"let {n}_r = {number} % {vectors}u; let {n}_k = {number} / {vectors}u;"
-            yield f"let {n}_at = {n}_k * {self.stride}u + {n}_r;"
+            if self.tile.lines == 1:
+                yield f"let {n}_at = {n}_k * {self.stride}u + {n}_r / {BLOCK}u; let {n}_c = {n}_r % {BLOCK}u;"
+            else:
+                yield f"let {n}_at = {n}_k * {self.stride}u + {n}_r;"
             yield from self.source.setup(n)
             yield from self.source.declare(n)
 
@@ -130,14 +158,19 @@ class Slab:
         for n in self.blocks:
             yield from self.source.load(n, f"({slab} * {self.tile.depth}u + {n}_k)")
 
-    def store(self) -> Iterator[str]:
+    def store(self, slab: int = 0) -> Iterator[str]:
+        """Into that one of the slabs in workgroup memory."""
         for n in self.blocks:
             yield "{"
             yield from self.source.vectors(n)
             for s, lane in enumerate("xyzw"):
+                at = f"{n}_at + {s * self.tile.depth * self.stride + slab * self.vectors}u"
+                if self.tile.lines == 1:
+                    yield f"{self.name}_slab[{at}][{n}_c] = v0.{lane};"
+                    continue
                 numbers = ", ".join(f"v{r}.{lane}" for r in range(BLOCK))
                 value = f"vec4<f32>({numbers})" if self.source.along_steps else f"v{s}"
-                yield f"{self.name}_slab[{n}_at + {s * self.tile.depth * self.stride}u] = {value};"
+                yield f"{self.name}_slab[{at}] = {value};"
             yield "}"
 
 
@@ -155,6 +188,9 @@ def sums(tile: Tile, left: Slab, rights: Sequence[Slab], slabs: int) -> Iterator
         for i in range(tile.thread_rows):
             for j in range(tile.thread_columns // 4):
                 yield f"var c{n}_{i}_{j} = vec4<f32>();"
+    if tile.slabs == 2:
+        yield from _in_turns(tile, left, rights, -(-slabs // 2))
+        return
     if tile.prefetch:
         yield from all_sides("0u")
     yield f"for (var slab = 0u; slab < {slabs}u; slab++) {{"
@@ -171,38 +207,69 @@ def sums(tile: Tile, left: Slab, rights: Sequence[Slab], slabs: int) -> Iterator
     elif tile.prefetch == 2:
         yield f"let next = min(slab + 1u, {slabs - 1}u);"
         yield from all_sides("next")
+    yield from _slab_products(tile, left, rights, 0)
+    yield "}"
+
+
+def _in_turns(tile: Tile, left: Slab, rights: Sequence[Slab], pairs: int) -> Iterator[str]:
+    """Two slabs take turns: both are in the text, so that their places are constants."""
+    sides = (left, *rights)
+    for side in sides:
+        yield from side.load("0u")
+    for side in sides:
+        yield from side.store(0)
+    yield "workgroupBarrier();"
+    yield f"for (var pair = 0u; pair < {pairs}u; pair++) {{"
+    for slab in range(2):
+        if slab == 1:
+            yield f"if (pair + 1u < {pairs}u) {{"
+        for side in sides:
+            yield from side.load(f"(2u * pair + {slab + 1}u)")
+        yield "}" if slab == 1 else ""
+        yield "{"
+        yield from _slab_products(tile, left, rights, slab)
+        yield "}"
+        for side in sides:
+            yield from side.store(1 - slab)
+        yield "workgroupBarrier();"
+    yield "}"
+
+
+def _slab_products(tile: Tile, left: Slab, rights: Sequence[Slab], slab: int) -> Iterator[str]:
+    """All steps of that one of the slabs in workgroup memory."""
     looped = tile.unroll < tile.steps
     if looped:
         yield f"for (var part = 0u; part < {tile.depth}u; part += {tile.unroll // BLOCK}u) {{"
-    for side in sides:
+    for side in (left, *rights):
         yield _begin(tile, side, "part" if looped else None)
     for step in range(min(tile.unroll, tile.steps)):
         yield "{"
-        yield from _products(tile, left, rights, step)
+        yield from _products(tile, left, rights, step, slab)
         yield "}"
-    yield "} }" if looped else "}"
+    if looped:
+        yield "}"
 
 
-def _products(tile: Tile, left: Slab, rights: Sequence[Slab], step: int) -> Iterator[str]:
+def _products(tile: Tile, left: Slab, rights: Sequence[Slab], step: int, slab: int) -> Iterator[str]:
     """One step of a slab: every row of the thread's times every column."""
     vectors = range(tile.thread_columns // 4)
     for v in range(tile.thread_rows // 4):
-        yield f"let a{v} = {_read(tile, left, step, v)};"
+        yield f"let a{v} = {_read(tile, left, step, v, slab)};"
     for n, right in enumerate(rights):
         for j in vectors:
-            yield f"let b{n}_{j} = {_read(tile, right, step, j)};"
+            yield f"let b{n}_{j} = {_read(tile, right, step, j, slab)};"
         for i in range(tile.thread_rows):
             for j in vectors:
                 c = f"c{n}_{i}_{j}"
                 yield f"{c} = fma(vec4<f32>(a{i // 4}.{'xyzw'[i % 4]}), b{n}_{j}, {c});"
 
 
-def _read(tile: Tile, slab: Slab, step: int, vector: int) -> str:
+def _read(tile: Tile, side: Slab, step: int, vector: int, slab: int) -> str:
     """Vector `vector` of a thread's, in a step that is counted from `from_<name>` on."""
     block, s = divmod(step, BLOCK)
-    threads = tile.down if slab.name == LEFT else tile.across
+    threads = tile.down if side.name == LEFT else tile.across
     row = s * tile.depth + block
-    return f"{slab.name}_slab[from_{slab.name} + {row * slab.stride + vector * threads}u]"
+    return f"{side.name}_slab[from_{side.name} + {row * side.stride + vector * threads + slab * side.vectors}u]"
 
 
 def _begin(tile: Tile, slab: Slab, block: str | None) -> str:

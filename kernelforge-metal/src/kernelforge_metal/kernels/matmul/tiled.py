@@ -57,7 +57,7 @@ class Tiled:
 
     @property
     def ragged(self) -> bool:
-        return self.product.inner % self.tile.steps != 0
+        return self.product.inner % (self.tile.steps * self.tile.slabs) != 0
 
     @property
     def left(self) -> Slab:
@@ -75,6 +75,7 @@ class Tiled:
             g.lhs_inner,
             g.inner,
             self.ragged,
+            self.tile.lines,
         )
         return self.slab(LEFT, self.tile.rows, source)
 
@@ -87,7 +88,7 @@ class Tiled:
             last = "(columns - 1u)"
             if isinstance(self.weights, Quads):
                 last = f"{(self.weights.quads if piece.whole else piece.columns // QUAD) - 1}u"
-            source = Packed(f"{name}_w", self.weights, last if clamped else None, self.ragged)
+            source = Packed(f"{name}_w", self.weights, last if clamped else None, self.ragged, self.tile.lines)
         else:
             source = Dense(
                 f"{name}_w",
@@ -101,6 +102,7 @@ class Tiled:
                 g.rhs_inner,
                 g.inner,
                 self.ragged,
+                self.tile.lines,
             )
         return self.slab(name, self.tile.columns, source)
 
