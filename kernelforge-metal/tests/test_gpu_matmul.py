@@ -163,6 +163,8 @@ def test_integers_are_exact_where_f32_sums_are(gpu: Session, w: str) -> None:
 SMALL: Config = dict(zip(NAMES, (32, 32, 32, 4, 4, 16, 1, 4), strict=True))
 TALL: Config = dict(zip(NAMES, (32, 32, 16, 8, 4, 16, 0, 4), strict=True))
 BRANCHLESS: Config = dict(zip(NAMES, (32, 32, 16, 4, 8, 16, 2, 4), strict=True))
+TURNS: Config = dict(zip(NAMES, (32, 32, 16, 4, 8, 8, 3, 4), strict=True))
+LINES: Config = dict(zip(NAMES, (32, 32, 8, 4, 4, 8, 3, 1), strict=True))
 
 
 @pytest.mark.parametrize("w", WEIGHTS)
@@ -171,10 +173,28 @@ def test_gemm_with_a_full_epilogue_and_ragged_edges(gpu: Session, w: str) -> Non
     verify(gpu, matmul(*operands, transpose_rhs=True, epilogue="gelu_tanh"), "gemm", SMALL)
 
 
-@pytest.mark.parametrize("config", [TALL, BRANCHLESS], ids=["not prefetched", "prefetched without a branch"])
+@pytest.mark.parametrize(
+    "config", [TALL, BRANCHLESS, TURNS], ids=["not prefetched", "prefetched without a branch", "two slabs in turns"]
+)
 def test_other_tiles(gpu: Session, config: Config) -> None:
     verify(gpu, linear(70, 70, 96, "f32"), "gemm", config)
     verify(gpu, linear(70, 72, 128, "q4"), "gemm", config)
+
+
+@pytest.mark.parametrize("k", [8, 40, 51, 64], ids=lambda k: f"{k} steps")
+def test_operands_loaded_row_by_row(gpu: Session, k: int) -> None:
+    """With one slab, an odd number of them, and one that is not full."""
+    verify(gpu, linear(45, 70, k, "f32"), "gemm", LINES)
+    verify(gpu, linear(33, 36, k, "bf16", "f16"), "gemm", {**LINES, "prefetch": 1})
+
+
+def test_rows_are_loaded_one_by_one_only_where_they_can(gpu: Session) -> None:
+    space = BY_NAME["matmul", "gemm"].config_space
+    device = gpu.device.info
+    assert LINES in space(linear(45, 70, 64, "f32"), device)
+    for problem in (linear(45, 70, 64, "q8"), matmul("f32[19,64]", "f32[64,36]")):
+        assert LINES not in space(problem, device)
+        assert any(c["block"] == 4 for c in space(problem, device))
 
 
 @pytest.mark.parametrize("w", WEIGHTS)
