@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 MAX_SUMS = 128
 """Of a thread: more do not fit the registers."""
 NAMES = ("rows", "columns", "steps", "thread_rows", "thread_columns", "unroll", "prefetch", "block")
+LARGE = (256, 128, 8, 16, 8, 8, 3, 1)
+"""Where workgroups have more than 32 KiB of memory."""
 TILES = (
     (128, 128, 32, 8, 8, 32, 1, 4),
     (128, 64, 32, 8, 8, 16, 1, 4),
@@ -62,7 +64,7 @@ def gemm_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
 
     return ConfigSpace(
         (
-            ("rows", (32, 64, 128)),
+            ("rows", (32, 64, 128, 256)),
             ("columns", (32, 64, 128)),
             ("steps", (8, 16, 32)),
             ("thread_rows", (4, 8, 16)),
@@ -94,6 +96,8 @@ def gemm_default(problem: Problem, device: DeviceInfo) -> Config:
     g = product_of(problem)
     space = gemm_space(problem, device)
     tiles_of = TILES if len(g.rhs) == 1 else GATED_TILES
+    if device.limit("max-compute-workgroup-storage-size") > 32768 and len(g.rhs) == 1:
+        tiles_of = (LARGE, *tiles_of)
     legal = [c for tile in tiles_of if (c := dict(zip(NAMES, tile, strict=True))) in space]
     if not legal:
         return next(iter(space))

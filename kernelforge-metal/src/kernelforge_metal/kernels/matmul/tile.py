@@ -259,7 +259,7 @@ def _products(tile: Tile, left: Slab, rights: Sequence[Slab], step: int, slab: i
         for j in vectors:
             yield f"let b{n}_{j} = {_read(tile, right, step, j, slab)};"
         for i in range(tile.thread_rows):
-            for j in vectors if i % 2 == 0 else reversed(vectors):
+            for j in reversed(vectors) if tile.slabs == 2 and i % 2 else vectors:
                 c = f"c{n}_{i}_{j}"
                 yield f"{c} = fma(vec4<f32>(a{i // 4}.{'xyzw'[i % 4]}), b{n}_{j}, {c});"
 
