@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import llvmlite.binding as llvm
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from kernelforge.session import Session
 from kernelforge_metal import recorder
 from kernelforge_metal.executable import GpuExecutable
 from kernelforge_metal.recorder import OFTEN, Recorder, Stream
+from kernelforge_metal.recorder import _compile as compiled
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -74,3 +76,17 @@ def test_python_records_where_nothing_can_be_compiled(gpu: Session, monkeypatch:
         check(executable, 3, 1)
     for seed in range(4):
         check(executable, 3, seed)
+
+
+def test_code_for_windows_is_in_the_object_format_that_llvm_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[str] = []
+    made = llvm.create_mcjit_compiler
+
+    def watched(module: Any, machine: Any) -> Any:
+        found.append(machine.triple)
+        return made(module, machine)
+
+    monkeypatch.setattr(llvm, "create_mcjit_compiler", watched)
+    monkeypatch.setattr("sys.platform", "win32")
+    assert compiled("define void @record() { ret void }").get_function_address("record")
+    assert found[0].endswith("-elf")

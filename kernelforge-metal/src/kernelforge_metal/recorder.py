@@ -6,6 +6,7 @@ is therefore written down as numbers that a compiled loop walks over: one call f
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -193,7 +194,11 @@ def _compile(text: str) -> Any:
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    machine = llvm.Target.from_default_triple().create_target_machine(opt=2)
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(text), machine)
+    module = llvm.parse_assembly(text)
+    module.triple = llvm.get_process_triple()
+    if sys.platform == "win32":
+        module.triple += "-elf"  # LLVM's linker may end the process over Windows' own object files
+    machine = llvm.Target.from_triple(module.triple).create_target_machine(opt=2)
+    engine = llvm.create_mcjit_compiler(module, machine)
     engine.finalize_object()
     return engine
