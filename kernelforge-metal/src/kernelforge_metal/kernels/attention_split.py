@@ -47,7 +47,8 @@ def takes_split(problem: Problem, device: DeviceInfo) -> Verdict:
     return Accept()
 
 
-def split_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
+def split_space(problem: Problem, device: DeviceInfo, more: int = 0) -> ConfigSpace:
+    """`more`: bytes of workgroup memory that a kernel needs besides."""
     a = Attention(problem, device)
     repeat, size = a.heads // max(1, a.groups), a.size
     storage = device.limit("max-compute-workgroup-storage-size", 16384)
@@ -56,7 +57,7 @@ def split_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
     def fits(config: Config) -> bool:
         chunk = int(config["chunk"])
         quads = -(-repeat // 4)
-        used = 4 * repeat * size + 4 * repeat * chunk + 32 * chunk * quads + 16 * chunk * repeat
+        used = more + 4 * repeat * size + 4 * repeat * chunk + 32 * chunk * quads + 16 * chunk * repeat
         return used <= storage and chunk <= threads and chunk >= size // 4
 
     return ConfigSpace(

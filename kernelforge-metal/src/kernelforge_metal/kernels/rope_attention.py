@@ -67,7 +67,9 @@ def takes_rope_split(problem: Problem, device: DeviceInfo) -> Verdict:
 
 
 def rope_split_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
-    return split_space(attention_of(problem), device)
+    attention = attention_of(problem)
+    new_row = 2 * 4 * Attention(attention, device).size  # key and value, f32
+    return split_space(attention, device, new_row)
 
 
 def build_rope_split(problem: Problem, config: Config, device: DeviceInfo) -> GpuKernel:
