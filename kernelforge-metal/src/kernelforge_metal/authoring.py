@@ -30,7 +30,7 @@ with, in the file,
 - the op's attributes that are numbers or booleans, and the config's parameters, as constants in capitals: `EPS`, `THREADS`.
 - `struct Ids`, with `ids.group`, `ids.groups` and `ids.thread`; `element(ids)`, the number of the thread, and `row(ids)`, that of
   the workgroup, in grids of any size.
-- `bf16_pair(word)` and `bf16_bits(x)`; see `kernelforge_metal.wgsl` for more, which is Python that writes WGSL.
+- `bf16_pair(word)`, `bf16_bits(x)` and `f16_bits(v)`; see `kernelforge_metal.wgsl` for more, which is Python that writes WGSL.
 
 A kernel that needs more (packed weights, tables, scratch, several dispatches) is a `KernelVariant` whose `build` returns a
 `kernelforge_metal.kernel.GpuKernel`.
@@ -136,7 +136,7 @@ def _build(file: Path, grid: str, problem: Problem, config: Config, device: Devi
     code = "\n".join(
         [
             wgsl.IDS,
-            wgsl.BF16,
+            wgsl.HALVES,
             *_constants(problem, config),
             *(line for t in tensors for line in _accessors(problem, t)),
             f"fn element(ids: Ids) -> u32 {{ return {wgsl.FLAT} * THREADS + ids.thread; }}",

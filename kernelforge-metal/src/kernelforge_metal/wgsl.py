@@ -49,15 +49,22 @@ def unpack(word: str, dtype: str) -> str:
     return f"unpack2x16float({word})" if dtype == "f16" else f"bf16_pair({word})"
 
 
-BF16 = """
+HALVES = """
 fn bf16_pair(w: u32) -> vec2<f32> { return vec2<f32>(bitcast<f32>(w << 16u), bitcast<f32>(w & 0xffff0000u)); }
 fn bf16_bits(x: f32) -> u32 {
   let b = bitcast<u32>(x);
   if ((b & 0x7fffffffu) > 0x7f800000u) { return (b >> 16u) | 0x40u; }
   return (b + 0x7fffu + ((b >> 16u) & 1u)) >> 16u;
 }
+fn f16_bits(v: vec2<f32>) -> u32 {
+  let beyond = abs(v) >= vec2<f32>(65520.0);
+  let infinite = vec2<u32>(0x7c00u) | ((bitcast<vec2<u32>>(v) >> vec2<u32>(16u)) & vec2<u32>(0x8000u));
+  let far = select(vec2<u32>(0u), infinite, beyond);
+  return pack2x16float(select(v, vec2<f32>(0.0), beyond)) | far.x | (far.y << 16u);
+}
 """
-"""Functions on bf16: two of a word as f32, and the bits of an f32 rounded to nearest even."""
+"""Functions on 16-bit floats: two bf16 of a word as f32, and the bits of an f32, or for f16 of two, rounded to nearest even. What
+is beyond f16 becomes infinite, which `pack2x16float` leaves open: with SwiftShader it is NaN."""
 
 
 IDS = """
@@ -211,6 +218,6 @@ def quad_of(numbers: str, dtype: str) -> str:
     if dtype == "f32":
         return numbers
     if dtype == "f16":
-        return f"vec2<u32>(pack2x16float({numbers}.xy), pack2x16float({numbers}.zw))"
+        return f"vec2<u32>(f16_bits({numbers}.xy), f16_bits({numbers}.zw))"
     low, high = (f"(bf16_bits({numbers}.{a}) | (bf16_bits({numbers}.{b}) << 16u))" for a, b in ("xy", "zw"))
     return f"vec2<u32>({low}, {high})"

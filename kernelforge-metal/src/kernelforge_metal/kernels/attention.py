@@ -167,7 +167,7 @@ def build_attention(problem: Problem, config: Config, device: DeviceInfo) -> Gpu
     weighted = f"acc[n] += weights[j] * {v.load(f'from_v + (block + j) * {v_step}u + d * {d_v}u')};"
     stored = out.store(f"to + d * {d_o}u", "select(0.0, acc[n] / total, total > 0.0 || is_nan(total))")
     dot = f"dot = fma(query[d], {k.load(f'from_k + key * {k_step}u + d * {d_k}u')}, dot);"
-    code = f"""{wgsl.SUBGROUP_IDS if subgroups else wgsl.IDS}{wgsl.BF16}{FUNCTIONS}{reductions}{a.functions}
+    code = f"""{wgsl.SUBGROUP_IDS if subgroups else wgsl.IDS}{wgsl.HALVES}{FUNCTIONS}{reductions}{a.functions}
 var<workgroup> query: array<f32, {max(1, size)}>;
 var<workgroup> weights: array<f32, {THREADS}>;
 @compute @workgroup_size({THREADS})

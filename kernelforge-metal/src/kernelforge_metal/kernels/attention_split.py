@@ -168,7 +168,7 @@ def split_kernel(a: Attention, config: Config, new: NewRow | None = None) -> Gpu
         more_functions = f"{new.functions}\nvar<workgroup> fresh: array<vec4<f32>, {2 * quads}>;"
         sums = " ".join(f"o{r} += weights[{r * chunk}u + old] * fresh[{quads}u + d];" for r in range(repeat))
         new_value = f"if (here && lane == 0u) {{ {sums} }}"
-    first = f"""{ids}{wgsl.BF16}{FUNCTIONS}{functions}{a.functions}{more_functions}
+    first = f"""{ids}{wgsl.HALVES}{FUNCTIONS}{functions}{a.functions}{more_functions}
 var<workgroup> query: array<vec4<f32>, {repeat * quads}>;
 var<workgroup> weights: array<f32, {repeat * chunk}>;
 var<workgroup> partial: array<vec4<f32>, {lanes * quads * repeat}>;
@@ -241,7 +241,7 @@ fn main(ids: Ids) {{
         for n in range(UNROLLED)
     )
     threads = 1 << max(5, (quads - 1).bit_length())
-    second = f"""{wgsl.IDS}{wgsl.BF16}{FUNCTIONS}{a.functions}
+    second = f"""{wgsl.IDS}{wgsl.HALVES}{FUNCTIONS}{a.functions}
 @compute @workgroup_size({threads})
 fn main(ids: Ids) {{
   let token = ids.group.y;

@@ -44,7 +44,7 @@ def _elementwise(problem: Problem, device: DeviceInfo, functions: str, expressio
     shape = out.type.shape
     setup, places = offsets(problem, shape, [t.type for t in (*operands, out)], "i")
     value = expression.format(*(t.load(place) for t, place in zip(operands, places, strict=False)))
-    code = f"""{wgsl.IDS}{wgsl.BF16}{functions}
+    code = f"""{wgsl.IDS}{wgsl.HALVES}{functions}
 @compute @workgroup_size({THREADS})
 fn main(ids: Ids) {{
   let i = {wgsl.FLAT} * {THREADS}u + ids.thread;

@@ -79,7 +79,7 @@ def _copy(
     src, dst = tensor(problem, x, "x", device), tensor(problem, out, "out", device)
     setup, (read,) = _walk(problem, source, "x")
     again, (write,) = _walk(problem, target, "out")
-    code = f"""{wgsl.IDS}{wgsl.BF16}
+    code = f"""{wgsl.IDS}{wgsl.HALVES}
 @compute @workgroup_size({THREADS})
 fn main(ids: Ids) {{
   let i = {wgsl.FLAT} * {THREADS}u + ids.thread;

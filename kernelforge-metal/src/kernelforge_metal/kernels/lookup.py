@@ -35,7 +35,7 @@ def build_embedding(problem: Problem, config: Config, device: DeviceInfo) -> Gpu
     rows, width = table.type.shape
     assert isinstance(width, int)
     row_step, step = table.type.element_strides()
-    code = f"""{wgsl.IDS}{wgsl.BF16}
+    code = f"""{wgsl.IDS}{wgsl.HALVES}
 @compute @workgroup_size({THREADS})
 fn main(ids: Ids) {{
   let i = {wgsl.FLAT} * {THREADS}u + ids.thread;
@@ -77,7 +77,7 @@ def build_kv_cache_update(problem: Problem, config: Config, device: DeviceInfo) 
     slot_count, capacity = (dim_text(problem, d) for d in cache.type.shape[:2])
     at, slot = (t.load(f"token * {t.type.element_strides()[0]}u") for t in (positions, slots))
     element = product_text(problem, (groups, size))
-    code = f"""{wgsl.IDS}{wgsl.BF16}
+    code = f"""{wgsl.IDS}{wgsl.HALVES}
 @compute @workgroup_size({THREADS})
 fn main(ids: Ids) {{
   let i = {wgsl.FLAT} * {THREADS}u + ids.thread;
@@ -140,7 +140,7 @@ fn search(best_key: u32, best_place: u32, thread: u32) -> u32 {{
 }}
 """
     outer = problem.operand(0).shape[:-1]
-    header = f"{wgsl.IDS}{wgsl.BF16}{KEY}{search}"
+    header = f"{wgsl.IDS}{wgsl.HALVES}{KEY}{search}"
     take = "if (k > best || (k == best && i < place)) { best = k; place = i; }"
     store = out.store(_flat_place("row"), "i32(found)")
     finish = f"if (ids.thread == 0u) {{ {store} }}"

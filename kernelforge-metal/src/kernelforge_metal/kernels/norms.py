@@ -110,7 +110,7 @@ def _kernel(rows: Rows, body: str, reductions: tuple[str, ...]) -> GpuKernel:
     subgroups = wgsl.SUBGROUP in rows.device.features
     names = {"add": "add_up", "max": "largest"}
     functions = "".join(wgsl.reduction(names[r], r, rows.threads, subgroups=subgroups) for r in reductions)
-    code = f"""{wgsl.SUBGROUP_IDS if subgroups else wgsl.IDS}{wgsl.BF16}{FUNCTIONS}{functions}
+    code = f"""{wgsl.SUBGROUP_IDS if subgroups else wgsl.IDS}{wgsl.HALVES}{FUNCTIONS}{functions}
 @compute @workgroup_size({rows.threads})
 fn main(ids: Ids) {{
   let row = {wgsl.FLAT};

@@ -39,7 +39,7 @@ def build_quantised(problem: Problem, config: Config, device: DeviceInfo) -> Gpu
     """One thread an element; a table larger than a binding may be is looked up in pieces, each by a dispatch of its own."""
     layout = _layout(problem)
     ids, out = tensor(problem, 1, "ids_", device), tensor(problem, 2, "out", device)
-    code = f"""{wgsl.IDS}{wgsl.BF16}{layout.functions("table")}
+    code = f"""{wgsl.IDS}{wgsl.HALVES}{layout.functions("table")}
 @compute @workgroup_size({THREADS})
 fn main(ids: Ids) {{
   let i = {wgsl.FLAT} * {THREADS}u + ids.thread;

@@ -65,7 +65,7 @@ def build_rope(problem: Problem, config: Config, device: DeviceInfo) -> GpuKerne
     half = rotary // 2
     threads = half + (size - rotary)  # a pair, or one element that stays
     first, second = ("2u * j", "2u * j + 1u") if attrs["interleaved"] else ("j", f"j + {half}u")
-    code = f"""{wgsl.IDS}{wgsl.BF16}{SINE_COSINE}
+    code = f"""{wgsl.IDS}{wgsl.HALVES}{SINE_COSINE}
 @compute @workgroup_size({THREADS})
 fn main(ids: Ids) {{
   let i = {wgsl.FLAT} * {THREADS}u + ids.thread;

@@ -91,7 +91,7 @@ def _dispatch(problem: Problem, part: str, device: DeviceInfo) -> Dispatch:
     {moves(name)}
   }}""")
         before += int(heads[name])
-    code = f"""{wgsl.IDS}{wgsl.BF16}{SINE_COSINE}
+    code = f"""{wgsl.IDS}{wgsl.HALVES}{SINE_COSINE}
 @compute @workgroup_size({THREADS})
 fn main(ids: Ids) {{
   let i = {wgsl.FLAT} * {THREADS}u + ids.thread;

@@ -51,7 +51,7 @@ class Tensor:
         if not self.packed:
             value = f"f16({value})" if self.type.dtype == "f16" else value
             return f"{self.name}[{where}] = {value};"
-        bits = f"bf16_bits({value})" if self.type.dtype == "bf16" else f"pack2x16float(vec2<f32>({value}, 0.0))"
+        bits = f"bf16_bits({value})" if self.type.dtype == "bf16" else f"f16_bits(vec2<f32>({value}, 0.0))"
         word, shift = f"{self.name}[(({where}) >> 1u)]", f"((({where}) & 1u) << 4u)"
         return (
             f"{{ let bits = {bits}; atomicAnd(&{word}, 0xffff0000u >> {shift}); atomicOr(&{word}, bits << {shift}); }}"

@@ -9,7 +9,7 @@ from kernelforge_metal.kernel import Dispatch, GpuKernel
 from kernelforge_metal.kernels.matmul.geometry import product_of
 from kernelforge_metal.kernels.matmul.weights import Piece, Quads
 from kernelforge_metal.kernels.tensors import count, offsets, product_text, tensor
-from kernelforge_metal.wgsl import BF16, FLAT, IDS, activation, blocks, grid
+from kernelforge_metal.wgsl import FLAT, HALVES, IDS, activation, blocks, grid
 
 if TYPE_CHECKING:
     from kernelforge.problem import Problem
@@ -59,7 +59,7 @@ def build_direct(problem: Problem, config: Config, device: DeviceInfo) -> GpuKer
         bindings.append(residual.binding)
         value += f" + {residual.load(places[3])}"
     steps = "\n    ".join(f"sum{n} = fma(a, {read}, sum{n});" for n, read in enumerate(reads))
-    code = f"""{IDS}{BF16}{activation(g.activation)}{functions}
+    code = f"""{IDS}{HALVES}{activation(g.activation)}{functions}
 @compute @workgroup_size({THREADS})
 fn main(ids: Ids) {{
   let i = {FLAT} * {THREADS}u + ids.thread;

@@ -15,7 +15,7 @@ from kernelforge_metal.kernels.matmul.numbers import Q4, Q8, floats
 from kernelforge_metal.kernels.matmul.result import Result
 from kernelforge_metal.kernels.matmul.vectors import Vectors
 from kernelforge_metal.kernels.matmul.weights import QUAD, Quads, Rows
-from kernelforge_metal.wgsl import BF16, FLAT, IDS, SUBGROUP_IDS, grid
+from kernelforge_metal.wgsl import FLAT, HALVES, IDS, SUBGROUP_IDS, grid
 
 if TYPE_CHECKING:
     from kernelforge.variant import DeviceInfo
@@ -291,7 +291,7 @@ class Gemv:
             place = "let first = p.first; let columns = p.columns;"
         lines = [
             SUBGROUP_IDS if self.subgroups else IDS,
-            BF16 if "bf16" in dtypes else "",
+            HALVES if {"bf16", "f16"} & set(dtypes) else "",
             self.functions,
             *(v.function for v in vectors),
             result.functions,

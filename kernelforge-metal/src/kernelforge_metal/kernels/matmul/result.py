@@ -54,7 +54,7 @@ class Result:
         else:
             words = {
                 "f32": "v",
-                "f16": "vec2<u32>(pack2x16float(v.xy), pack2x16float(v.zw))",
+                "f16": "vec2<u32>(f16_bits(v.xy), f16_bits(v.zw))",
                 "bf16": "vec2<u32>(bf16_bits(v.x) | bf16_bits(v.y) << 16u, bf16_bits(v.z) | bf16_bits(v.w) << 16u)",
             }
             kind, store = "vec4<f32>", f"y[({at}) >> 2u] = {words[self.dtype]};"

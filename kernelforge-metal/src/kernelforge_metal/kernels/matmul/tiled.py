@@ -14,7 +14,7 @@ from kernelforge_metal.kernels.matmul.result import Result, stored_columns
 from kernelforge_metal.kernels.matmul.sources import Dense, Packed, Source
 from kernelforge_metal.kernels.matmul.tile import LEFT, Division, Slab
 from kernelforge_metal.kernels.matmul.weights import QUAD, Piece, Quads, Weights, pieces, weights_of
-from kernelforge_metal.wgsl import BF16, FLAT, IDS, fold
+from kernelforge_metal.wgsl import FLAT, HALVES, IDS, fold
 
 if TYPE_CHECKING:
     from kernelforge.variant import DeviceInfo
@@ -136,7 +136,7 @@ class Tiled:
             place = "let first = p.first; let columns = p.columns; let across = p.across;"
         lines = [
             self.ids,
-            BF16 if "bf16" in dtypes else "",
+            HALVES if {"bf16", "f16"} & set(dtypes) else "",
             Q8 if "q8" in dtypes else "",
             *(slab.source.functions + slab.declaration for slab in (left, *rights)),
             result.functions,
