@@ -151,9 +151,21 @@ def test_wrong_numbers_switch_them_off_and_are_said_once(cache: Path, monkeypatc
         warnings.simplefilter("error")
         assert examine(opened(ALL), adapter()) == made
     (kept,) = cache.iterdir()
-    kept.write_text(json.dumps({"forms": 3}))  # damaged: tried again
+    for damaged in (3, {}, {"max-buffer-size": 1}, {"cooperative-matrix-f16-16": 4}):  # tried again
+        kept.write_text(json.dumps({"forms": damaged}))
+        with pytest.warns(KernelForgeWarning, match="feature test failed"):
+            assert examine(opened(ALL), adapter()) == made
+
+
+def test_another_text_of_the_test_is_tried(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier version found says nothing of kernels that are written in another way."""
+    runs = [fake(), fake(off=1.0)]
+    monkeypatch.setattr(cooperative, "multiply", lambda gpu, code, x: runs[0](code, x))
+    assert COOPERATIVE in examine(opened(ALL), adapter()).features
+    monkeypatch.setattr(cooperative, "trial_shader", lambda kind: trial_shader(kind) + "// in another way\n")
+    monkeypatch.setattr(cooperative, "multiply", lambda gpu, code, x: runs[1](code, x))
     with pytest.warns(KernelForgeWarning, match="feature test failed"):
-        assert examine(opened(ALL), adapter()) == made
+        assert COOPERATIVE not in examine(opened(ALL), adapter()).features
 
 
 # --- what wgpu refuses ---

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+from types import SimpleNamespace
 from typing import Any
 
 import llvmlite.binding as llvm
 import numpy as np
 import pytest
 
-from kernelforge.errors import KernelForgeWarning
+from kernelforge.errors import DeviceError, KernelForgeWarning
 from kernelforge.graph import Graph
 from kernelforge.session import Session
 from kernelforge_metal import recorder
@@ -76,6 +78,21 @@ def test_python_records_where_nothing_can_be_compiled(gpu: Session, monkeypatch:
         check(executable, 3, 1)
     for seed in range(4):
         check(executable, 3, seed)
+
+
+def test_an_encoder_that_cannot_be_made_is_one_error(gpu: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> object:
+        raise RuntimeError("no more encoders")
+
+    said: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", said.append)
+    queue, recorder = gpu.device.gpu.queue, Recorder()  # type: ignore[attr-defined]  # of a GPU
+    recorder.libf = SimpleNamespace(wgpuDeviceCreateCommandEncoder=refuse)
+    monkeypatch.setattr(queue, "_recorder", recorder)
+    with pytest.raises(DeviceError, match="no more encoders"):
+        queue.encoder()
+    gc.collect()
+    assert not said
 
 
 def test_code_for_windows_is_in_the_object_format_that_llvm_links(monkeypatch: pytest.MonkeyPatch) -> None:

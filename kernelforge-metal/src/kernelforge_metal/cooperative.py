@@ -96,17 +96,20 @@ def candidates(adapter: Adapter) -> tuple[Matrices, ...]:
 
 def examine(gpu: Gpu, adapter: Adapter) -> DeviceInfo:
     """What selection may know of an opened device. The first time, its cooperative matrices are tried; what came of it is kept
-    in the cache folder, for this adapter, driver and wgpu. A device that computes wrongly has none, with a warning."""
+    in the cache folder, for this adapter, driver, wgpu and text of the test. A device that computes wrongly has none, with a
+    warning.
+    """
     info = replace(adapter, features=gpu.features).info
     if COOPERATIVE not in gpu.features:
         refused = gpu.refused.get(COOPERATIVE)
         return _without(info, NONE if refused is None else f"wgpu does not hand out cooperative matrices: {refused}")
     if not {SUBGROUP, F16} <= gpu.features:
         return _without(info, f"cooperative matrices are used with {SUBGROUP} and {F16} only")
-    key = f"{info.fingerprint}\0{gpu.version}"
-    found = _kept(key)
+    kinds = candidates(adapter)
+    key = "\0".join((info.fingerprint, gpu.version, *map(trial_shader, kinds)))
+    found = _kept(key, kinds)
     if found is None:
-        found = tried(candidates(adapter), lambda code, x: multiply(gpu, code, x))
+        found = tried(kinds, lambda code, x: multiply(gpu, code, x))
         _keep(key, found)
         if wrong := {name: text for name, text in found.items() if isinstance(text, str)}:
             told = "; ".join(f"{name}: {text}" for name, text in wrong.items())
@@ -198,19 +201,20 @@ def multiply(gpu: Gpu, code: str, x: Array) -> Array:
     return found
 
 
-def _kept(key: str) -> dict[str, int | str] | None:
-    """What was found before; None when nothing was, or the file is damaged."""
+def _kept(key: str, kinds: Sequence[Matrices]) -> dict[str, int | str] | None:
+    """What was found of these before; None when nothing was, or the file is damaged."""
     try:
-        kept = json.loads(_file(key).read_text(encoding="utf-8"))
-        return {str(name): form if isinstance(form, int) else str(form) for name, form in kept["forms"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        forms = json.loads(_file(key).read_text(encoding="utf-8"))["forms"]
+        found = {kind.key: forms[kind.key] for kind in kinds}
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+    return found if all(isinstance(form, str) or form in range(4) for form in found.values()) else None
 
 
 def _keep(key: str, found: dict[str, int | str]) -> None:
     """A folder that cannot be written costs trying again, nothing else."""
     try:
-        home.write_atomic(_file(key), json.dumps({"device": key, "forms": found}, indent=1) + "\n")
+        home.write_atomic(_file(key), json.dumps({"device": key.partition("\0")[0], "forms": found}, indent=1) + "\n")
     except OSError:
         return
 

@@ -20,14 +20,12 @@ class Region:
     nbytes: int
 
 
+@dataclass(frozen=True)
 class Recorded:
     """What was encoded, checked and ready to be submitted once."""
 
-    def __init__(self, lib: Any, handle: Any) -> None:
-        self._lib, self.handle = lib, handle
-
-    def __del__(self) -> None:
-        self._lib.wgpuCommandBufferRelease(self.handle)
+    handle: Any
+    """A C handle."""
 
 
 class Encoder:
@@ -36,10 +34,8 @@ class Encoder:
     def __init__(self, device: Any, recorder: Recorder) -> None:
         """`device`: a `wgpu.GPUDevice`."""
         self._lib, self._libf, self._ffi, self._recorder = recorder.lib, recorder.libf, recorder.ffi, recorder
-        self._handle = self._libf.wgpuDeviceCreateCommandEncoder(device._internal, self._ffi.NULL)
-
-    def __del__(self) -> None:
-        self._lib.wgpuCommandEncoderRelease(self._handle)
+        made = self._libf.wgpuDeviceCreateCommandEncoder(device._internal, self._ffi.NULL)
+        self._handle = self._ffi.gc(made, self._lib.wgpuCommandEncoderRelease)
 
     def compute(
         self, commands: Sequence[Command] | Stream, uniforms: Any = None, stamps: tuple[Any, int, int] | None = None
@@ -74,4 +70,5 @@ class Encoder:
 
     def finish(self) -> Recorded:
         """Once."""
-        return Recorded(self._lib, self._libf.wgpuCommandEncoderFinish(self._handle, self._ffi.NULL))
+        made = self._libf.wgpuCommandEncoderFinish(self._handle, self._ffi.NULL)
+        return Recorded(self._ffi.gc(made, self._lib.wgpuCommandBufferRelease))
