@@ -1,6 +1,6 @@
 """The GPU as this package uses it: buffers, pipelines, bind groups, command streams, timestamps. Only this module,
-`kernelforge_metal.queue` and `kernelforge_metal.recorder` call wgpu for work; hot calls go to its C functions directly, which
-wgpu-py's checks would make twice as expensive.
+`kernelforge_metal.queue`, `kernelforge_metal.encoder` and `kernelforge_metal.recorder` call wgpu for work; hot calls go to its C
+functions directly, which wgpu-py's checks would make twice as expensive.
 
 Everything that wgpu raises comes out as a DeviceError that says what to do.
 """
