@@ -313,6 +313,12 @@ def test_shaders_of_all_samples_are_written(variant: KernelVariant) -> None:
     assert taken > 3
 
 
+@pytest.mark.parametrize(("dtype", "rows"), [("f32", 256), ("f16", 128), ("bf16", 128)])
+def test_the_largest_tiles_are_for_weights_of_f32(dtype: str, rows: int) -> None:
+    problem = _inferred("matmul", MATMUL, f"f32[4096,4096], {dtype}[4096,4096]@const", {"transpose_rhs": True})
+    assert BY_NAME["matmul", "gemm"].default_config(problem, EVERYTHING)["rows"] == rows
+
+
 @pytest.mark.parametrize("name", ["gemv", "gemv-shared", "gemv-integer", "gemv-integer-shared"])
 def test_sums_of_many_rows_fit_workgroup_memory(name: str) -> None:
     operands = "f32[8,4096], f32[4096], q4[64,4096]@const, q4[64,4096]@const"

@@ -23,7 +23,7 @@ MAX_SUMS = 128
 """Of a thread: more do not fit the registers."""
 NAMES = ("rows", "columns", "steps", "thread_rows", "thread_columns", "unroll", "prefetch", "block")
 LARGE = (256, 128, 8, 16, 8, 8, 3, 1)
-"""Where workgroups have more than 32 KiB of memory."""
+"""For weights of f32, where workgroups have more than 32 KiB of memory. Of 16 bits they are loaded in too small pieces."""
 TILES = (
     (128, 128, 32, 8, 8, 32, 1, 4),
     (128, 64, 32, 8, 8, 16, 1, 4),
@@ -96,7 +96,9 @@ def gemm_default(problem: Problem, device: DeviceInfo) -> Config:
     g = product_of(problem)
     space = gemm_space(problem, device)
     tiles_of = TILES if len(g.rhs) == 1 else GATED_TILES
-    if device.limit("max-compute-workgroup-storage-size") > 32768 and len(g.rhs) == 1:
+    if device.limit("max-compute-workgroup-storage-size") > 32768 and [g.problem.operand(i).dtype for i in g.rhs] == [
+        "f32"
+    ]:
         tiles_of = (LARGE, *tiles_of)
     legal = [c for tile in tiles_of if (c := dict(zip(NAMES, tile, strict=True))) in space]
     if not legal:
