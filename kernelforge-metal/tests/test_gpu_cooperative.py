@@ -157,6 +157,19 @@ def test_wrong_numbers_switch_them_off_and_are_said_once(cache: Path, monkeypatc
             assert examine(opened(ALL), adapter()) == made
 
 
+def test_a_test_that_does_not_end_is_not_tried_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(gpu: object, code: str, x: Array) -> Array:
+        raise SystemExit
+
+    monkeypatch.setattr(cooperative, "multiply", dies)
+    with pytest.raises(SystemExit):
+        examine(opened(ALL), adapter())
+    made = examine(opened(ALL), adapter())
+    assert COOPERATIVE not in made.features
+    (kept,) = cache.iterdir()
+    assert f"the test did not end; delete {kept} to try again" in dict(made.missing)[COOPERATIVE]
+
+
 def test_another_text_of_the_test_is_tried(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an earlier version found says nothing of kernels that are written in another way."""
     runs = [fake(), fake(off=1.0)]

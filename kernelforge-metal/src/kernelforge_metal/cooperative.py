@@ -109,6 +109,8 @@ def examine(gpu: Gpu, adapter: Adapter) -> DeviceInfo:
     key = "\0".join((info.fingerprint, gpu.version, *map(trial_shader, kinds)))
     found = _kept(key, kinds)
     if found is None:
+        # A driver may end the process: then the next start must not try again.
+        _keep(key, {kind.key: f"the test did not end; delete {_file(key)} to try again" for kind in kinds})
         found = tried(kinds, lambda code, x: multiply(gpu, code, x))
         _keep(key, found)
         if wrong := {name: text for name, text in found.items() if isinstance(text, str)}:
