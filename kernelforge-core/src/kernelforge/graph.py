@@ -474,9 +474,35 @@ class Graph:
         value_cache: Tensor,
         positions: Tensor,
         slots: Tensor,
-        **attrs: Attr,
+        *,
+        max_position: int,
+        theta: float = 10000.0,
+        rotary_dim: int = 0,
+        interleaved: bool = False,
+        scaling: str = "none",
+        factor: float = 1.0,
+        low_freq_factor: float = 1.0,
+        high_freq_factor: float = 4.0,
+        original_max_position: int = 0,
+        scale: float = 0.0,
+        window: int = 0,
+        softcap: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What `attention` gives with the results of `rope_cache_update`, and both caches. `attrs`: of both, but causal."""
+        """What causal `attention` gives with the results of `rope_cache_update`, and both caches."""
+        attrs: dict[str, Attr] = {
+            "max_position": max_position,
+            "theta": theta,
+            "rotary_dim": rotary_dim,
+            "interleaved": interleaved,
+            "scaling": scaling,
+            "factor": factor,
+            "low_freq_factor": low_freq_factor,
+            "high_freq_factor": high_freq_factor,
+            "original_max_position": original_max_position,
+            "scale": scale,
+            "window": window,
+            "softcap": softcap,
+        }
         operands = (q, k, v, key_cache, value_cache, positions, slots)
         out, keys, values = self._add(rope_attention.ROPE_ATTENTION, operands, attrs)
         return out, keys, values

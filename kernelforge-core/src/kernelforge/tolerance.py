@@ -101,10 +101,17 @@ class Expected:
 
 
 def expect(
-    problem: Problem, op: OpDef, arrays: Sequence[Array | None], *, factor: float = 1.0, flushes: bool = False
+    problem: Problem,
+    op: OpDef,
+    arrays: Sequence[Array | None],
+    *,
+    factor: float = 1.0,
+    between: float = 0.0,
+    flushes: bool = False,
 ) -> tuple[Expected, ...]:
-    """What a static problem's results must be for these operands. `factor` widens the tolerance; with `flushes`, subnormal
-    operands may count as zero, each time they are read or never."""
+    """What a static problem's results must be for these operands. `factor` widens the tolerance; `between` is the unit
+    roundoff of what may be rounded on the way; with `flushes`, subnormal operands may count as zero, each time they are read
+    or never."""
     exact = op.compute(problem, arrays)
     models = [roundings(problem, op, i) for i in range(len(exact))]
     if not any(m.result for m in models):
@@ -122,7 +129,8 @@ def expect(
         with np.errstate(invalid="ignore"):
             apart = np.abs(np.asarray(other, np.float64) - e) if m.result and flushes else np.zeros(e.shape)
         apart = np.where(np.isfinite(apart), apart, 0.0)
-        found.append(Expected(e, factor * (m.result * size + m.sums * c) + smallest + apart))
+        on_the_way = between * c if m.result else 0.0
+        found.append(Expected(e, factor * (m.result * size + m.sums * c) + on_the_way + smallest + apart))
     return tuple(found)
 
 
