@@ -92,23 +92,25 @@ def gemm_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
 
 
 def gemm_default(problem: Problem, device: DeviceInfo) -> Config:
-    """The largest tile of which there are enough, or the smallest."""
     g = product_of(problem)
-    space = gemm_space(problem, device)
-    tiles_of = TILES if len(g.rhs) == 1 else GATED_TILES
-    if device.limit("max-compute-workgroup-storage-size") > 32768 and [g.problem.operand(i).dtype for i in g.rhs] == [
-        "f32"
-    ]:
-        tiles_of = (LARGE, *tiles_of)
-    legal = [c for tile in tiles_of if (c := dict(zip(NAMES, tile, strict=True))) in space]
+    tiles = TILES if len(g.rhs) == 1 else GATED_TILES
+    dtypes = [g.problem.operand(i).dtype for i in g.rhs]
+    if device.limit("max-compute-workgroup-storage-size") > 32768 and dtypes == ["f32"]:
+        tiles = (LARGE, *tiles)
+    return default_tile(g, gemm_space(problem, device), [dict(zip(NAMES, tile, strict=True)) for tile in tiles])
+
+
+def default_tile(g: Product, space: ConfigSpace, tiles: Sequence[Config]) -> Config:
+    """The first legal one of `tiles`, from large to small, of which there are enough, or the last."""
+    legal = [c for c in tiles if c in space]
     if not legal:
         return next(iter(space))
 
-    def tiles(c: Config) -> int:
+    def count(c: Config) -> int:
         rows = g.static_rows if g.static_rows is not None else PROMPT
         return -(-rows // int(c["rows"])) * -(-g.columns // int(c["columns"]))
 
-    return next((c for c in legal if tiles(c) >= BUSY), legal[-1])
+    return next((c for c in legal if count(c) >= BUSY), legal[-1])
 
 
 def _by_lines(g: Product, device: DeviceInfo) -> bool:

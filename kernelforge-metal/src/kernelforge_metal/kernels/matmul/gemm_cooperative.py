@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from kernelforge.variant import ConfigSpace, Reject
 from kernelforge_metal.adapters import COOPERATIVE
 from kernelforge_metal.cooperative import NONE, Matrices, usable
-from kernelforge_metal.kernels.matmul.gemm import BUSY, PROMPT, takes_gemm
+from kernelforge_metal.kernels.matmul.gemm import default_tile, takes_gemm
 from kernelforge_metal.kernels.matmul.geometry import product_of
 from kernelforge_metal.kernels.matmul.sources import BLOCK, Source
 from kernelforge_metal.kernels.matmul.tile import LANES, LEFT, Division, Slab
@@ -87,18 +87,8 @@ def cooperative_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
 
 
 def cooperative_default(problem: Problem, device: DeviceInfo) -> Config:
-    """The largest tile of which there are enough, or the smallest."""
-    g = product_of(problem)
-    space = cooperative_space(problem, device)
-    legal = [c for tile in TILES if (c := dict(zip(NAMES, tile, strict=True))) in space]
-    if not legal:
-        return next(iter(space))
-
-    def tiles(c: Config) -> int:
-        rows = g.static_rows if g.static_rows is not None else PROMPT
-        return -(-rows // int(c["rows"])) * -(-g.columns // int(c["columns"]))
-
-    return next((c for c in legal if tiles(c) >= BUSY), legal[-1])
+    tiles = [dict(zip(NAMES, tile, strict=True)) for tile in TILES]
+    return default_tile(product_of(problem), cooperative_space(problem, device), tiles)
 
 
 def tile_of(c: Config, matrices: Matrices | None) -> PartedTile:
