@@ -130,6 +130,20 @@ def test_version(path: list[Path]) -> None:
     assert version("nowhere") == ""
 
 
+def test_damaged_metadata_costs_the_version_alone(path: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    install(path[0], "acme_good-1.0.dist-info", "[acme]\ngood = acme_module")
+    install(path[0], "torn-1.0.dist-info", "[acme]\ntorn = acme_module")
+    (path[0] / "torn-1.0.dist-info" / "METADATA").write_bytes(b"\xff\xfe\0\0")
+    with pytest.warns(KernelForgeWarning, match="the version of torn cannot be read; install it again: Unicode"):
+        assert version("torn") == ""
+    with pytest.warns(KernelForgeWarning, match="the entry points of torn cannot be read: Unicode"):
+        assert found() == [("good", "acme_module")]
+    hook = type("Hook", (), {"find_spec": lambda *_: None, "find_distributions": lambda *_: []})
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, hook])  # from now on importlib.metadata looks
+    with pytest.warns(KernelForgeWarning, match="a distribution is left out, whose METADATA cannot be read: Unicode"):
+        assert found() == [("good", "acme_module")]
+
+
 @pytest.mark.parametrize(
     "value", ["pathlib", "pathlib:Path", "pathlib : Path.home", "pathlib:Path [fast]", "pathlib [fast]"]
 )

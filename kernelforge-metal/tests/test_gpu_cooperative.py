@@ -21,6 +21,7 @@ from kernelforge.variant import Accept, DeviceInfo, Reject
 from kernelforge_metal import cooperative
 from kernelforge_metal.adapters import COOPERATIVE, Adapter
 from kernelforge_metal.cooperative import Matrices, candidates, examine, trial_shader, tried, usable
+from kernelforge_metal.errors import DeviceLost, OutOfMemory
 from kernelforge_metal.kernel import GpuKernel, extensions, shader
 from kernelforge_metal.kernels.matmul import VARIANTS
 from kernelforge_metal.native import _request
@@ -168,6 +169,40 @@ def test_a_test_that_does_not_end_is_not_tried_again(cache: Path, monkeypatch: p
     assert COOPERATIVE not in made.features
     (kept,) = cache.iterdir()
     assert f"the test did not end; delete {kept} to try again" in dict(made.missing)[COOPERATIVE]
+
+
+def test_what_is_of_the_moment_is_not_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = fake()
+
+    def full(gpu: object, code: str, x: Array) -> Array:
+        raise OutOfMemory("no memory")
+
+    def lost(gpu: object, code: str, x: Array) -> Array:
+        raise DeviceLost("lost")
+
+    monkeypatch.setattr(cooperative, "multiply", full)
+    with pytest.warns(KernelForgeWarning, match="were not tried this time: no memory"):
+        made = examine(opened(ALL), adapter())
+    assert COOPERATIVE not in made.features
+    assert "not tried this time" in dict(made.missing)[COOPERATIVE]
+    monkeypatch.setattr(cooperative, "multiply", lost)
+    with pytest.raises(DeviceLost):
+        examine(opened(ALL), adapter())
+    monkeypatch.setattr(cooperative, "multiply", lambda gpu, code, x: run(code, x))
+    assert COOPERATIVE in examine(opened(ALL), adapter()).features
+
+
+def test_a_device_that_the_test_loses_twice_does_without(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(gpu: object, code: str, x: Array) -> Array:
+        raise DeviceLost("lost")
+
+    monkeypatch.setattr(cooperative, "multiply", lost)
+    for _ in range(2):
+        with pytest.raises(DeviceLost):
+            examine(opened(ALL), adapter())
+    made = examine(opened(ALL), adapter())
+    (kept,) = cache.iterdir()
+    assert f"the test lost the device twice; delete {kept} to try again" in dict(made.missing)[COOPERATIVE]
 
 
 def test_another_text_of_the_test_is_tried(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from kernelforge.tune.verify import Workload
 from kernelforge.variant import Config, DeviceInfo, KernelVariant
 from kernelforge_metal.buffer import GpuBuffer
 from kernelforge_metal.device import GpuDevice
+from kernelforge_metal.errors import DeviceLost
 from kernelforge_metal.executable import MAX_BOUND, GpuExecutable
 from kernelforge_metal.kernel import Below, Binding, Dispatch, GpuKernel
 
@@ -444,9 +445,13 @@ def test_out_of_memory_and_loss_say_what_to_do(session: Session) -> None:
     full = failing(RuntimeError("Not enough memory left."))
     assert "has not enough memory to allocate 5 MiB for a test" in str(full)
     assert "--target cpu" in str(full.hint)
-    lost = failing(RuntimeError("Parent device is lost"))
-    assert "was lost" in str(lost)
-    with pytest.raises(DeviceError, match="was lost"):
+    text = f"Validation Error\n\nCaused by:\n  In wgpuDeviceCreateBuffer\n    {'x' * 300}\n    Parent device is lost"
+    lost = failing(RuntimeError(text))
+    said = f"Validation Error: In wgpuDeviceCreateBuffer: {'x' * 200}...: Parent device is lost"
+    assert str(lost) == f"the GPU {gpu.name} was lost before it could allocate 5 MiB for a test: {said}"
+    assert "its driver gave it up" in str(lost.hint)
+    assert "--target cpu" in str(lost.hint)
+    with pytest.raises(DeviceLost, match="was lost before it could allocate"):
         device.allocate((4,), "f32")
     gpu.lost = False
     assert device.allocate((4,), "f32").shape == (4,)

@@ -80,21 +80,26 @@ def entry_points(group: str) -> Iterator[EntryPoint]:
             found = list(_of_group(dist.read_text("entry_points.txt") or "", group))
             told = header(dist) if found else {}
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            message = f"the entry points of {name} cannot be read: {reason}"
-            warnings.warn(KernelForgeWarning(message), stacklevel=2)
+            _tell(f"the entry points of {name} cannot be read", error)
             continue
         yield from (EntryPoint(entry, value, told) for entry, value in found)
 
 
 def version(distribution: str) -> str:
-    """Of an installed distribution, "" of one that is not there or does not tell."""
-    found = (dist for name, dist in _distributions() if name == _normalized(distribution))
-    return next((header(dist).get("Version", [""])[0] for dist in found), "")
+    """Of an installed distribution, "" of one that is not there or does not tell; one whose METADATA is damaged does not, with
+    a KernelForgeWarning."""
+    for name, dist in _distributions():
+        if name == _normalized(distribution):
+            try:
+                return header(dist).get("Version", [""])[0]
+            except ValueError as error:
+                _tell(f"the version of {name} cannot be read; install it again", error)
+                return ""
+    return ""
 
 
 def header(dist: Distribution) -> dict[str, list[str]]:
-    """The fields of METADATA, which a damaged distribution may lack.
+    """The fields of METADATA, which a damaged distribution may lack. Raises ValueError when it is no text.
 
     `importlib.metadata` would parse the whole file as an e-mail, again for each field.
     """
@@ -145,7 +150,17 @@ def _others(path: list[str]) -> Iterator[tuple[str, Distribution]]:
     import importlib.metadata
 
     for dist in importlib.metadata.distributions(path=path):
-        yield _normalized(header(dist).get("Name", [UNKNOWN])[0]), dist
+        try:
+            name = header(dist).get("Name", [UNKNOWN])[0]
+        except ValueError as error:
+            _tell("a distribution is left out, whose METADATA cannot be read", error)
+            continue
+        yield _normalized(name), dist
+
+
+def _tell(what: str, error: Exception) -> None:
+    message = f"{what}: {type(error).__name__}: {error}"
+    warnings.warn(KernelForgeWarning(message), stacklevel=3)
 
 
 def _of_group(text: str, group: str) -> Iterator[tuple[str, str]]:

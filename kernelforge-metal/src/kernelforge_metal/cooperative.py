@@ -22,6 +22,7 @@ from kernelforge.errors import KernelForgeError, KernelForgeWarning
 from kernelforge.variant import DeviceInfo
 from kernelforge_metal.adapters import COOPERATIVE, SOFTWARE, Adapter
 from kernelforge_metal.encoder import Region
+from kernelforge_metal.errors import DeviceLost, OutOfMemory
 from kernelforge_metal.kernel import extensions
 from kernelforge_metal.wgsl import F16, SUBGROUP, SUBGROUP_IDS
 
@@ -40,6 +41,11 @@ THREADS = 128
 
 NONE = "the adapter has no cooperative matrices"
 """Why there are none, where nothing else is known."""
+
+NOT_TRIED = "cooperative matrices were not tried this time"
+
+LOST = "the test lost the device"
+"""Kept after the first time, which may have had another cause."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,9 @@ def candidates(adapter: Adapter) -> tuple[Matrices, ...]:
 def examine(gpu: Gpu, adapter: Adapter) -> DeviceInfo:
     """What selection may know of an opened device. The first time, its cooperative matrices are tried; what came of it is kept
     in the cache folder, for this adapter, driver, wgpu and text of the test. A device that computes wrongly has none, with a
-    warning.
+    warning; one that has no memory for the test has none this time.
+
+    Raises DeviceLost when the test loses the device. The next start tries again, the one after a second loss does without.
     """
     info = replace(adapter, features=gpu.features).info
     if COOPERATIVE not in gpu.features:
@@ -108,10 +116,22 @@ def examine(gpu: Gpu, adapter: Adapter) -> DeviceInfo:
     kinds = candidates(adapter)
     key = "\0".join((info.fingerprint, gpu.version, *map(trial_shader, kinds)))
     found = _kept(key, kinds)
-    if found is None:
+    lost_before = found is not None and LOST in found.values()
+    if found is None or lost_before:
+        again = f"delete {_file(key)} to try again"
         # A driver may end the process: then the next start must not try again.
-        _keep(key, {kind.key: f"the test did not end; delete {_file(key)} to try again" for kind in kinds})
-        found = tried(kinds, lambda code, x: multiply(gpu, code, x))
+        _keep(key, {kind.key: f"the test did not end; {again}" for kind in kinds})
+        try:
+            found = tried(kinds, lambda code, x: multiply(gpu, code, x))
+        except OutOfMemory as error:
+            _file(key).unlink(missing_ok=True)
+            warnings.warn(KernelForgeWarning(f"{NOT_TRIED}: {error}"), stacklevel=3)
+            return _without(info, f"{NOT_TRIED}: {error}")
+        except DeviceLost:
+            _keep(
+                key, {kind.key: f"the test lost the device twice; {again}" if lost_before else LOST for kind in kinds}
+            )
+            raise
         _keep(key, found)
         if wrong := {name: text for name, text in found.items() if isinstance(text, str)}:
             told = "; ".join(f"{name}: {text}" for name, text in wrong.items())
@@ -128,7 +148,8 @@ def _without(info: DeviceInfo, reason: str) -> DeviceInfo:
 
 
 def tried(kinds: Sequence[Matrices], run: Multiply) -> dict[str, int | str]:
-    """For each kind, by its key, the form in which it gives the right numbers, or what is wrong with it."""
+    """For each kind, by its key, the form in which it gives the right numbers, or what is wrong with it. Raises OutOfMemory
+    and DeviceLost, which say nothing of the matrices."""
     return {kind.key: _form(kind, run) for kind in kinds}
 
 
@@ -140,6 +161,8 @@ def _form(kind: Matrices, run: Multiply) -> int | str:
         form = replace(kind, loads_turned=loads, stores_turned=stores)
         try:
             got = run(trial_shader(form), np.concatenate([left.T.ravel(), right.ravel()]))[: n * n].reshape(n, n)
+        except (OutOfMemory, DeviceLost):
+            raise
         except KernelForgeError as error:
             return f"does not run: {error}"
         if np.array_equal(got, expected):

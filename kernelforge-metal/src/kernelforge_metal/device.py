@@ -12,6 +12,7 @@ from kernelforge.errors import DeviceError, KernelForgeWarning, PluginError, Usa
 from kernelforge.faults import failed
 from kernelforge.variant import DeviceInfo, config_key
 from kernelforge_metal.buffer import GpuBuffer
+from kernelforge_metal.errors import DeviceLost, OutOfMemory
 from kernelforge_metal.executable import GpuExecutable
 from kernelforge_metal.kernel import GpuKernel, HostKernel, fixed_parameters, is_read_only, parameter_names, shader
 from kernelforge_metal.moving import misplaced, moved
@@ -127,9 +128,9 @@ class GpuDevice:
             try:
                 what = f"'{variant.name}' of {step.problem.op}"
                 pipelines.append(self._gpu.pipeline(code, read_only, nbytes, checked=kernel.checked, what=what))
+            except (OutOfMemory, DeviceLost):
+                raise
             except DeviceError as error:
-                if self._gpu.lost:
-                    raise
                 what = f"does not compile for {step.problem}"
                 raise failed(f"variant '{variant.key}'", variant.provenance, what, error) from error
         return CompiledKernel(

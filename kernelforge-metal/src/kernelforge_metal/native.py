@@ -19,6 +19,7 @@ import numpy as np
 from kernelforge.errors import DeviceError
 from kernelforge_metal.adapters import EXPERIMENTAL, FEATURES, Adapter, wgpu_adapter
 from kernelforge_metal.encoder import Encoder, Recorded, Region
+from kernelforge_metal.errors import DeviceLost, OutOfMemory
 from kernelforge_metal.queue import Queue
 
 if TYPE_CHECKING:
@@ -78,9 +79,9 @@ class Gpu:
 
     @contextmanager
     def _errors(self, what: str) -> Iterator[None]:
-        """Turn wgpu's errors into DeviceErrors."""
+        """Turn wgpu's errors into DeviceErrors; those of the moment are OutOfMemory and DeviceLost."""
         if self.lost:
-            raise DeviceError(f"the GPU {self.name} was lost", hint="open it again, or use --target cpu")
+            raise DeviceLost(f"the GPU {self.name} was lost before it could {what}")
         try:
             yield
         except DeviceError:
@@ -89,15 +90,13 @@ class Gpu:
             text = str(error).strip()
             kind = type(error).__name__
             if "OutOfMemory" in kind or "out of memory" in text.lower() or "not enough memory" in text.lower():
-                raise DeviceError(
+                raise OutOfMemory(
                     f"the GPU {self.name} has not enough memory to {what}",
                     hint="use smaller weights (--weights q4), a shorter context, or --target cpu",
                 ) from error
             if "lost" in text.lower():
                 self.lost = True
-                raise DeviceError(
-                    f"the GPU {self.name} was lost: {text.splitlines()[0]}", hint="open it again, or use --target cpu"
-                ) from error
+                raise DeviceLost(f"the GPU {self.name} was lost before it could {what}: {causes(text)}") from error
             raise DeviceError(f"the GPU {self.name} cannot {what}: {kind}: {text}") from error
 
     # --- memory ---
@@ -232,6 +231,13 @@ class Gpu:
     def pointer(self, words: Array) -> Any:
         """A C pointer to an array's first byte; the array must be kept."""
         return self._ffi.cast("void *", words.ctypes.data)
+
+
+def causes(text: str, width: int = 200) -> str:
+    """What wgpu says, in one line: its error, then what caused it, the last of which says most, each of at most `width`
+    characters."""
+    lines = [line.strip() for line in text.splitlines() if line.strip() not in ("", "Caused by:")]
+    return ": ".join(line if len(line) <= width else f"{line[:width]}..." for line in [*lines[:1], *lines[1:][-3:]])
 
 
 def _request(adapter: Any, wanted: Collection[str]) -> tuple[Any, dict[str, str]]:

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from importlib import metadata
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +14,7 @@ from kernelforge import __version__
 from kernelforge.cli import output
 from kernelforge.cli.cache_verbs import size_text, usage
 from kernelforge.cli.output import Output
+from kernelforge.distributions import version
 from kernelforge.errors import DeviceError, KernelForgeError
 from kernelforge.home import cache_dir, home, records_path
 from kernelforge.registry import Registry
@@ -61,12 +61,8 @@ def doctor(
 
 def _versions(out: Output) -> dict[str, str]:
     versions = {"kernelforge": __version__, "python": sys.version.split()[0]}
-    for name in TOOLCHAIN:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    out.print("versions  " + ", ".join(f"{name} {version}" for name, version in versions.items()))
+    versions |= {name: told for name in TOOLCHAIN if (told := version(name))}
+    out.print("versions  " + ", ".join(f"{name} {version}" for name, told in versions.items()))
     return versions
 
 

@@ -6,12 +6,11 @@ import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from kernelforge.distributions import version
 from kernelforge.errors import PluginError, UsageError, WrongResultError
 from kernelforge.lazy import resolve
 from kernelforge.problem import Problem
@@ -322,7 +321,5 @@ def _rounded(value: float) -> float:
 def _versions() -> dict[str, str]:
     """Of Python and the installed distributions that decide what code runs."""
     found = {"python": platform.python_version()}
-    for name in ("kernelforge-core", "numpy", "torch-mlir", "llvmlite", "numba", "wgpu"):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+    names = ("kernelforge-core", "numpy", "torch-mlir", "llvmlite", "numba", "wgpu")
+    return found | {name: told for name in names if (told := version(name))}
