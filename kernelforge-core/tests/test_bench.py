@@ -67,12 +67,17 @@ def test_latency_is_order_statistics() -> None:
 
 # matmul
 
+beside_host = pytest.mark.filterwarnings("ignore:.* measured on the processor")
+
 
 def test_matmul_reports_speed_variant_error_and_peers() -> None:
     space = ConfigSpace((("tile", (4, 8)),))
     with session(variant("mine", lambda c: Kernel(seconds=1e-4), space=space)) as opened:
         problem = matmul_problem(opened.registry, 64, 32, 16)
-        with open_peers(["numpy"], 2) as peers:
+        with (
+            open_peers(["numpy"], 2) as peers,
+            pytest.warns(KernelForgeWarning, match="numpy: measured on the processor"),
+        ):
             (report,) = benchmark_matmul(opened, [problem], peers=peers, repeat=2)
     assert (report["m"], report["n"], report["k"], report["dtype"]) == (64, 32, 16, "f32")
     assert (report["variant"], report["config"], report["config_source"]) == ("mine", {"tile": 4}, "default")
@@ -84,7 +89,7 @@ def test_matmul_reports_speed_variant_error_and_peers() -> None:
     peer = report["peers"]["numpy"]
     assert peer["gflops"] > 0
     assert peer["ratio"] == pytest.approx(peer["latency_ms"] / 0.1, rel=1e-3)
-    assert (peer["version"], peer["computes"]) == (np.__version__, "f32")
+    assert (peer["version"], peer["device"], peer["computes"]) == (np.__version__, "cpu", "f32")
 
 
 def test_a_wrong_result_is_never_timed() -> None:
@@ -97,6 +102,7 @@ def test_a_wrong_result_is_never_timed() -> None:
             benchmark_matmul(opened, [problem])
 
 
+@beside_host
 def test_types_of_weights_take_turns_with_peers_of_the_first() -> None:
     with session(variant("mine", lambda c: Kernel(seconds=1e-4))) as opened:
         problems = [matmul_problem(opened.registry, 8, 4, 6, dtype) for dtype in ("f32", "bf16")]
@@ -133,6 +139,7 @@ def test_a_variant_can_be_asked_for() -> None:
             benchmark_matmul(opened, [problem], variant="c")
 
 
+@beside_host
 @pytest.mark.parametrize(("dtype", "nbytes"), [("q8", 34), ("q4", 18)])
 def test_quantised_weights_count_with_their_scales_beside_peers_of_f32(dtype: str, nbytes: int) -> None:
     with session(variant("mine", lambda c: Kernel(seconds=1e-4))) as opened:
@@ -277,6 +284,7 @@ def test_torch_answers_from_a_process_of_its_own() -> None:
 
 
 @pytest.mark.usefixtures("torch")
+@beside_host
 def test_torch_is_measured_in_turn_with_ours() -> None:
     with session(variant("mine")) as opened:
         problem = matmul_problem(opened.registry, 8, 8, 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -40,12 +41,13 @@ class FakeGpu:
     def __init__(self, clock: Clock, ticks: Sequence[float] | None) -> None:
         self.clock, self.ticks, self.runs = clock, ticks, 0
         self.has_timestamps = ticks is not None
+        self.timed_at = -math.inf
         self.queue = self
 
     def encoder(self) -> None: ...
 
-    def encode(self, encoder: object, commands: object, uniforms: object, stamps: object = None) -> None:
-        self.runs += 1
+    def encode(self, encoder: object, commands: Sequence[object], uniforms: object, stamps: object = None) -> None:
+        self.runs += max(1, len(commands))
 
     def resolve(self, encoder: object, count: int) -> None: ...
 
@@ -90,6 +92,38 @@ def test_good_timestamps_are_taken(clock: Clock) -> None:
     found = timing.measure(Good(clock, []), [], None, 5)  # type: ignore[arg-type]
     assert found.source == "timestamp-query"
     assert found.samples == pytest.approx((1e-4,) * 5)
+
+
+class Rising(FakeGpu):
+    """Its clock is low at first: runs of 2 ms become runs of 0.2 ms within `rise` seconds of work."""
+
+    def __init__(self, clock: Clock, rise: float) -> None:
+        super().__init__(clock, [])
+        self.rise, self.worked = rise, 0.0
+
+    def wait(self) -> None:
+        for _ in range(self.runs):
+            spent = 0.002 - 0.0018 * min(1.0, self.worked / self.rise)
+            self.worked += spent
+            self.clock.now += spent
+        self.runs = 0
+
+    def timestamps(self, count: int) -> Array:
+        return np.arange(count) * 1e-6
+
+
+@pytest.mark.parametrize(("rise", "longest"), [(0.01, 0.13), (0.2, 0.27), (5.0, 0.35)])
+def test_a_cold_device_is_warmed_up_and_a_warm_one_is_not(clock: Clock, rise: float, longest: float) -> None:
+    gpu = Rising(clock, rise)
+    command: Any = None
+    timing.measure(gpu, [command], None, 1)  # type: ignore[arg-type]
+    assert min(rise, timing.LEAST_WARM_S) <= gpu.worked <= longest
+    before = gpu.worked
+    timing.measure(gpu, [command], None, 1)  # type: ignore[arg-type]
+    assert gpu.worked - before < 0.01
+    clock.now += 1.0
+    timing.step_seconds(gpu, [[command]], None, 1)  # type: ignore[arg-type]
+    assert gpu.worked - before > 0.1
 
 
 def test_what_cannot_be_told_from_noise_is_an_error(clock: Clock) -> None:

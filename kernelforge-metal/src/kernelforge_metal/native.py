@@ -7,6 +7,7 @@ Everything that wgpu raises comes out as a DeviceError that says what to do.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -53,6 +54,8 @@ class Gpu:
         self.lock = RLock()
         """One run or transfer at a time: they share a queue, and a poll ends the mappings of all threads."""
         self.lost = False
+        self.timed_at = -math.inf
+        """When a timing of it ended last, in seconds of `time.perf_counter`."""
         self.name = adapter.name
         self.discrete = adapter.kind == "discrete"
         with self._errors("open the device"):

@@ -6,6 +6,7 @@ return zeros or garbage are common enough; a wrong number is worse than a slower
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
 BATCH_S = 0.05
 """Seconds of work aimed at between two readings of the clock."""
 
+IDLE_S = 0.1
+"""A GPU that was not timed for so long may have lowered its clock."""
+
+LEAST_WARM_S, MOST_WARM_S, WARM_BATCH_S = 0.1, 0.3, 0.01
+"""What warming up takes, and its batches."""
+
 
 def plausible(pairs: Array, wall: float) -> bool:
     """Whether start and end times [n, 2], in seconds, are those of passes that ran one after the other within `wall` seconds."""
@@ -40,7 +47,38 @@ def plausible(pairs: Array, wall: float) -> bool:
 
 
 def measure(gpu: Gpu, commands: Sequence[Command], uniforms: Any, repeats: int) -> Timing:
-    """Times of `repeats` runs of these dispatches, after one that does not count."""
+    """Times of `repeats` runs of these dispatches, after one that does not count, of a GPU that is warm."""
+    warm_up(gpu, commands, uniforms)
+    found = _measure(gpu, commands, uniforms, repeats)
+    gpu.timed_at = time.perf_counter()
+    return found
+
+
+def warm_up(gpu: Gpu, commands: Sequence[Command], uniforms: Any) -> None:
+    """Run them until a run no longer gets faster, unless the GPU was busy a moment ago: an idle one's clock is low (345 MHz
+    where an H100 reaches 1980) and rises only while it works."""
+    now = start = time.perf_counter()
+    if now - gpu.timed_at < IDLE_S:
+        return
+    n, best, settled = 1, math.inf, 0
+    while now - start < LEAST_WARM_S or (settled < 3 and now - start < MOST_WARM_S):
+        spent = seconds(partial(_batch, gpu, list(commands) * n, uniforms))
+        settled = settled + 1 if spent / n > 0.98 * best else 0
+        best = min(best, spent / n)
+        if spent < WARM_BATCH_S and n < 1024:
+            n *= 2
+        now = time.perf_counter()
+
+
+def _batch(gpu: Gpu, commands: Sequence[Command], uniforms: Any) -> None:
+    """One compute pass, and waiting for it."""
+    encoder = gpu.queue.encoder()
+    gpu.encode(encoder, commands, uniforms)
+    gpu.queue.submit(gpu.finish(encoder))
+    gpu.queue.wait()
+
+
+def _measure(gpu: Gpu, commands: Sequence[Command], uniforms: Any, repeats: int) -> Timing:
     if gpu.has_timestamps:
         samples: list[float] = []
         while len(samples) < repeats:
@@ -116,11 +154,14 @@ def measure_on_host(run: Callable[[], None], wait: Callable[[], None], repeats: 
 def step_seconds(
     gpu: Gpu, steps: Sequence[Sequence[Command] | Callable[[], None]], uniforms: Any, repeats: int
 ) -> list[float]:
-    """The median time of each step within whole runs, after one that does not count; a callable runs on the host."""
+    """The median time of each step within whole runs, after one that does not count, of a GPU that is warm; a callable runs on
+    the host."""
+    warm_up(gpu, [command for step in steps if not callable(step) for command in step], uniforms)
     times: list[list[float]] = [[] for _ in steps]
     for _ in range(repeats + 1):
         for i, found in enumerate(_step_times(gpu, steps, uniforms)):
             times[i].append(found)
+    gpu.timed_at = time.perf_counter()
     return [median(found[1:]) for found in times]
 
 
@@ -135,7 +176,7 @@ def _step_times(gpu: Gpu, steps: Sequence[Sequence[Command] | Callable[[], None]
             if plausible(pairs, wall):
                 times.extend(float(end - start) for start, end in pairs)
             else:
-                times.extend(measure(gpu, p, uniforms, 1).samples[0] for p in passes)
+                times.extend(_measure(gpu, p, uniforms, 1).samples[0] for p in passes)
 
     for step in steps:
         if callable(step):

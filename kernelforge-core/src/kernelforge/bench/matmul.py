@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from statistics import geometric_mean
@@ -9,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from kernelforge.bench.harness import gigas, prepare
 from kernelforge.bench.latency import Latency
-from kernelforge.bench.peers import open_peer
+from kernelforge.bench.peers import HOST, open_peer
 from kernelforge.dtype import ACTIVATION_FORMAT, FLOATS, GROUP, WEIGHT_FORMATS
-from kernelforge.errors import UsageError
+from kernelforge.errors import KernelForgeWarning, UsageError
 from kernelforge.problem import Problem, TensorType
 from kernelforge.tune.measure import Subject, measure_in_turn
 from kernelforge.variant import INT8_ACTIVATIONS
@@ -78,8 +79,8 @@ def benchmark_matmul(
 
     The problems differ in the type of the weights alone; peers multiply those of the first, f32 in place of quantised ones.
     Returns for each the report of `Prepared`, m, n, k, dtype, activations (a dtype), threads, and `peers` by name: latency_ms,
-    gflops, ratio (our speed over the peer's), version, computes (a dtype). Raises WrongResultError before anything is timed;
-    UsageError and AssetError for peers that fail.
+    gflops, ratio (our speed over the peer's), version, device, computes (a dtype). Peers on the processor of a target that is
+    none are named in a warning. Raises WrongResultError before anything is timed; UsageError and AssetError for peers that fail.
     """
     m, k = problems[0].operand(0).static_shape()
     n = problems[0].results[0].static_shape()[1]
@@ -91,6 +92,10 @@ def benchmark_matmul(
     subjects = [*(subject for own in ours for subject in own.subjects), *theirs.values()]
     pause = _PAUSE_S if theirs else 0.0
     measure_in_turn(subjects, seconds=_TURN_S * repeat, rounds=repeat, pause=pause, warm=_WARM_S)
+    on_host = [name for name, peer in opened.items() if peer.device == HOST]
+    if on_host and ours[0].subject.source != "host-clock":
+        what = f"{' and '.join(on_host)}: measured on the processor, not on {session.device.info.name}"
+        warnings.warn(KernelForgeWarning(f"{what}; --peer torch-cuda is a peer on a CUDA device"), stacklevel=2)
     reports = []
     for problem, own in zip(problems, ours, strict=True):
         report = own.report() | {"m": m, "n": n, "k": k, "dtype": problem.operand(1).dtype}
@@ -103,6 +108,7 @@ def benchmark_matmul(
                 "gflops": gigas(own.cost.flops, subject.median),
                 "ratio": float(f"{subject.median / own.subject.median:.4g}"),
                 "version": opened[name].version,
+                "device": opened[name].device,
                 "computes": computes[name],
             }
             for name, subject in theirs.items()

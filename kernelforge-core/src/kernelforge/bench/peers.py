@@ -13,6 +13,9 @@ from kernelforge.bench.process import PeerProcess
 from kernelforge.errors import KernelForgeWarning
 from kernelforge.registry import lookup
 
+HOST = "cpu"
+"""The device of peers that compute on the processor."""
+
 _TRIALS = 5
 """Runs in which a peer finds out the quickest of the forms that its operands can have."""
 
@@ -21,6 +24,8 @@ class Peer(Protocol):
     """A matrix product of someone else's. A peer may be loaded with one problem after the other."""
 
     version: str
+    device: str
+    """What computes, as the peer calls it: "cpu", "cuda"."""
 
     def load(self, m: int, n: int, k: int, dtype: str) -> str:
         """Make operands for [m,k] @ dtype[k,n]. Returns the dtype it computes in: a peer without mixed products takes both
@@ -35,6 +40,8 @@ class Peer(Protocol):
 class NumpyPeer:
     """`numpy.matmul` in this process, limited to `threads`; weights of smaller types are widened to f32 beforehand, and stored
     by rows or by columns, whichever is quicker."""
+
+    device = HOST
 
     def __init__(self, threads: int) -> None:
         import numpy as np
@@ -158,7 +165,7 @@ class TorchPeer:
     """`torch` in a process of its own, both operands in one dtype: `matmul`, `linear`, or oneDNN with packed weights,
     whichever is quickest."""
 
-    device = "cpu"
+    device = HOST
     source = "host-clock"
 
     def __init__(self, threads: int) -> None:

@@ -40,7 +40,8 @@ def matmul(
     constant: Constant = True,
     variant: Variant = None,
     peer: Annotated[
-        list[str] | None, typer.Option(help="Measure beside numpy, torch or torch-cuda (may be repeated).")
+        list[str] | None,
+        typer.Option(help="Measure beside numpy or torch on the CPU, or torch-cuda (may be repeated)."),
     ] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Rounds in which all take turns.")] = 7,
     copies: Annotated[
@@ -95,9 +96,8 @@ def _print_product(report: dict[str, Any]) -> None:
         name = f"one of {each['copies']} in a row"
         rows.append([name, each["latency_ms"], None, each["gflops"], None, report["threads"]])
     for name, p in report["peers"].items():
-        rows.append(
-            [f"{name} {p['version']}", p["latency_ms"], p["latency"]["mad"], p["gflops"], p["ratio"], report["threads"]]
-        )
+        title = f"{name} {p['version']} ({p['device']})"
+        rows.append([title, p["latency_ms"], p["latency"]["mad"], p["gflops"], p["ratio"], report["threads"]])
     out.table(["", "median ms", "mad ms", "GFLOP/s", "ours / it", "threads"], rows)
 
 
