@@ -14,6 +14,7 @@ from kernelforge.dialects.transformer.sampling import choose
 from kernelforge.errors import KernelForgeWarning
 from kernelforge.session import Session
 from kernelforge_llm.decoder import Decoder, open_decoder
+from kernelforge_llm.importer import LlmImporter
 from kernelforge_llm.sampling import Draws, Sampling, greedy, make_sampler
 from kernelforge_llm.source import TINYPY, open_source
 from kernelforge_llm.weights import WeightFormat
@@ -108,6 +109,11 @@ def test_a_seed_draws_the_same_tokens_as_on_the_host(gpu: Session) -> None:
     assert [(s.problem.op, s.variant) for s in plan.steps][-1] == ("transformer.sample", "wgsl")
     answer = decoder.generate(prompt, len(want), make_sampler(sampling), ignore_eos=True)
     assert [t.id for t in answer] == want
+    drawn = decoder.explain(1, 8, sampler=make_sampler(sampling), repeats=1)
+    assert [use.op for use in drawn.steps][-1] == "transformer.sample"
+    assert "transformer.sample" not in [use.op for use in decoder.explain(1, 8, repeats=1).steps]
+    programs = LlmImporter().load(str(FOLDERS[0]), device=gpu.device.info).programs
+    assert [program.name for program in programs] == ["decode", "prefill", "decode-sampled"]
 
 
 def test_tinypy(gpu: Session) -> None:

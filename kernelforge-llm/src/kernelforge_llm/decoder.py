@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -244,12 +244,13 @@ class Decoder:
         bound.token[0], bound.position[0], bound.slot[0] = token, position, slot
         return cast("Logits", bound.call()[compiled.logits]).copy()  # the next call overwrites them
 
-    def explain(self, tokens: int = 1, depth: int = 0, *, repeats: int = 9) -> Explanation:
-        """What runs a step of `tokens` tokens with `depth` positions in the cache, and its share of the step's time.
+    def explain(self, tokens: int = 1, depth: int = 0, *, sampler: Sampler = greedy, repeats: int = 9) -> Explanation:
+        """What runs a step of `tokens` tokens with `depth` positions in the cache, and its share of the step's time; for one
+        token, the step of generating with `sampler`.
 
         The step is timed on a cache of its own. Raises UsageError when the context does not hold so many.
         """
-        executable, inputs = self._alone(tokens, depth)
+        executable, inputs = self._alone(tokens, depth, sampler)
         return executable.explain(inputs, repeats=repeats)
 
     def measure(self, tokens: int = 1, depth: int = 0, *, repeats: int = 9) -> Timing:
@@ -258,15 +259,20 @@ class Decoder:
         executable, inputs = self._alone(tokens, depth)
         return executable.measure(inputs, repeats=repeats)
 
-    def _alone(self, tokens: int, depth: int) -> tuple[Executable, dict[str, NDArray[Any] | Buffer]]:
+    def _alone(
+        self, tokens: int, depth: int, sampler: Sampler = greedy
+    ) -> tuple[Executable, dict[str, NDArray[Any] | Buffer]]:
         """A step on a cache of its own, and its inputs."""
         if tokens < 1:
             raise UsageError(f"a step of {tokens} tokens", hint="at least one")
         cache = self.new_cache()
         cache.require_room(0, depth + tokens)
-        compiled = self._one if tokens == 1 else self._many
         ids = [i % self.config.vocab_size for i in range(tokens)]
-        return compiled.executable, _inputs(cache, ids, range(depth, depth + tokens), [0] * tokens, (tokens - 1,))
+        inputs = _inputs(cache, ids, range(depth, depth + tokens), [0] * tokens, (tokens - 1,))
+        if tokens == 1 and self._draws_on_device(sampler):
+            choice = {**sampler.sampling.arrays(), "uniform": np.full(1, 0.5, np.float32)}
+            return self._sampled.executable, inputs | choice
+        return (self._one if tokens == 1 else self._many).executable, inputs
 
     def feed(self, cache: KVCache, ids: Sequence[int], sequence: int = 0) -> Logits:
         """Append any number of tokens to one sequence; the logits [vocab] after the last. Raises as `step`."""
@@ -413,10 +419,11 @@ class Decoder:
         if rest:
             yield Token(None, rest)
 
-    @property
-    def _runs_ahead(self) -> bool:
-        """Whether the device gains by not waiting for the host: a host target samples as quickly on the host."""
-        return ASYNCHRONOUS in self.session.device.info.features
+    def _draws_on_device(self, sampler: Sampler) -> TypeGuard[RandomSampler]:
+        """Whether its tokens are drawn by the step itself: on a device that gains by not waiting for the host, as a host target
+        does not, unless they depend on the tokens before."""
+        ahead = ASYNCHRONOUS in self.session.device.info.features
+        return ahead and isinstance(sampler, RandomSampler) and not sampler.needs_history
 
     def _choose(self, history: list[int], count: int, sampler: Sampler) -> Generator[int, None, None]:
         """Up to `count` tokens after `history`, to which the caller adds what it takes."""
@@ -430,7 +437,7 @@ class Decoder:
             pass
         elif sampler is greedy:
             yield from self.continue_greedily(cache, token, room)
-        elif isinstance(sampler, RandomSampler) and not sampler.needs_history and self._runs_ahead:
+        elif self._draws_on_device(sampler):
             yield from self.continue_sampled(cache, token, room, sampler)
         else:
             for _ in range(room):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from kernelforge.importer import ImportedModel
+from kernelforge.variant import ASYNCHRONOUS
 from kernelforge_llm.checkpoint import REPO_ID
 from kernelforge_llm.config import CONFIG_FILE
 from kernelforge_llm.gguf import is_gguf
@@ -32,7 +33,8 @@ class LlmImporter:
     def load(
         self, source: str, *, weights: str = "native", activations: str = "auto", device: DeviceInfo | None = None
     ) -> ImportedModel:
-        """The step for one token (`decode`) and for many (`prefill`) of one sequence. Raises as `Model.make`."""
+        """The step for one token (`decode`) and for many (`prefill`) of one sequence; for a device that draws tokens itself, also
+        the one that does (`decode-sampled`). Raises as `Model.make`."""
         from kernelforge.registry import default_registry
         from kernelforge_llm.model import Model
         from kernelforge_llm.source import any_source
@@ -45,4 +47,6 @@ class LlmImporter:
             activations=cast("ActivationFormat", activations),
             device=device,
         )
-        return ImportedModel(opened.name, model.programs, opened.tensors)
+        draws = device is not None and ASYNCHRONOUS in device.features  # elsewhere the host does
+        programs = (*model.programs, model.sampled) if draws else model.programs
+        return ImportedModel(opened.name, programs, opened.tensors)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kernelforge.cli.output import aligned
+from kernelforge_llm.sampling import Sampler, greedy
 
 if TYPE_CHECKING:
     from kernelforge_llm.decoder import Decoder
@@ -27,10 +28,11 @@ def explained(
     prompt: int,
     depth: int,
     decode_depth: int,
+    sampler: Sampler = greedy,
     measure: bool = False,
 ) -> dict[str, Any]:
-    """Explain a prefill of `prompt` tokens after `depth`, and a decode step after `decode_depth`, by name. `say` gets what
-    there is to read. `measure` measures the device's limits in this run, too, instead of taking what is known."""
+    """Explain a prefill of `prompt` tokens after `depth`, and a decode step with `sampler` after `decode_depth`, by name. `say`
+    gets what there is to read. `measure` measures the device's limits in this run, too, instead of taking what is known."""
     from kernelforge_llm.model import PREFILL_TOKENS
 
     found: dict[str, Any] = {}
@@ -38,10 +40,10 @@ def explained(
     if roofline is not None:
         say(f"\nthe device's limits: {roofline}")
     for name, tokens, before in (("prefill", min(prompt, PREFILL_TOKENS), depth), ("decode", 1, decode_depth)):
-        explanation = decoder.explain(tokens, before, repeats=1)
+        explanation = decoder.explain(tokens, before, sampler=sampler, repeats=1)
         repeats = min(int(SECONDS / (explanation.seconds or SECONDS)), REPEATS)
         if repeats > 1:
-            explanation = decoder.explain(tokens, before, repeats=repeats)
+            explanation = decoder.explain(tokens, before, sampler=sampler, repeats=repeats)
         explanation = explanation.beside(roofline)
         data = {"tokens": tokens, "depth": before, **explanation.as_data()}
         counted = f"{tokens} token{'s' if tokens > 1 else ''} after {before}"

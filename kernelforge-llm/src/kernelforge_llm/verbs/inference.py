@@ -100,7 +100,9 @@ def llm_inference(
         out.note(_line(run.data))
         if explain:
             half = min(len(ids) + len(run.data["ids"]) // 2, decoder.context - 1)
-            run.data["explain"] = explained(decoder, out.note, prompt=len(ids), depth=0, decode_depth=half)
+            run.data["explain"] = explained(
+                decoder, out.note, prompt=len(ids), depth=0, decode_depth=half, sampler=sampler
+            )
     if api_key is not None:
         from kernelforge_llm import cerebras
 
