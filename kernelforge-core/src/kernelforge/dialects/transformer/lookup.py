@@ -66,8 +66,8 @@ def infer_kv_cache_update(operands: OperandTypes, attrs: Attrs) -> tuple[TensorT
 
 
 def kv_cache_update_reference(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
-    """cache[slots[t], positions[t]] = new[t] where positions[t] >= 0. Raises UsageError for one outside the cache, and for
-    numbers that a quantised cache cannot hold."""
+    """cache[slots[t], positions[t]] = new[t] where positions[t] >= 0. Raises UsageError for one outside the cache, which kernels
+    do not look for, and for numbers that a quantised cache cannot hold."""
     from kernelforge.dtype import from_numpy
     from kernelforge.quant import quantize
 
@@ -144,7 +144,8 @@ def infer_embedding(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, .
 
 
 def embedding_reference(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
-    """table[ids]. Raises UsageError for an id that is not a row of the table."""
+    """table[ids]. Raises UsageError for an id that is not a row of the table. Kernels do not look: who calls them does, and what
+    they give for such an id is undefined. A table of one row is that row for every id where it becomes a view."""
     from kernelforge.dtype import from_numpy
     from kernelforge.quant import dequantize
 
