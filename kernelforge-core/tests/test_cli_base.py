@@ -335,6 +335,9 @@ def test_doctor(capsys: pytest.CaptureFixture[str], own_home: Path) -> None:
     assert data["machine"]["cores"] >= 1
     assert data["state"]["home"] == str(own_home)
     assert data["versions"]["kernelforge"] == __version__
+    assert app.main(["doctor"]) == 0
+    told = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    assert f"versions  {told}\n" in capsys.readouterr().out
 
 
 def test_doctor_reports_a_failing_backend_and_goes_on(site: Site) -> None:

@@ -62,7 +62,7 @@ def doctor(
 def _versions(out: Output) -> dict[str, str]:
     versions = {"kernelforge": __version__, "python": sys.version.split()[0]}
     versions |= {name: told for name in TOOLCHAIN if (told := version(name))}
-    out.print("versions  " + ", ".join(f"{name} {version}" for name, told in versions.items()))
+    out.print("versions  " + ", ".join(f"{name} {told}" for name, told in versions.items()))
     return versions
 
 
