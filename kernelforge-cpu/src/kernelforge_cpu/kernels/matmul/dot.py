@@ -7,6 +7,7 @@ the lower and of the upper half of every word.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ NIBBLE = 4
 
 
 @dataclass(frozen=True)
-class Dot:
+class Dot(ABC):
     """Of weights in format `dtype`, `lanes` columns at a time."""
 
     dtype: str
@@ -42,17 +43,17 @@ class Dot:
         high = k.shift_right_logical(k.bitcast(words, vec(2 * self.lanes, "i16")), NIBBLE)
         return [k.binary("and", w, 15) for w in (words, k.bitcast(high, self.bytes))]
 
+    @abstractmethod
     def start(self, k: Builder, zeros: Value) -> Value | None:
         """The sums before the first step; `zeros` is a pair of int16 in every lane."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, k: Builder, sums: Value | None, weights: Value, x: Value) -> Value:
         """The sums and the products of two vectors of bytes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, k: Builder, sums: Value, zeros: Value) -> Value:
         """int32 lanes."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

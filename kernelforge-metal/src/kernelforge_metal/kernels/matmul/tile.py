@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ LANES = 32
 
 
 @dataclass(frozen=True)
-class Division:
+class Division(ABC):
     """How a product is divided: `rows` x `columns` of the result for a workgroup, `steps` of the inner dimension in workgroup
     memory at a time."""
 
@@ -23,9 +24,9 @@ class Division:
     steps: int
 
     @property
+    @abstractmethod
     def threads(self) -> int:
         """Of a workgroup."""
-        raise NotImplementedError
 
     @property
     def depth(self) -> int:
@@ -46,9 +47,9 @@ class Division:
         """Whether the blocks of that many rows or columns are the same number for every thread."""
         return extent // self.lines * self.depth % self.threads == 0
 
+    @abstractmethod
     def stride(self, extent: int) -> int:
         """Vectors from one step of a slab to the next."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

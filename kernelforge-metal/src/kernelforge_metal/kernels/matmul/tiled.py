@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -30,7 +31,7 @@ def constant_weights(product: Product) -> Weights | None:
 
 
 @dataclass(frozen=True)
-class Tiled:
+class Tiled(ABC):
     """The text of a kernel that computes a tile of the result in each workgroup."""
 
     product: Product
@@ -47,9 +48,9 @@ class Tiled:
     def slab(self, name: str, extent: int, source: Source) -> Slab:
         return Slab(name, self.tile, extent, source)
 
+    @abstractmethod
     def body(self, left: Slab, rights: Sequence[Slab], result: Result, piece: Piece) -> Iterator[str]:
         """From the tile's place, `row0` and `column0`, to its stores."""
-        raise NotImplementedError
 
     def declarations(self) -> Iterator[str]:
         """What the body needs besides slabs and the result's functions."""
