@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kernelforge.dialects.transformer import OPS
+from kernelforge.dialects.transformer.rope import ATTRIBUTES
 from kernelforge.errors import UsageError
 from kernelforge.graph import Graph, Tensor
 from kernelforge.module import Module
@@ -215,7 +216,10 @@ def test_a_scope_ends_even_when_an_error_leaves_it() -> None:
 def test_every_op_has_a_method_with_its_attributes_and_their_defaults() -> None:
     renamed = {"concat": {"xs"}}
     for op in OPS:
-        parameters = inspect.signature(getattr(Graph, op.name)).parameters
+        parameters = dict(inspect.signature(getattr(Graph, op.name)).parameters)
+        if rope := parameters.pop("attrs", None):
+            assert rope.annotation == "Unpack[RopeAttributes]"
+            parameters |= {a.name: rope.replace(default=a.default) for a in ATTRIBUTES}
         assert set(parameters) == {"self", *(o.name for o in op.operands), *(a.name for a in op.attributes)}, op.name
         for attribute in op.attributes:
             default = parameters[attribute.name].default

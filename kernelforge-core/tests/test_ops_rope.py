@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kernelforge.dialects.transformer.rope import ROPE, inverse_frequencies
+from kernelforge.dialects.transformer.rope import ATTRIBUTES, ROPE, RopeAttributes, inverse_frequencies
 from kernelforge.dtype import from_numpy
 from kernelforge.errors import UsageError
+from kernelforge.graph import Graph
 from kernelforge.problem import Attr, TensorType
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -111,3 +112,16 @@ def test_inputs_cover_padding_and_stay_below_the_limit() -> None:
         assert positions.dtype == np.int32
         assert positions.min() >= -1
         assert positions.max() < dict(problem.attrs)["max_position"]
+
+
+def test_attributes_and_arguments_have_the_same_names() -> None:
+    assert set(RopeAttributes.__annotations__) == {a.name for a in ATTRIBUTES}
+
+
+def test_a_graph_refuses_what_is_no_attribute() -> None:
+    g = Graph()
+    x, positions = g.input("x", (2, 1, 4), "f32"), g.input("positions", (2,), "i32")
+    with pytest.raises(UsageError, match=r"'transformer\.rope': .*base"):
+        g.rope(x, positions, max_position=8, base=1.0)  # type: ignore[call-arg]
+    with pytest.raises(UsageError, match=r"'transformer\.rope': .*max_position"):
+        g.rope(x, positions)  # type: ignore[call-arg]

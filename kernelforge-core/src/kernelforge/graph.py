@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import index
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack, cast
 
 from kernelforge.dialects.transformer import (
     attention,
@@ -41,6 +41,7 @@ from kernelforge.problem import Attr, Dim, TensorType
 from kernelforge.syntax import attribute_texts, string_text, tensor_text
 
 if TYPE_CHECKING:
+    from kernelforge.dialects.transformer.rope import RopeAttributes
     from kernelforge.module import Module, OpCatalog
 
 
@@ -138,6 +139,10 @@ def _box(item: object, dim: Dim) -> tuple[int, int]:
 
 def _type(shape: Sequence[Dim], dtype: str) -> TensorType:
     return TensorType(tuple(d if isinstance(d, str) else index(d) for d in shape), dtype)
+
+
+def _attributes(given: RopeAttributes) -> dict[str, Attr]:
+    return cast("dict[str, Attr]", given)
 
 
 class Graph:
@@ -378,32 +383,10 @@ class Graph:
         self,
         x: Tensor,
         positions: Tensor,
-        *,
-        max_position: int,
-        theta: float = 10000.0,
-        rotary_dim: int = 0,
-        interleaved: bool = False,
-        scaling: str = "none",
-        factor: float = 1.0,
-        low_freq_factor: float = 1.0,
-        high_freq_factor: float = 4.0,
-        original_max_position: int = 0,
+        **attrs: Unpack[RopeAttributes],
     ) -> Tensor:
         """x [T, H, D], positions [T] below `max_position`."""
-        return self._one(
-            rope.ROPE,
-            x,
-            positions,
-            max_position=max_position,
-            theta=theta,
-            rotary_dim=rotary_dim,
-            interleaved=interleaved,
-            scaling=scaling,
-            factor=factor,
-            low_freq_factor=low_freq_factor,
-            high_freq_factor=high_freq_factor,
-            original_max_position=original_max_position,
-        )
+        return self._one(rope.ROPE, x, positions, **_attributes(attrs))
 
     def silu(self, x: Tensor) -> Tensor:
         return self._one(elementwise.SILU, x)
@@ -437,32 +420,12 @@ class Graph:
         value_cache: Tensor,
         positions: Tensor,
         slots: Tensor,
-        *,
-        max_position: int,
-        theta: float = 10000.0,
-        rotary_dim: int = 0,
-        interleaved: bool = False,
-        scaling: str = "none",
-        factor: float = 1.0,
-        low_freq_factor: float = 1.0,
-        high_freq_factor: float = 4.0,
-        original_max_position: int = 0,
+        **attrs: Unpack[RopeAttributes],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, H, D], rotated; both caches [S, C, G, D], with k [T, G, D], rotated, and v [T, G, D] written at (slots [T],
         positions [T])."""
-        attrs: dict[str, Attr] = {
-            "max_position": max_position,
-            "theta": theta,
-            "rotary_dim": rotary_dim,
-            "interleaved": interleaved,
-            "scaling": scaling,
-            "factor": factor,
-            "low_freq_factor": low_freq_factor,
-            "high_freq_factor": high_freq_factor,
-            "original_max_position": original_max_position,
-        }
         operands = (q, k, v, key_cache, value_cache, positions, slots)
-        rotated, keys, values = self._add(rope_cache.ROPE_CACHE_UPDATE, operands, attrs)
+        rotated, keys, values = self._add(rope_cache.ROPE_CACHE_UPDATE, operands, _attributes(attrs))
         return rotated, keys, values
 
     def rope_attention(
@@ -475,36 +438,15 @@ class Graph:
         positions: Tensor,
         slots: Tensor,
         *,
-        max_position: int,
-        theta: float = 10000.0,
-        rotary_dim: int = 0,
-        interleaved: bool = False,
-        scaling: str = "none",
-        factor: float = 1.0,
-        low_freq_factor: float = 1.0,
-        high_freq_factor: float = 4.0,
-        original_max_position: int = 0,
         scale: float = 0.0,
         window: int = 0,
         softcap: float = 0.0,
+        **attrs: Unpack[RopeAttributes],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What causal `attention` gives with the results of `rope_cache_update`, and both caches."""
-        attrs: dict[str, Attr] = {
-            "max_position": max_position,
-            "theta": theta,
-            "rotary_dim": rotary_dim,
-            "interleaved": interleaved,
-            "scaling": scaling,
-            "factor": factor,
-            "low_freq_factor": low_freq_factor,
-            "high_freq_factor": high_freq_factor,
-            "original_max_position": original_max_position,
-            "scale": scale,
-            "window": window,
-            "softcap": softcap,
-        }
         operands = (q, k, v, key_cache, value_cache, positions, slots)
-        out, keys, values = self._add(rope_attention.ROPE_ATTENTION, operands, attrs)
+        given = _attributes(attrs) | {"scale": scale, "window": window, "softcap": softcap}
+        out, keys, values = self._add(rope_attention.ROPE_ATTENTION, operands, given)
         return out, keys, values
 
     def argmax(self, x: Tensor) -> Tensor:

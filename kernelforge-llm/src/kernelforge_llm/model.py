@@ -7,11 +7,10 @@ to end, each with its position (negative: padding) and its cache slot; `rows` na
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from kernelforge.dtype import GROUP, QUANTISED, WEIGHT_FORMATS, from_numpy, to_numpy
 from kernelforge.errors import UsageError
@@ -26,6 +25,7 @@ from kernelforge_llm.convert import converted, converted_config
 from kernelforge_llm.weights import ActivationFormat, WeightFormat, WeightTable
 
 if TYPE_CHECKING:
+    from kernelforge.dialects.transformer.rope import RopeAttributes
     from kernelforge.graph import Tensor
     from kernelforge.registry import Registry
     from kernelforge.variant import DeviceInfo
@@ -242,10 +242,10 @@ class Model:
         )
 
 
-def rope_attributes(config: ModelConfig, context: int) -> Mapping[str, Any]:
+def rope_attributes(config: ModelConfig, context: int) -> RopeAttributes:
     """Attributes of the `rope` op for this model."""
     rope = config.rope
-    attributes: dict[str, Any] = {"theta": rope.theta, "max_position": context}
+    attributes: RopeAttributes = {"theta": rope.theta, "max_position": context}
     if rope.kind != "default":
         attributes |= {"scaling": rope.kind, "factor": rope.factor}
     if rope.kind == "llama3":

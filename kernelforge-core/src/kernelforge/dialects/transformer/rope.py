@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Required, TypedDict
 
 from kernelforge.dialects.transformer.checks import (
     DIALECT,
@@ -156,6 +156,21 @@ ATTRIBUTES = (
     Attribute("original_max_position", "int", 0, doc="llama3: length in which turns are counted"),
     Attribute("max_position", "int", doc="positions are below this"),
 )
+
+
+class RopeAttributes(TypedDict, total=False):
+    """ATTRIBUTES as arguments; what is left out has the default of the op."""
+
+    max_position: Required[int]
+    theta: float
+    rotary_dim: int
+    interleaved: bool
+    scaling: str
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
 
 ROPE = OpDef(
     name="rope",
