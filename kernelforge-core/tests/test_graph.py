@@ -219,11 +219,12 @@ def test_every_op_has_a_method_with_its_attributes_and_their_defaults() -> None:
         parameters = dict(inspect.signature(getattr(Graph, op.name)).parameters)
         if rope := parameters.pop("attrs", None):
             assert rope.annotation == "Unpack[RopeAttributes]"
-            parameters |= {a.name: rope.replace(default=a.default) for a in ATTRIBUTES}
+            keyword = inspect.Parameter.KEYWORD_ONLY
+            parameters |= {a.name: inspect.Parameter(a.name, keyword, default=a.default) for a in ATTRIBUTES}
         assert set(parameters) == {"self", *(o.name for o in op.operands), *(a.name for a in op.attributes)}, op.name
         for attribute in op.attributes:
             default = parameters[attribute.name].default
-            if attribute.default is not None:
+            if attribute.default is not None or rope:
                 assert default == attribute.default
             else:
                 assert default is inspect.Parameter.empty or op.name in ("split", "concat")
