@@ -6,11 +6,13 @@ import itertools
 import re
 from dataclasses import replace
 
+import llvmlite.binding as llvm
 import numpy as np
 import pytest
 from kernel_checks import problem
 from matmul_checks import WIDTHS, Products, device, inputs, matmul, variant
 
+from kernelforge.machine import probe
 from kernelforge.problem import Problem
 from kernelforge.quant import dequantize, quantize
 from kernelforge.variant import Accept, Reject
@@ -243,6 +245,23 @@ def test_instructions_of_every_level(
     tile = tile[: tile.index("\tret")]
     assert len(re.findall(instruction, tile)) >= 32
     assert not re.findall(r"\bmovsb|\bmovzb|\bldrs?b|\bcall|(?<!%)\bbl\b", tile)
+
+
+def test_a_core_that_llvm_does_not_know_has_the_instructions_that_the_system_tells(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """LLVM ends the process where it is asked for an instruction that it takes the core not to have."""
+    arm = replace(probe(), os="linux", arch="aarch64", features=frozenset({"asimd", "asimddp"}))
+    monkeypatch.setattr(isa, "probe", lambda: arm)
+    monkeypatch.setattr(llvm, "get_host_cpu_name", lambda: "generic")
+    monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: llvm.FeatureMap({"neon": True}))
+    monkeypatch.setattr(llvm, "get_process_triple", lambda: LEVELS["neoverse-n1"].triple)
+    unknown = isa.host_target.__wrapped__()
+    assert unknown.features == "+neon,+dotprod"
+    monkeypatch.setattr(isa, "host_target", lambda: unknown)
+    p, info = linear(4, 64, 64, "q4"), device(unknown.lanes)
+    v = variant(p, "integer-dotprod")
+    assert "sdot" in assembly(v.build_kernel(p, v.default_config(p, info), info).text, cpu=unknown)
 
 
 @pytest.mark.parametrize(

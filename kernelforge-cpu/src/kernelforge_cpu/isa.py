@@ -82,6 +82,9 @@ def host_target() -> CpuTarget:
 
     level = level_of(probe())
     features = llvm.get_host_cpu_features().flatten()
+    if "asimddp" in probe().features:
+        # LLVM tells it by the core's name only: code for a core that it does not know would end the process at `sdot`.
+        features += ",+dotprod"
     triple = llvm.get_process_triple()
     if probe().os == "windows":
         triple += "-elf"  # the object format that LLVM's linker loads without help from the C runtime
