@@ -197,7 +197,7 @@ def test_parts_have_parts_and_operands_that_are_absent() -> None:
     found = g.rope_attention(q, k, v, keys, values, positions, slots, max_position=16, scale=0.25)
     for name, value in zip(("out", "keys_out", "values_out"), found, strict=True):
         g.output(value, name)
-    whole, apart = plan_of(g.text()), plan_of(g.text(), has_kernel=lambda _: False)
+    whole, apart = plan_of(g.text()), plan_of(g.text(), keep_whole=lambda _: False)
     assert ops(whole) == ["rope_attention"]
     assert ops(apart) == ["rope", "rope", "kv_cache_update", "kv_cache_update", "attention"]
     assert apart.steps[-1].operands[5] is None
@@ -216,7 +216,7 @@ def test_an_op_without_a_kernel_is_planned_as_its_parts(cache: str) -> None:
         asked.append(problem.op)
         return False
 
-    plan = plan_of(text, has_kernel=no_kernel)
+    plan = plan_of(text, keep_whole=no_kernel)
     assert ops(plan) == ["rope", "rope", "kv_cache_update", "kv_cache_update"]
     assert set(asked) == {"transformer.rope_cache_update"}  # parts have none
     assert [plan.values[plan.root(v)].name for v in plan.outputs] == ["rotated", "keys", "values"]
@@ -250,7 +250,7 @@ def test_parts_that_do_not_make_the_whole_are_told(part: Part, message: str) -> 
             {**REGISTRY.ops, "transformer.silu": silu},
             lambda p: select(p, REGISTRY.variants(p.op, "reference"), INFO),
             target="reference",
-            has_kernel=lambda _: False,
+            keep_whole=lambda _: False,
         )
 
 
@@ -268,7 +268,7 @@ def test_parts_that_lead_back_to_their_op_are_told() -> None:
             {**REGISTRY.ops, **circling},
             lambda p: select(p, REGISTRY.variants(p.op, "reference"), INFO),
             target="reference",
-            has_kernel=lambda _: False,
+            keep_whole=lambda _: False,
         )
 
 

@@ -115,7 +115,7 @@ def test_a_plan_made_without_a_plugin_that_failed_is_not_kept(state: Path) -> No
     "damage",
     [
         lambda t: t[: len(t) // 2],
-        lambda t: t.replace('"format":2', '"format":99'),
+        lambda t: t.replace('"format":3', '"format":99'),
         lambda t: t.replace('"default"]', '"hearsay"]'),
         lambda t: t.replace('"arena"', '"moon"', 1).replace('"output"', '"moon"', 1),
         lambda t: t.replace("transformer.matmul(", "transformer matmul("),

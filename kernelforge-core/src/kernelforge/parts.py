@@ -52,6 +52,20 @@ def _parts(node: Node, ops: Mapping[str, OpDef], fresh: count[int]) -> list[Node
     return made
 
 
+def part_problems(problem: Problem, ops: Mapping[str, OpDef]) -> tuple[Problem, ...]:
+    """The problems of a problem's parts, in order; empty where its op stands for itself."""
+    op = ops[problem.op]
+    if not (parts := op.parts_of(problem)):
+        return ()
+    types: dict[str, TensorType | None] = dict(zip((o.name for o in op.operands), problem.operands, strict=True))
+    made: list[Problem] = []
+    for part in parts:
+        inner = ops[part.op].problem([types[name] for name in part.operands], part.attrs)
+        made.append(inner)
+        types.update(zip(part.results, inner.results, strict=True))
+    return tuple(made)
+
+
 def evaluate_parts(problem: Problem, arrays: Sequence[Array | None], ops: Mapping[str, OpDef]) -> tuple[Array, ...]:
     """The results of a problem's op, computed part by part by their references, each rounded to its type."""
     op = ops[problem.op]

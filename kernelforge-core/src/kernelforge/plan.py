@@ -57,6 +57,31 @@ class Step:
 
 
 @dataclass(frozen=True)
+class PartKernel:
+    """What runs, or would run, a part."""
+
+    problem: str
+    variant: str
+    plugin: str
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What became of a fused op; decided by `kernelforge.fusion`."""
+
+    problem: Problem
+    """Canonical: dynamic dimensions are ?0, ?1, ..."""
+    dims: tuple[str, ...]
+    """The names of ?0, ?1, ..."""
+    apart: bool
+    reason: str
+    forced: bool
+    """Decided by a kernel that the user named."""
+    parts: tuple[PartKernel, ...]
+    """With those of parts that are taken apart in turn; empty where a part has no kernel."""
+
+
+@dataclass(frozen=True)
 class Plan:
     target: str
     values: tuple[Value, ...]
@@ -65,6 +90,8 @@ class Plan:
     outputs: tuple[int, ...]
     max_dims: Mapping[str, int] = field(default_factory=dict)
     """Sizes of dynamic dimensions for which memory is reserved at the start; larger ones re-pack the arena."""
+    fusions: tuple[Fusion, ...] = ()
+    """What became of each fused problem, once."""
 
     def root(self, value: int) -> int:
         """The value whose memory `value` uses: itself, or the base of a view."""

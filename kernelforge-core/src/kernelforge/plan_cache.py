@@ -23,14 +23,14 @@ from kernelforge import STARTED, home
 from kernelforge.constant import Constant, Folded, Named
 from kernelforge.discovery import GIVEN
 from kernelforge.errors import KernelForgeWarning, UsageError
-from kernelforge.plan import Plan, Step, Value
+from kernelforge.plan import Fusion, PartKernel, Plan, Step, Value
 from kernelforge.problem import parse_problem, parse_tensor_type
 from kernelforge.selection import ConfigSource
 
 if TYPE_CHECKING:
     from kernelforge.registry import Registry
 
-FORMAT = 2
+FORMAT = 3
 MAX_FILES = 256
 """The oldest plans beyond this number are deleted; one is some hundred kilobytes."""
 CLOCK_STEP_S = 0.05
@@ -187,6 +187,10 @@ def plan_to_json(plan: Plan) -> str:
         "outputs": plan.outputs,
         "max_dims": dict(plan.max_dims),
         "constants": table,
+        "fusions": [
+            [str(f.problem), f.dims, f.apart, f.reason, f.forced, [[p.problem, p.variant, p.plugin] for p in f.parts]]
+            for f in plan.fusions
+        ],
     }
     return json.dumps(document, separators=(",", ":"))
 
@@ -211,7 +215,11 @@ def plan_from_json(text: str) -> Plan:
     inputs, outputs = tuple(document["inputs"]), tuple(document["outputs"])
     if any(not 0 <= v < len(values) for v in (*numbers, *inputs, *outputs)):
         raise ValueError("a value that does not exist is used")
-    return Plan(document["target"], values, steps, inputs, outputs, document["max_dims"])
+    fusions = tuple(
+        Fusion(problem(p), tuple(dims), apart, reason, forced, tuple(PartKernel(*part) for part in parts))
+        for p, dims, apart, reason, forced, parts in document["fusions"]
+    )
+    return Plan(document["target"], values, steps, inputs, outputs, document["max_dims"], fusions)
 
 
 def _value_out(value: Value, known: dict[str, int], table: list[Any]) -> list[Any]:

@@ -31,23 +31,23 @@ def make_plan(
     target: str,
     dims: Mapping[str, int] | None = None,
     max_dims: Mapping[str, int] | None = None,
-    has_kernel: Callable[[Problem], bool] = lambda _: True,
+    keep_whole: Callable[[Problem], bool] = lambda _: True,
 ) -> Plan:
     """Plan `function` for `target`.
 
     `dims` fixes dynamic dimensions, so that kernels are specialised for them; the others stay dynamic. An op that stands
-    for others (`OpDef.parts`) is planned as those where `has_kernel` says that the target has no kernel for it. Raises
+    for others (`OpDef.parts`) is planned as those unless `keep_whole` says otherwise (`kernelforge.fusion`). Raises
     UsageError for a dimension that the function does not have, when no kernel takes one of its problems, or when a
     quantised cache would have to be copied; PluginError for parts that lead back to their op.
     """
     for _ in range(NESTED_PARTS + 1):
-        planner = _Planner(function, ops, choose, has_kernel, dict(dims or {}))
+        planner = _Planner(function, ops, choose, keep_whole, dict(dims or {}))
         for index, node in enumerate(function.nodes):
             planner.add(index, node)
-        if not planner.without_kernel:
+        if not planner.apart:
             break
-        apart = function.nodes[min(planner.without_kernel)].op
-        function = taken_apart(function, planner.without_kernel, ops)
+        apart = function.nodes[min(planner.apart)].op
+        function = taken_apart(function, planner.apart, ops)
     else:
         raise PluginError(f"the parts of op '{apart}' have parts without end, so that they lead back to it")
     outputs = tuple(planner.output(v, name) for v, name in zip(function.outputs, function.output_names, strict=True))
@@ -63,11 +63,11 @@ class _Planner:
         function: Function,
         ops: Mapping[str, OpDef],
         choose: Chooser,
-        has_kernel: Callable[[Problem], bool],
+        keep_whole: Callable[[Problem], bool],
         dims: dict[str, int],
     ) -> None:
-        self.ops, self.choose, self.has_kernel, self.dims = ops, choose, has_kernel, dims
-        self.without_kernel: set[int] = set()
+        self.ops, self.choose, self.keep_whole, self.dims = ops, choose, keep_whole, dims
+        self.apart: set[int] = set()
         """Nodes that must be taken apart."""
         self.values: list[Value] = []
         self.steps: list[Step] = []
@@ -152,8 +152,8 @@ class _Planner:
                 results.append(self._new(Value(self._fixed(t), "arena")))
             self.ids[result] = results[-1]
         named = self._problem(node.op, bound, results, node.problem.attrs)
-        if op.parts_of(named) and not self.has_kernel(named.canonical()):
-            self.without_kernel.add(index)
+        if op.parts_of(named) and not self.keep_whole(named):
+            self.apart.add(index)
         else:
             self._step(named, bound, results, node.location)
 

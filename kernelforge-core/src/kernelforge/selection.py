@@ -86,6 +86,11 @@ class Selection:
         assert self.chosen.config is not None
         return self.chosen.config
 
+    @property
+    def seconds(self) -> float:
+        """The median measured on exactly this problem; infinite where there is none."""
+        return _exact_median(self.chosen)
+
 
 def select(
     problem: Problem,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from kernelforge.constant import ArraySource, Named
-from kernelforge.errors import UsageError
+from kernelforge.errors import KernelForgeWarning, UsageError
 from kernelforge.passes import DEFAULT, Pipeline
-from kernelforge.plan import Plan, Step, Value
+from kernelforge.plan import Fusion, Plan, Step, Value
 from kernelforge.plan_cache import cached_plan, code_stamp, keep_plan, plan_key
 from kernelforge.problem import Problem, TensorType
 from kernelforge.selection import Lookup, Selection, select
@@ -57,8 +59,11 @@ class Session:
         if pipeline is not None:
             _ = self.pipeline  # a bad text is an error here, not when something is compiled
         self._selections: dict[Problem, Selection] = {}
+        self.fusions: dict[Problem, Fusion] = {}
+        """What became of each fused problem, canonical, of all plans so far."""
         self._plugins_failed = False
         self._functions: dict[str, Function] = {}
+        self._told: set[str] = set()
 
     @cached_property
     def pipeline(self) -> Pipeline:
@@ -97,15 +102,14 @@ class Session:
             self._plugins_failed |= any(d.failed for d in self._selections[problem].decisions)
         return self._selections[problem]
 
-    def has_kernel(self, problem: Problem) -> bool:
-        """Whether this session's target has a kernel for `problem` besides what it runs every op with, or runs the variant
-        that was asked for by name."""
-        if problem.op in self.variants:
-            return True
-        try:
-            return not self.registry.is_fallback(self.select(problem).variant)
-        except UsageError:
-            return False
+    def fusion(self, problem: Problem) -> Fusion:
+        """Whether a problem of an op that stands for others runs whole, and why."""
+        from kernelforge.fusion import weigh
+
+        key = problem.canonical()
+        if key not in self.fusions:
+            self.fusions[key] = weigh(problem, self.registry, self.target, self.select, self.variants)
+        return replace(self.fusions[key], dims=problem.dims)
 
     def lower(self, module: str | Module) -> Module:
         """Parse `module` if it is text, and run the pass pipeline over it."""
@@ -134,24 +138,41 @@ class Session:
         """
         key = self._plan_key(module, dims, max_dims) if isinstance(module, str) else None
         if key is not None and (kept := cached_plan(key)) is not None:
+            self._tell(kept.fusions)
             return kept
         from kernelforge.layouts import share_layouts  # a start that finds its plans needs neither
         from kernelforge.planning import make_plan
 
-        function = self._function(module)
+        fusions: dict[Problem, Fusion] = {}
+
+        def keep_whole(problem: Problem) -> bool:
+            found = fusions[problem.canonical()] = self.fusion(problem)
+            return not found.apart
+
         plan = make_plan(
-            function,
+            self._function(module),
             self.registry.ops,
             self.select,
             target=self.target,
             dims=dims,
             max_dims=max_dims,
-            has_kernel=self.has_kernel,
+            keep_whole=keep_whole,
         )
         plan, sound = share_layouts(plan, self.registry, self.device.info)
+        plan = replace(plan, fusions=tuple(fusions.values()))
+        self._tell(plan.fusions)
         if key is not None and sound and not self._plugins_failed:
             keep_plan(key, plan)
         return plan
+
+    def _tell(self, fusions: Iterable[Fusion]) -> None:
+        """Warn, once for each op, of fused ops that give way to a kernel that was asked for by name."""
+        for fusion in fusions:
+            self.fusions[fusion.problem] = fusion
+            op = fusion.problem.op
+            if fusion.apart and fusion.forced and op not in self._told:
+                self._told.add(op)
+                warnings.warn(KernelForgeWarning(f"{op} is run in parts: {fusion.reason}"), stacklevel=3)
 
     def _plan_key(self, text: str, dims: Mapping[str, int] | None, max_dims: Mapping[str, int] | None) -> str | None:
         code = code_stamp(self.registry)

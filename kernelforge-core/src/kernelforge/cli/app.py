@@ -37,13 +37,15 @@ FIRST_PARTY_VERBS = {
 
 GLOBAL_OPTIONS = """\
 global options, before or after the verb:
-  --target NAME   where to run: cpu, gpu, reference, or what a plugin adds (default: cpu)
-  --device NAME   which of the target's devices: a name that doctor lists, or for GPUs a part of it
-  --threads N     how many threads the target may use
-  --json          print one JSON document on stdout, and nothing else
-  --plugin NAME   load only this plugin besides core (may be repeated)
-  --help          say what a verb does and takes
-  --version       print the version"""
+  --target NAME        where to run: cpu, gpu, reference, or what a plugin adds (default: cpu)
+  --device NAME        which of the target's devices: a name that doctor lists, or for GPUs a part of it
+  --threads N          how many threads the target may use
+  --kernel OP=VARIANT  run an op by this kernel, and no fused op in its place (may be repeated)
+  --without-pass NAME  leave this pass out, such as fuse-rope-attention (may be repeated)
+  --json               print one JSON document on stdout, and nothing else
+  --plugin NAME        load only this plugin besides core (may be repeated)
+  --help               say what a verb does and takes
+  --version            print the version"""
 
 
 def split_options(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
@@ -53,7 +55,8 @@ def split_options(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[s
     only when it is joined to it: `--prompt=--json`.
     """
     words: list[str] = []
-    values: dict[str, list[str]] = {"--target": [], "--device": [], "--threads": [], "--plugin": []}
+    names = ("--target", "--device", "--threads", "--kernel", "--without-pass", "--plugin")
+    values: dict[str, list[str]] = {name: [] for name in names}
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
@@ -153,6 +156,7 @@ def _run(given: Sequence[str], out: Output) -> int:
     out.requested_target = options["--target"][-1] if options["--target"] else None
     out.device = options["--device"][-1] if options["--device"] else None
     out.threads = _thread_count(options["--threads"][-1]) if options["--threads"] else None
+    out.kernels, out.without_passes = options["--kernel"], options["--without-pass"]
     with _only_plugins(options["--plugin"]):
         if options["--plugin"] and words[:1] != ["plugins"]:
             _ = out.registry  # one that was asked for by name must load, also where the verb needs none
@@ -240,7 +244,7 @@ def _run_verb(spec: CommandSpec, arguments: Sequence[str], out: Output) -> int:
     from kernelforge.lazy import resolve
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    epilog = "Global options (--target, --device, --threads, --json, --plugin): see kernelforge --help"
+    epilog = "Global options (--target, --device, --threads, --kernel, --json, ...): see kernelforge --help"
     app.command(name=spec.name, cls=PlainCommand, epilog=epilog)(resolve(spec.load))
     command = get_command(app)
     try:

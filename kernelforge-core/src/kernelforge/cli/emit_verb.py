@@ -107,8 +107,15 @@ def _numbered_plan(session: Session, program: Program, function: Function) -> Pl
     """A plan whose steps are located at the numbers of their ops."""
     nodes = tuple(replace(node, location=f"#{i}") for i, node in enumerate(function.nodes))
     numbered = replace(function, nodes=nodes)
-    options: dict[str, Any] = {"target": session.target, "dims": program.dims, "max_dims": program.max_dims}
-    plan = make_plan(numbered, session.registry.ops, session.select, has_kernel=session.has_kernel, **options)
+    plan = make_plan(
+        numbered,
+        session.registry.ops,
+        session.select,
+        target=session.target,
+        dims=program.dims,
+        max_dims=program.max_dims,
+        keep_whole=lambda problem: not session.fusion(problem).apart,
+    )
     return share_layouts(plan, session.registry, session.device.info)[0]
 
 

@@ -9,7 +9,7 @@ import typer
 
 from kernelforge import home
 from kernelforge.cli import output
-from kernelforge.errors import AssetError
+from kernelforge.errors import AssetError, UsageError
 from kernelforge.session import Session
 
 M = Annotated[int | None, typer.Option(help="Rows of the left operand.")]
@@ -41,9 +41,37 @@ Variant = Annotated[str | None, typer.Option(help="Use this kernel variant.")]
 
 
 def open_session(pipeline: str | None = None) -> Session:
-    """A session of what the global options say, with the default pipeline of passes or another one; to be closed."""
+    """A session of what the global options say, with the default pipeline of passes or another one; to be closed. Raises
+    UsageError for a kernel or a pass that is not there."""
     out = output.current()
-    return Session(out.target, device=out.device, threads=out.threads, registry=out.registry, pipeline=pipeline)
+    return Session(
+        out.target,
+        device=out.device,
+        threads=out.threads,
+        registry=out.registry,
+        variants=dict(_named_kernel(text, out) for text in out.kernels),
+        pipeline=_without_passes(pipeline, out) if out.without_passes else pipeline,
+    )
+
+
+def _named_kernel(text: str, out: output.Output) -> tuple[str, str]:
+    """Op and variant of what `--kernel` was given."""
+    from kernelforge.cli.problems import find_op
+
+    op, equals, name = text.partition("=")
+    if not (op and equals and name):
+        raise UsageError(f"--kernel {text}: not an op and a variant", hint="written as --kernel attention=split")
+    full_name = find_op(out.registry, op).full_name
+    return full_name, out.registry.variant(out.target, full_name, name).name
+
+
+def _without_passes(pipeline: str | None, out: output.Output) -> str:
+    from kernelforge.passes import DEFAULT, Pipeline
+    from kernelforge.registry import lookup
+
+    unwanted = {lookup("pass", out.registry.passes, name).name for name in out.without_passes}
+    passes = Pipeline.parse(DEFAULT if pipeline is None else pipeline, out.registry).passes
+    return str(Pipeline(tuple(step for step in passes if step.name not in unwanted)))
 
 
 def write_file(path: Path, text: str) -> None:

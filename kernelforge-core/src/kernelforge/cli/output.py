@@ -23,6 +23,7 @@ that only exist under TYPE_CHECKING). It
 - returns the same result as a dict of plain values: `data` of the JSON envelope (None: whatever is in `out.data`);
 - says everything else with `out.note`, `out.warn` and `out.progress`: stderr;
 - reads the global options from `out.target`, `out.device`, `out.threads`, and the plugins from `out.registry`;
+  `kernelforge.cli.options.open_session` is a session of what they say;
 - fails by raising a `KernelForgeError`: its class decides the exit code. A verb that fails with something to show (a
   regression, an interruption) puts that into `out.data` before it raises; KeyboardInterrupt likewise keeps `out.data`.
 
@@ -80,6 +81,10 @@ class Output:
         """What `--threads` was given; None lets the backend decide."""
         self.device = device
         """What `--device` was given; None: the target's first."""
+        self.kernels: list[str] = []
+        """What `--kernel` was given, each "op=variant"."""
+        self.without_passes: list[str] = []
+        """What `--without-pass` was given."""
         self.data: dict[str, Any] = {}
         """`data` of the envelope; what the verb returns replaces it."""
         self.warnings: list[str] = []

@@ -11,8 +11,10 @@ from kernelforge.cli.shapes import key_example, shape_example, shaped_problem
 from kernelforge.errors import AssetError, UsageError
 from kernelforge.faults import leave_out
 from kernelforge.op import OpDef, OpError
+from kernelforge.parts import part_problems
 from kernelforge.problem import Problem, parse_problem
 from kernelforge.registry import Registry, lookup
+from kernelforge.variant import Accept
 
 if TYPE_CHECKING:
     from kernelforge.importer import ImportedModel
@@ -158,7 +160,7 @@ def load_model(session: Session, source: str, weights: str, activations: str) ->
 
 def model_problems(session: Session, model: ImportedModel) -> list[Asked]:
     """Every distinct problem of the model's programs on the session's target, measured at the programs' sizes and,
-    where a dimension is dynamic, at its upper bound."""
+    where a dimension is dynamic, at its upper bound. Those of no step are there to be compared (`kernelforge.fusion`)."""
     found: dict[tuple[Problem, Problem], Asked] = {}
     for program in model.programs:
         plan = session.plan(program.module, dims=program.dims, max_dims=program.max_dims)
@@ -168,7 +170,28 @@ def model_problems(session: Session, model: ImportedModel) -> list[Asked]:
             programs = tuple(dict.fromkeys((*before.programs, program.name)))
             shared = step.config if step.config_source == "shared-layout" else before.shared
             found[step.problem, static] = Asked(step.problem, static, programs, before.steps + 1, shared)
+        for fusion in plan.fusions:
+            sizes = _sizes(fusion.dims, {**program.max_dims, **program.dims}, program.name)
+            for problem in _rivals(session, fusion.problem.with_dims(sizes)):
+                found.setdefault((problem, problem), Asked(problem, problem, (program.name,), steps=0))
     return list(found.values())
+
+
+def _rivals(session: Session, problem: Problem) -> list[Problem]:
+    """A fused problem and its parts, those that have kernels, where a plugin brings one for a part: only times of all tell
+    which way is quicker."""
+    home = session.registry.backend_spec(session.target).provenance.distribution
+    rivals, brought = [], False
+    for each in (problem, *part_problems(problem, session.registry.ops)):
+        try:
+            selection = session.select(each)
+        except UsageError:
+            continue
+        if not session.registry.is_fallback(selection.variant):
+            rivals.append(selection.problem)
+        accepted = [d.variant for d in selection.decisions if isinstance(d.verdict, Accept)]
+        brought |= each is not problem and any(v.provenance.distribution != home for v in accepted)
+    return rivals if brought else []
 
 
 def _sizes(names: tuple[str, ...], sizes: Mapping[str, int], program: str) -> dict[str, int]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +26,7 @@ from kernelforge.cli.options import (
     open_session,
 )
 from kernelforge.cli.problems import Asked, Request
+from kernelforge.plan import Fusion
 from kernelforge.selection import Decision, Selection, select
 from kernelforge.session import Session
 from kernelforge.variant import Accept, config_key
@@ -61,6 +63,10 @@ def why(
     with closing(open_session()) as session:
         asked = request.resolve(session)
         selections = [_select(session, each, variant) for each in asked]
+        fused = session.registry.ops[asked[0].problem.op].parts_of(asked[0].problem)
+        fusions = (
+            list(session.fusions.values()) if model is not None else [session.fusion(asked[0].problem)] * bool(fused)
+        )
         if model is None:
             _explain(selections[0])
         else:
@@ -71,12 +77,20 @@ def why(
                     for each, selection in zip(asked, selections, strict=True)
                 ],
             )
-    return {"target": out.target, "problems": [as_data(a, s) for a, s in zip(asked, selections, strict=True)]}
+        _explain_fusions(fusions)
+    return {
+        "target": out.target,
+        "problems": [as_data(a, s) for a, s in zip(asked, selections, strict=True)],
+        "fusions": [asdict(fusion) | {"problem": str(fusion.problem)} for fusion in fusions],
+    }
 
 
 def _select(session: Session, asked: Asked, variant: str | None) -> Selection:
-    candidates = session.registry.variants(asked.problem.op, session.target)
-    found = select(asked.problem, candidates, session.device.info, session.records, variant=variant)
+    if variant is None:
+        found = session.select(asked.problem)
+    else:
+        candidates = session.registry.variants(asked.problem.op, session.target)
+        found = select(asked.problem, candidates, session.device.info, session.records, variant=variant)
     if asked.shared is None or variant is not None:
         return found
     chosen = replace(found.chosen, config=asked.shared, config_source="shared-layout")
@@ -106,6 +120,19 @@ def _explain(selection: Selection) -> None:
             for name, plugin, config, source, reason in [_row(d)]
         ],
     )
+
+
+def _explain_fusions(fusions: Sequence[Fusion]) -> None:
+    """Which ops the passes made of several, whether they run so, and what runs or would run those."""
+    if not fusions:
+        return
+    out = output.current()
+    out.print()
+    rows = []
+    for fusion in fusions:
+        parts = "; ".join(f"{part.problem.partition('(')[0]}: {part.variant} of {part.plugin}" for part in fusion.parts)
+        rows.append([str(fusion.problem), "in parts" if fusion.apart else "whole", fusion.reason, parts])
+    out.table(["fused problem", "runs", "reason", "kernels of its parts"], rows)
 
 
 def _verdict(decision: Decision, selection: Selection) -> str:

@@ -333,8 +333,13 @@ def check_program(bench: Bench, target: str, seed: int) -> None:
     module = bench.module(Program(seed, dtype="f32").grow(STEPS))
     function = module.function()
     try:
-        select, has_kernel = session.select, session.has_kernel
-        plan = make_plan(function, bench.registry.ops, select, target=target, has_kernel=has_kernel)
+        plan = make_plan(
+            function,
+            bench.registry.ops,
+            session.select,
+            target=target,
+            keep_whole=lambda problem: not session.fusion(problem).apart,
+        )
     except UsageError as error:
         raise NotClaimed(str(error)) from None
     inputs, constants = program_inputs(function, seed)

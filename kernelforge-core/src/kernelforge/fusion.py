@@ -1,0 +1,86 @@
+"""Whether a fused op runs whole or as the ops that it stands for (`OpDef.parts`), and why.
+
+The first of these rules that applies decides. A kernel that the user named, of the whole or of a part. A whole that nothing runs
+but the target's fallback is taken apart. Where the whole and all parts were measured on exactly these problems, the quicker way
+is taken. A whole that the target's own kernel would run is taken apart where a plugin's kernel was chosen for a part: who brings
+a better kernel for an op need not know what fuses that op. Else it stays whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from kernelforge.errors import UsageError
+from kernelforge.parts import part_problems
+from kernelforge.plan import Fusion, PartKernel
+from kernelforge.problem import Problem
+
+if TYPE_CHECKING:
+    from kernelforge.registry import Registry
+    from kernelforge.selection import Selection
+
+
+def weigh(
+    problem: Problem, registry: Registry, target: str, select: Callable[[Problem], Selection], named: Mapping[str, str]
+) -> Fusion:
+    """`select` chooses a kernel or raises UsageError; `named` are the user's variants by op."""
+    return _weigh(problem, registry, target, select, named)[0]
+
+
+def _weigh(
+    problem: Problem, registry: Registry, target: str, select: Callable[[Problem], Selection], named: Mapping[str, str]
+) -> tuple[Fusion, tuple[Selection, ...]]:
+    """Also the kernels that run in the end."""
+    home = registry.backend_spec(target).provenance.distribution
+
+    def plugins(selection: Selection) -> bool:
+        return selection.variant.provenance.distribution != home
+
+    def chosen(inner: Problem) -> tuple[Selection, ...]:
+        if registry.ops[inner.op].parts_of(inner):
+            fusion, kernels = _weigh(inner, registry, target, select, named)
+            if not kernels:
+                raise UsageError(f"no kernel for {inner.op} or one of its parts: {fusion.reason}")
+            return kernels
+        return (select(inner),)
+
+    inner = part_problems(problem, registry.ops)
+    try:
+        parts = tuple(selection for part in inner for selection in chosen(part))
+        lacking = ""
+    except UsageError as error:
+        parts, lacking = (), str(error)
+    try:
+        whole: tuple[Selection, ...] = (select(problem),)
+    except UsageError:
+        whole = ()
+    ops = [*(p.op for p in inner), *(s.problem.op for s in parts)]
+    asked = next((op for op in ops if op in named), None)
+    theirs = next((s for s in parts if plugins(s)), None)
+    took, sum_of_parts = _seconds(whole), _seconds(parts)
+    if problem.op in named:
+        apart, reason = False, f"'{named[problem.op]}' was asked for"
+    elif asked is not None:
+        apart, reason = True, f"'{named[asked]}' was asked for to run {asked}"
+    elif not whole or registry.is_fallback(whole[0].variant):
+        apart, reason = True, "no kernel for the whole"
+    elif lacking:
+        apart, reason = False, lacking
+    elif took < math.inf and sum_of_parts < math.inf:
+        apart = sum_of_parts < took
+        reason = f"measured {took * 1e6:.1f} us whole, {sum_of_parts * 1e6:.1f} us in parts"
+    elif theirs is not None and not plugins(whole[0]):
+        apart = True
+        reason = f"{theirs.variant.name} of {theirs.variant.provenance} was chosen for {theirs.problem.op}"
+    else:
+        apart, reason = False, "one kernel in place of several"
+    kernels = tuple(PartKernel(str(s.problem), s.variant.name, str(s.variant.provenance)) for s in parts)
+    forced = problem.op in named or asked is not None
+    return Fusion(problem.canonical(), problem.dims, apart, reason, forced, kernels), parts if apart else whole
+
+
+def _seconds(selections: tuple[Selection, ...]) -> float:
+    """In all; infinite when one was not measured on exactly its problem, or there is none."""
+    return sum((s.seconds for s in selections), 0.0) if selections else math.inf

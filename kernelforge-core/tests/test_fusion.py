@@ -1,0 +1,212 @@
+"""Fused ops whole or in parts: by name, by what there is, by time, by who brings a kernel."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import fake_target
+import pytest
+from fake_target import variant
+
+from kernelforge import builtin
+from kernelforge.cli import app, output, tune_verb, why_verb
+from kernelforge.cli.options import open_session
+from kernelforge.constant import ArraySource
+from kernelforge.descriptors import ImporterSpec
+from kernelforge.errors import KernelForgeWarning, UsageError
+from kernelforge.graph import Graph
+from kernelforge.hookspecs import hookimpl
+from kernelforge.importer import ImportedModel, Program
+from kernelforge.plan import Plan
+from kernelforge.plan_cache import plan_from_json, plan_to_json
+from kernelforge.plugins import load_registry
+from kernelforge.problem import Problem
+from kernelforge.provenance import Provenance
+from kernelforge.registry import Registry
+from kernelforge.selection import RecordMatch
+from kernelforge.session import Session
+from kernelforge.variant import DeviceInfo, KernelVariant, Reject
+
+WHOLE, NORM, MATMUL = (f"transformer.{op}" for op in ("rms_norm_matmul", "rms_norm", "matmul"))
+THEIRS = Provenance("norms", "theirs", "1")
+HOME = (variant("whole", op=WHOLE), variant("plain", op=NORM, priority=10), variant("product", op=MATMUL))
+BETTER = variant("better", op=NORM, priority=20)
+
+
+def text() -> str:
+    g = Graph()
+    x, weight = g.input("x", ("tokens", 64), "f32"), g.constant("weight", (64,), "f32")
+    g.output(g.rms_norm_matmul(x, weight, g.constant("w", (64, 8), "f32")), "y")
+    return g.text()
+
+
+class Reader:
+    """Reads one model, the norm."""
+
+    def claims(self, source: str) -> bool:
+        return source == "norm"
+
+    def load(self, source: str, **options: object) -> ImportedModel:
+        return ImportedModel(source, (Program("decode", text(), dims={"tokens": 1}),), ArraySource({}))
+
+
+class WithReader(fake_target.FakePlugin):
+    @hookimpl
+    def kernelforge_importers(self) -> list[ImporterSpec]:
+        return [ImporterSpec("norm", Reader)]
+
+
+def registry(home: Sequence[KernelVariant] = HOME, theirs: Sequence[KernelVariant] = ()) -> Registry:
+    """The target's kernels, and those of another distribution."""
+    made = load_registry(entry_points=[], extra_plugins=[builtin, WithReader(home)])
+    brought = tuple(replace(kernel, provenance=THEIRS) for kernel in theirs)
+    return replace(made, hooks={**made.hooks, "kernelforge_kernels": (*made.hooks["kernelforge_kernels"], *brought)})
+
+
+@dataclass
+class Known:
+    """Times of variants on whatever problem."""
+
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def matches(self, problem: Problem, variant: KernelVariant, device: DeviceInfo) -> Iterable[RecordMatch]:
+        known = self.seconds.get(variant.name)
+        return () if known is None else (RecordMatch({}, known, True, str(problem)),)
+
+    def stamp(self) -> str:
+        return ""
+
+
+def plan(
+    home: Sequence[KernelVariant] = HOME,
+    theirs: Sequence[KernelVariant] = (),
+    seconds: Mapping[str, float] | None = None,
+    variants: Mapping[str, str] | None = None,
+) -> Plan:
+    opened = Session(
+        "fake", registry=registry(home, theirs), records=Known(seconds or {}), variants=variants, pipeline=""
+    )
+    return opened.plan(text(), dims={"tokens": 1})
+
+
+def kernels(made: Plan) -> list[str]:
+    return [step.variant for step in made.steps]
+
+
+def reason(made: Plan) -> str:
+    (fusion,) = made.fusions
+    assert fusion.apart == (len(made.steps) > 1)
+    return fusion.reason
+
+
+def test_it_stays_whole_beside_the_targets_own_parts() -> None:
+    made = plan()
+    assert kernels(made) == ["whole"]
+    assert reason(made) == "one kernel in place of several"
+    assert [p.variant for p in made.fusions[0].parts] == ["plain", "product"]
+
+
+def test_a_plugins_kernel_that_is_chosen_for_a_part_takes_it_apart() -> None:
+    made = plan(theirs=[BETTER])
+    assert kernels(made) == ["better", "product"]
+    assert reason(made) == f"better of norms (theirs 1) was chosen for {NORM}"
+    assert kernels(plan(theirs=[replace(BETTER, priority=0)])) == ["whole"]  # not chosen
+    assert kernels(plan(HOME[1:], [HOME[0], BETTER])) == ["whole"]  # the whole is a plugin's, too
+    refuses = replace(BETTER, supports=lambda problem, device: Reject("not now"))
+    assert kernels(plan(theirs=[refuses])) == ["whole"]
+
+
+@pytest.mark.parametrize(("whole", "taken"), [(3e-6, ["whole"]), (5e-6, ["better", "product"])])
+def test_the_quicker_way_is_taken_when_all_was_measured(whole: float, taken: list[str]) -> None:
+    made = plan(theirs=[BETTER], seconds={"whole": whole, "better": 2e-6, "product": 2e-6, "plain": 9e-6})
+    assert kernels(made) == taken
+    assert reason(made) == f"measured {whole * 1e6:.1f} us whole, 4.0 us in parts"
+
+
+def test_a_part_that_was_not_measured_leaves_it_to_the_other_rules() -> None:
+    assert kernels(plan(seconds={"whole": 9e-6, "plain": 1e-6})) == ["whole"]
+
+
+def test_a_kernel_that_is_asked_for_decides() -> None:
+    with pytest.warns(KernelForgeWarning, match=rf"{WHOLE} is run in parts: 'plain' was asked for to run {NORM}"):
+        made = plan(variants={NORM: "plain"})
+    assert kernels(made) == ["plain", "product"]
+    made = plan(theirs=[BETTER], variants={WHOLE: "whole"})
+    assert (kernels(made), reason(made)) == (["whole"], "'whole' was asked for")
+
+
+def test_what_has_no_kernel_is_not_chosen() -> None:
+    made = plan(HOME[1:])
+    assert (kernels(made), reason(made)) == (["plain", "product"], "no kernel for the whole")
+    made = plan(HOME[:2], [BETTER])  # nothing multiplies
+    assert kernels(made) == ["whole"]
+    assert "no kernel on target 'fake' can run transformer.matmul" in reason(made)
+    with pytest.raises(UsageError, match="no kernel on target 'fake'"):
+        plan(HOME[1:2])
+
+
+def test_a_plan_on_disk_keeps_what_became_of_it() -> None:
+    for made in (plan(), plan(theirs=[BETTER])):
+        assert plan_from_json(plan_to_json(made)) == made
+
+
+def run(verb: Any, using: Registry, **arguments: Any) -> Any:
+    with output.use(fake_target.FakeOutput(using)):
+        return verb(**arguments)
+
+
+def test_why_says_what_was_fused_and_what_was_not_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    data = run(why_verb.why, registry(theirs=[replace(BETTER, priority=0)]), model="norm")
+    (fusion,) = data["fusions"]
+    assert (fusion["problem"].partition("(")[0], fusion["apart"]) == (WHOLE, False)
+    assert [(p["problem"].partition(".")[0], p["steps"]) for p in data["problems"]] == [
+        ("transformer", n) for n in (1, 0, 0)
+    ]
+    shown = capsys.readouterr().out
+    assert "one kernel in place of several" in shown
+    assert f"{NORM}: plain of" in shown
+    data = run(why_verb.why, registry(), problem=data["problems"][0]["problem"])
+    assert [f["apart"] for f in data["fusions"]] == [False]
+    assert json.dumps(data)
+
+
+def test_tuning_a_model_times_whole_and_parts_where_a_plugin_has_a_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KERNELFORGE_HOME", str(tmp_path))
+
+    def tuned(using: Registry) -> set[str]:
+        return {p["problem"].partition("(")[0] for p in run(tune_verb.tune, using, model="norm")["problems"]}
+
+    assert tuned(registry()) == {WHOLE}
+    assert tuned(registry(theirs=[BETTER])) == {WHOLE, NORM, MATMUL}
+    opened = Session("fake", registry=registry(theirs=[BETTER]))
+    assert "us whole" in reason(opened.plan(text(), dims={"tokens": 1}))
+
+
+def test_options_name_a_kernel_and_leave_passes_out() -> None:
+    out = fake_target.FakeOutput(registry())
+    out.kernels, out.without_passes = ["rms_norm=plain"], ["fuse-qkv", "cse"]
+    with output.use(out), open_session() as opened:
+        assert opened.variants == {NORM: "plain"}
+        names = [step.name for step in opened.pipeline.passes]
+        assert "fuse-glu" in names
+        assert not {"fuse-qkv", "cse"} & set(names)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--kernel", "attention"), "--kernel attention: not an op and a variant"),
+        (("--kernel", "atention=split"), "unknown op 'atention'"),
+        (("--kernel", "matmul=nobody"), "unknown variant 'nobody' of transformer.matmul on target 'reference'"),
+        (("--without-pass", "fuse-all"), "unknown pass 'fuse-all'"),
+    ],
+)
+def test_what_is_not_there_is_told(words: tuple[str, str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.main(["why", "silu", "--shape", "2x3", "--target", "reference", *words]) == 2
+    assert message in capsys.readouterr().err
