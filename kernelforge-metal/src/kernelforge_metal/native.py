@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kernelforge.errors import DeviceError
-from kernelforge_metal.adapters import EXPERIMENTAL, FEATURES, Adapter, wgpu_adapter
+from kernelforge_metal.adapters import EXPERIMENTAL, FEATURES, SOFTWARE, Adapter, wgpu_adapter
 from kernelforge_metal.encoder import Encoder, Recorded, Region
 from kernelforge_metal.errors import DeviceLost, OutOfMemory
 from kernelforge_metal.queue import Queue
@@ -57,7 +57,7 @@ class Gpu:
         self.timed_at = -math.inf
         """When a timing of it ended last, in seconds of `time.perf_counter`."""
         self.name = adapter.name
-        self.discrete = adapter.kind == "discrete"
+        self.discrete, self.software = adapter.kind == "discrete", adapter.kind == SOFTWARE
         with self._errors("open the device"):
             self.device, self.refused = _request(wgpu_adapter(adapter), adapter.features)
         self.queue = Queue(self.device, self._errors, self.name)

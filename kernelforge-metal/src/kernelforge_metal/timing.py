@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 BATCH_S = 0.05
 """Seconds of work aimed at between two readings of the clock."""
 
-IDLE_S = 0.1
-"""A GPU that was not timed for so long may have lowered its clock."""
+IDLE_S = 0.5
+"""A GPU that was not timed for so long may have lowered its clock; an H100 does between one and three seconds."""
 
-LEAST_WARM_S, MOST_WARM_S, WARM_BATCH_S = 0.1, 0.3, 0.01
-"""What warming up takes, and its batches."""
+LEAST_WARM_S, MOST_WARM_S, WARM_BATCH_S = 0.5, 1.0, 0.02
+"""What warming up takes, and its batches. An H100 that was idle for six seconds stays at 345 MHz for 0.3 to 0.4 s of work, then
+goes to 1980 at once: that runs take the same time says nothing before."""
 
 
 def plausible(pairs: Array, wall: float) -> bool:
@@ -55,10 +56,10 @@ def measure(gpu: Gpu, commands: Sequence[Command], uniforms: Any, repeats: int) 
 
 
 def warm_up(gpu: Gpu, commands: Sequence[Command], uniforms: Any) -> None:
-    """Run them until a run no longer gets faster, unless the GPU was busy a moment ago: an idle one's clock is low (345 MHz
-    where an H100 reaches 1980) and rises only while it works."""
+    """Run them until the clock of an idle GPU has risen, which it does only while the GPU works: for a while, then as long as
+    runs still get faster. A software GPU has no clock of its own."""
     now = start = time.perf_counter()
-    if now - gpu.timed_at < IDLE_S:
+    if gpu.software or now - gpu.timed_at < IDLE_S:
         return
     n, best, settled = 1, math.inf, 0
     while now - start < LEAST_WARM_S or (settled < 3 and now - start < MOST_WARM_S):
