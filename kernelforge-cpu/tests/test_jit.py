@@ -55,6 +55,16 @@ def test_the_host_uses_its_full_width_also_for_loops_that_llvm_vectorises() -> N
     assert re.search(register, assembly(k.text()))
 
 
+@pytest.mark.skipif(host_target().arch != "x86_64", reason="LLVM is told so where the host is one of these")
+def test_innermost_loops_begin_at_a_cache_line() -> None:
+    code = assembly(dot(target("x86-64-v3")), cpu=target("x86-64-v3"))
+    aligned = re.findall(r"\.p2align\s+(\d+)[^\n]*\n(\.LBB\w+):", code)
+    assert aligned
+    for power, label in aligned:
+        body = code.split(f"{label}:")[1].split(label)[0]
+        assert int(power) == 6 or ".LBB" in body, label
+
+
 def test_nothing_is_contracted_unasked() -> None:
     cpu = target("x86-64-v3")
     k = KernelBuilder("rounded_twice", cpu)

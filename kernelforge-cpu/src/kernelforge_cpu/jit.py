@@ -34,6 +34,10 @@ PIPELINE = (
 )
 """From func, scf, arith, math, index, vector and memref to llvm."""
 
+_LOOP_ALIGNMENT = "--x86-experimental-pref-innermost-loop-alignment=6"
+"""Innermost loops begin at a cache line (2^6 bytes): one that begins 48 bytes into it was 3 to 7 % slower on Zen 3, and where
+a loop begins would otherwise hang on what is in front of it."""
+
 _NUMBERS = itertools.count()
 _LOCK = threading.Lock()  # one MLIR context, one thread at a time
 
@@ -176,12 +180,21 @@ def _new_machine(target: CpuTarget) -> Any:
 @cache
 def _llvm(arch: str | None = None) -> Any:
     """llvmlite's binding with the host's code generator, or all of them when `arch` is another one's."""
-    import llvmlite.binding as llvm
-
+    llvm = _binding()
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     llvm.initialize_native_asmparser()  # of kernels with inline assembly
     if arch is not None and arch != host_target().arch:
         llvm.initialize_all_targets()
         llvm.initialize_all_asmprinters()
+    return llvm
+
+
+@cache
+def _binding() -> Any:
+    """llvmlite's binding with the process's options set, which LLVM takes once."""
+    import llvmlite.binding as llvm
+
+    if host_target().arch == "x86_64":  # a build of LLVM for others may not know the option, and would end the process
+        llvm.set_option("kernelforge", _LOOP_ALIGNMENT)
     return llvm

@@ -25,7 +25,7 @@ from kernelforge_cpu.isa import CpuTarget, host_target
 
 MAGIC = b"KFOBJ\x00\x01\n"
 SUM = 32
-FORMAT = "1"
+FORMAT = "2"
 """Changes when the way from text to object changes other than by `jit.PIPELINE`."""
 DEFAULT_MAX_MB = 2048
 _KEY = re.compile("[0-9a-f]{64}")

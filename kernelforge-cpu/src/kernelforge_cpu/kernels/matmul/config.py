@@ -51,10 +51,11 @@ def widening(dtype: str, device: DeviceInfo) -> int:
 
 
 def widens_once(dtype: str, rows: int | None, device: DeviceInfo) -> bool:
-    """Whether weights of a type are kept as f32 for the tiles of a block of rows: where it takes more than an instruction a
-    vector to widen them, or that instruction takes the place of a multiply-add, as with AVX-512."""
-    slow = dtype == "f16" and not device.features & {"neon", "asimd"}
-    return (slow or (dtype == "bf16" and lanes(device) == 16)) and (rows is None or rows >= MANY_ROWS)
+    """Whether weights of a type are kept as f32 for the tiles of a block of rows: where the instruction that widens a vector takes
+    the place of a multiply-add (AVX-512), or there is none (f16 with SSE)."""
+    wide = lanes(device) == 16 and dtype != "f32"
+    slow = lanes(device) == 4 and dtype == "f16" and not device.features & {"neon", "asimd"}
+    return (wide or slow) and (rows is None or rows >= MANY_ROWS)
 
 
 def matmul_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
