@@ -161,8 +161,9 @@ def test_panels_widened_once_serve_all_tiles_of_rows(lanes: int) -> None:
 def test_what_is_not_finite_spreads_as_in_the_formula(bad: float) -> None:
     p = matmul("f32[8,40]", "f32[40,70]@const", "", "", epilogue="silu")
     plain = matmul("f32[8,40]", "f32[40,70]@const", "f32[70]", "f32[8,70]")
-    kept = matmul("f32[64,40]", "f16[40,70]@const")  # widened once for several tiles of rows
-    made = Products([(p, None), (plain, None), (kept, None)])
+    kept = matmul("f32[64,40]", "f16[40,70]@const")
+    config = {**variant(kept, "vectorized").default_config(kept, device(8)), "widen": "once"}
+    made = Products([(p, None), (plain, None), (kept, config)])
     for index, case in enumerate((p, plain, kept)):
         for operand, at in ((0, (3, 5)), (1, (7, 69)), (2, (3,)), (3, (2, 1))):
             arrays = inputs(case)

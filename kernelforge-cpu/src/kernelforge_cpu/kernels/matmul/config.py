@@ -51,8 +51,8 @@ def widening(dtype: str, device: DeviceInfo) -> int:
 
 
 def widens_once(dtype: str, rows: int | None, device: DeviceInfo) -> bool:
-    """Whether weights of a type are kept as f32 for the tiles of a block of rows: where the instruction that widens a vector takes
-    the place of a multiply-add (AVX-512), or there is none (f16 with SSE)."""
+    """Whether weights of a type are kept as f32 for the tiles of a block of rows: where the instruction that widens a vector
+    takes the place of a multiply-add (AVX-512), or there is none (f16 with SSE)."""
     wide = lanes(device) == 16 and dtype != "f32"
     slow = lanes(device) == 4 and dtype == "f16" and not device.features & {"neon", "asimd"}
     return (wide or slow) and (rows is None or rows >= MANY_ROWS)
