@@ -22,10 +22,13 @@ if TYPE_CHECKING:
 
     Fetch = Callable[[], NDArray[Any]]
 
+AHEAD = 2
+"""Steps that are under way at once where the device works while the host goes on."""
+
 
 class Chain:
-    """A step for one token, bound to the memory of one cache. To be started ahead it is bound twice: two buffers take turns to
-    hold the token that goes in and the one that comes out. Serves one run at a time."""
+    """A step for one token, bound to the memory of one cache. To be started ahead it is bound several times: buffers take turns
+    to hold the token that goes in, the one that comes out, and the logits. Serves one run at a time."""
 
     def __init__(
         self,
@@ -40,16 +43,18 @@ class Chain:
         self._ahead = 2 if ASYNCHRONOUS in device.info.features else 1
         self._position, self._slot = np.full(1, -1, np.int32), np.zeros(1, np.int32)
         self._sampler, self._uniform = sampler, np.zeros(1, np.float32)
-        self._tokens = [device.allocate((1,), "i32") for _ in range(2)]
-        self._logits = [device.allocate((1, vocab), "f32") for _ in range(self._ahead)]
+        turns = self._ahead + 1 if self._ahead > 1 else 1
+        """One more than are under way: the logits of a step can be asked for behind the next start."""
+        self._tokens = [device.allocate((1,), "i32") for _ in range(max(2, turns))]
+        self._logits = [device.allocate((1, vocab), "f32") for _ in range(turns)]
         numbers = {"positions": self._position, "slots": self._slot, "rows": np.zeros(1, np.int32)}
         choice = {} if sampler is None else {**sampler.sampling.arrays(), "uniform": self._uniform}
         self._calls = [
             executable.bind(
                 {**numbers, **choice, **caches, "tokens": self._tokens[i]},
-                {"token": self._tokens[1 - i], "logits": self._logits[i]},
+                {"token": self._tokens[(i + 1) % len(self._tokens)], "logits": self._logits[i]},
             )
-            for i in range(self._ahead)
+            for i in range(turns)
         ]
 
     def run(self, first: int, position: int, sequence: int, count: int) -> Generator[int, None, None]:
@@ -62,34 +67,46 @@ class Chain:
         self._tokens[0].write(np.array([first], np.int32))
         self._slot[0] = sequence
         begun: deque[Fetch] = deque()
+        unasked: deque[tuple[int, int]] = deque()
+        """A step and the token that it chose."""
         unchecked: deque[tuple[int, Fetch]] = deque()
+
+        def ask() -> None:
+            while unasked:
+                step, token = unasked.popleft()
+                unchecked.append((token, self._logits[step % len(self._logits)].fetch(0, token)))
+
+        def check(left: int) -> None:
+            """All that was chosen but for some, whose logits are on their way."""
+            ask()
+            while len(unchecked) > left:
+                token, logit = unchecked.popleft()
+                check_choice(token, float(logit()))
+
         started = 0
         for done in range(count):
             while started < min(count, done + self._ahead):
                 self._position[0] = position + started
                 if self._sampler is not None:
                     self._uniform[0] = self._sampler.draws.ahead(started - done)
-                i = started % self._ahead
+                i = started % len(self._calls)
                 self._calls[i]()
-                begun.append(self._tokens[1 - i].fetch())
+                begun.append(self._tokens[(i + 1) % len(self._tokens)].fetch())
                 started += 1
+            ask()  # behind the start of a step: what is copied of both is copied at once
             token = begun.popleft()()
             chosen = int(token[0])
             if self._sampler is not None:
                 self._sampler.draws.take()
             if self._ahead == 1:
                 self._tokens[0].write(token)
-            unchecked.append((chosen, self._logits[done % self._ahead].fetch(0, chosen)))
-            # A logit is copied before the next step but one, and by the same submission: looked at any sooner, it would have
-            # the device run dry.
-            while len(unchecked) > (2 * (self._ahead - 1) if done + 1 < count else 0):
-                found, logit = unchecked.popleft()
-                check_choice(found, float(logit()))
+            check(self._ahead - 1)  # a logit looked at before the token that it came with would have the device run dry
+            unasked.append((done, chosen))
+            if self._ahead == 1 or done + 1 == count:
+                check(0)
             try:
                 yield chosen
             except GeneratorExit:
                 # What NaN logits choose is token 0, which ends the answers of many models: it must not pass for an end.
-                while unchecked:
-                    found, logit = unchecked.popleft()
-                    check_choice(found, float(logit()))
+                check(0)
                 raise

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from kernelforge.errors import DeviceError
 from kernelforge.explanation import Explanation, explain_plan
-from kernelforge_metal.encoder import Region
+from kernelforge_metal.encoder import Recorded, Region
 from kernelforge_metal.inputs import Given, check_inputs, take_out
 from kernelforge_metal.kernel import HostKernel, is_value, size_of
 from kernelforge_metal.layout import Layout
@@ -51,8 +52,8 @@ class Bound:
     """The buffers, which take this along when they go: their ids may be others' then."""
     ran: bool = False
     """With the present sizes."""
-    recorded: Any = None
-    """What the next run submits, if it was recorded ahead."""
+    recorded: Callable[[], Recorded] | None = None
+    """Hands out what the next run submits, if that is recorded ahead; once."""
 
 
 class GpuExecutable:
@@ -110,13 +111,14 @@ class GpuExecutable:
         for name, (i, spec) in self._layout.outputs(given.dims).items():
             if i not in given.buffers:
                 targets.setdefault(name, np.empty(*spec))
+        kept = self._kept(given)
 
         def call() -> tuple[Array | Buffer, ...]:
             with self._gpu.lock:
                 self._resize(given.dims)
                 self._send(given)
                 self._execute(given)
-                return self._results(given, targets)
+                return kept or self._results(given, targets)
 
         return call
 
@@ -156,6 +158,12 @@ class GpuExecutable:
     def _send(self, given: Given) -> None:
         """The host's arrays go to the GPU, small ones with one call."""
         self._layout.send(given.arrays)
+
+    def _kept(self, given: Given) -> tuple[GpuBuffer, ...]:
+        """The buffers of all outputs, if each has one that was given; else none."""
+        buffers = [given.buffers.get(self._plan.root(i)) for i in self._plan.outputs]
+        found = tuple(b for b in buffers if b is not None)
+        return found if len(found) == len(buffers) else ()
 
     def _results(self, given: Given, targets: Mapping[str, Array]) -> tuple[Array | Buffer, ...]:
         """Read the outputs back, but for those that stay on the GPU."""
@@ -264,7 +272,7 @@ class GpuExecutable:
         return frozenset(
             (value, bound)
             for value, bound in self._asked
-            if (array := given.arrays.get(value)) is not None and int(array.max(initial=-1)) < bound
+            if (array := given.arrays.get(value)) is not None and max(array.ravel().tolist(), default=-1) < bound
         )
 
     def _dispatches(self, i: int, known: Known) -> Iterator[tuple[int, Dispatch]]:
@@ -306,7 +314,7 @@ class GpuExecutable:
                     self._gpu.pointer(self._words[start:]) if nbytes else None,
                     nbytes,
                     4 * start,
-                    (pipeline, group, self._words),
+                    (pipeline, group, self._words, self._uniforms),
                 )
             )
         return made
@@ -333,13 +341,11 @@ class GpuExecutable:
         segments = bound.segments
         if len(segments) == 1 and isinstance(segments[0], Stream):
             stream = segments[0]
-            recorded, bound.recorded = bound.recorded, None
-            if recorded is None:
-                recorded = self._record(stream, given)
+            recorded = self._take_recorded(bound) or self._record(stream, given)
 
             def ahead() -> None:
                 if bound.ran and self._dims == given.dims:
-                    bound.recorded = self._record(stream, given)
+                    bound.recorded = self._record_ahead(stream, given)
                 bound.ran = True
 
             self._gpu.queue.submit_soon(recorded, ahead)
@@ -352,7 +358,26 @@ class GpuExecutable:
         if not segments or not isinstance(segments[-1], Stream):
             self._gpu.queue.submit(self._record(Stream([]), given))
 
-    def _record(self, stream: Stream, given: Given) -> Any:
+    def _take_recorded(self, bound: Bound) -> Recorded | None:
+        """What was recorded ahead. Where that went wrong, what was begun for other buffers is no use either."""
+        take, bound.recorded = bound.recorded, None
+        try:
+            return take() if take is not None else None
+        except DeviceError:
+            for other in self._bound.values():
+                other.recorded = None
+            raise
+
+    def _record_ahead(self, stream: Stream, given: Given) -> Callable[[], Recorded]:
+        """In a thread of its own where it can be: outputs that are read back are copied by this one."""
+        if not self._layout.copies_outputs(given):
+            begun = self._gpu.queue.record(stream, self._uniform_group)
+            if begun is not None:
+                return begun
+        recorded = self._record(stream, given)
+        return lambda: recorded
+
+    def _record(self, stream: Stream, given: Given) -> Recorded:
         encoder = self._gpu.queue.encoder()
         self._gpu.encode(encoder, stream, self._uniform_group)
         self._layout.copy_outputs(encoder, given)

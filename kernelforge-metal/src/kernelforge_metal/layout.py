@@ -122,6 +122,11 @@ class Layout:
         if staged >= 0:
             self._gpu.queue.upload(self._regions[staged].buffer, 0, self._staging)
 
+    def copies_outputs(self, given: Given) -> bool:
+        """Whether any is read back."""
+        start, end = self._read_range(given)
+        return end > start
+
     def copy_outputs(self, encoder: Encoder, given: Given) -> None:
         """Encode the copy of the outputs to where `read` takes them from."""
         start, end = self._read_range(given)

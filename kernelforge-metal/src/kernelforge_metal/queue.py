@@ -6,6 +6,7 @@ Submitting costs the host about as much as some twenty dispatches: what belongs 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,16 @@ from kernelforge.errors import DeviceError
 from kernelforge.interruption import held_back
 from kernelforge_metal.encoder import Encoder, Recorded, Region
 from kernelforge_metal.fetch import SHARED, Fetch, Landing
-from kernelforge_metal.recorder import Recorder
+from kernelforge_metal.recorder import Recorder, Stream
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 MAX_SPARE = 4
 """Buffers of a size that are kept to be read from again."""
+
+RECORDING = 2
+"""Threads that record: on a slow core a step of a decoder takes longer to record than to run."""
 
 
 class Queue:
@@ -33,6 +37,7 @@ class Queue:
         self._ffi, self._lib, self._libf = recorder.ffi, recorder.lib, recorder.libf
         self._handle = device.queue._internal
         self._device, self._errors, self._name = device, errors, name
+        self._threads = ThreadPoolExecutor(RECORDING, "kernelforge-record")
         self._mapped = 0
         self._map_info = self._map_callback()
         self._readback: Any = None  # where `download` copies to
@@ -47,6 +52,21 @@ class Queue:
     def encoder(self) -> Encoder:
         with self._errors("record commands"):
             return Encoder(self._device, self._recorder)
+
+    def record(self, stream: Stream, uniforms: Any) -> Callable[[], Recorded] | None:
+        """Begin to record a command buffer with these dispatches in another thread; what is returned waits for it. None where
+        Python would record call by call: two threads that do would mostly wait for each other."""
+        with self._errors("record commands"):
+            call = self._recorder.recording(self._device, stream, uniforms)
+        if call is None:
+            return None
+        begun = self._threads.submit(call)
+
+        def wait() -> Recorded:
+            with self._errors("record commands"):
+                return Recorded(begun.result())
+
+        return wait
 
     def submit(self, recorded: Recorded) -> None:
         self._add(recorded)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 OFTEN = 32
-"""Recordings of a stream after which the loop is compiled: that takes as long as it saves in some hundreds of them."""
+"""Recordings of a stream after which the loop is compiled: that takes as long as it saves in some hundreds of them. It then
+serves all streams that are recorded again."""
 
 FIELDS = 8
 """Of a dispatch in the loop's numbers: pipeline (0 where it stays) and bind group, x and y in one, z, the address and bytes of
@@ -68,7 +69,8 @@ class Recorder:
         self.ffi, self.lib, self.libf = ffi, lib, _api.libf
         """wgpu's C functions; those of `libf` raise what goes wrong."""
         self._loop: Any = None
-        self._engine: Any = None  # keeps the loop's code
+        self._whole: Any = None
+        self._engine: Any = None  # keeps the code of both
         self._refused = False
 
     def encode(self, handle: Any, commands: Sequence[Command] | Stream, uniforms: Any) -> None:
@@ -78,14 +80,36 @@ class Recorder:
             self._encode_each(handle, commands, uniforms)
             return
         commands.times += 1
-        if commands.times <= OFTEN or not self._compiled():
+        if self._is_walked(commands):
+            self._loop(handle, *self._arguments(commands, uniforms))
+        else:
             self._encode_each(handle, commands.commands, uniforms)
-            return
-        if commands.numbers is None:
-            commands.numbers = self._numbers(commands.commands)
-        cast, null = self.ffi.cast, self.ffi.NULL
-        numbers = cast("void *", commands.numbers.ctypes.data)
-        self._loop(handle, null if uniforms is None else uniforms, numbers, len(commands.numbers))
+
+    def recording(self, device: Any, stream: Stream, uniforms: Any) -> Callable[[], Any] | None:
+        """What makes a whole command buffer of the stream and returns its C handle, for any thread: nearly all of it is one call
+        of C. It raises what wgpu raises. None where Python would have to make the calls."""
+        if not self._is_walked(stream):
+            return None
+        arguments, commands = self._arguments(stream, uniforms), stream.commands
+
+        def record() -> Any:
+            _ = commands  # kept: the loop has addresses of what they refer to
+            return self.ffi.gc(self._whole(device._internal, *arguments), self.lib.wgpuCommandBufferRelease)
+
+        return record
+
+    def _is_walked(self, stream: Stream) -> bool:
+        """Whether the loop takes the stream."""
+        if stream.times <= (OFTEN if self._loop is None else 1) or not self._compiled():
+            return False
+        if stream.numbers is None:
+            stream.numbers = self._numbers(stream.commands)
+        return True
+
+    def _arguments(self, stream: Stream, uniforms: Any) -> tuple[Any, ...]:
+        assert stream.numbers is not None
+        rows = self.ffi.from_buffer(stream.numbers)  # which it keeps
+        return self.ffi.NULL if uniforms is None else uniforms, rows, len(stream.numbers)
 
     def _encode_each(self, handle: Any, commands: Sequence[Command], uniforms: Any) -> None:
         lib, ffi = self.lib, self.ffi
@@ -128,17 +152,20 @@ class Recorder:
                 text = f"the loop that records the GPU's work cannot be compiled: Python records it, slower: {error}"
                 warnings.warn(KernelForgeWarning(text), stacklevel=2)
                 return False
-            made = self._engine.get_function_address("record")
-            self._loop = self.ffi.cast("void (*)(void *, void *, void *, int64_t)", made)
+            loop, whole = map(self._engine.get_function_address, ("record", "record_whole"))
+            self._loop = self.ffi.cast("void (*)(void *, void *, void *, int64_t)", loop)
+            native = self.ffi.cast("void *(*)(void *, void *, void *, int64_t)", whole)
+            self._whole = self.libf._make_proxy_func("record_whole", native)
         return self._loop is not None
 
     def _text(self) -> str:
-        """The loop in LLVM IR."""
-        names = ("SetPipeline", "SetBindGroup", "SetImmediates", "DispatchWorkgroups")
-        pipeline, group, words, dispatch = (
-            f"inttoptr (i64 {int(self.ffi.cast('intptr_t', getattr(self.lib, f'wgpuComputePassEncoder{name}')))} to ptr)"
-            for name in names
-        )
+        """The loop, and a whole command buffer made with it, in LLVM IR."""
+
+        def function(name: str) -> str:
+            return f"inttoptr (i64 {int(self.ffi.cast('intptr_t', getattr(self.lib, f'wgpu{name}')))} to ptr)"
+
+        calls = ("SetPipeline", "SetBindGroup", "SetImmediates", "DispatchWorkgroups")
+        pipeline, group, words, dispatch = (function(f"ComputePassEncoder{name}") for name in calls)
         loads = "\n  ".join(
             f"%at{i} = getelementptr i64, ptr %row, i64 {i}\n  %f{i} = load i64, ptr %at{i}" for i in range(FIELDS - 1)
         )
@@ -184,6 +211,17 @@ done:
   br label %head
 end:
   ret void
+}}
+
+define ptr @record_whole(ptr %device, ptr %uniforms, ptr %rows, i64 %count) {{
+  %encoder = call ptr {function("DeviceCreateCommandEncoder")}(ptr %device, ptr null)
+  %pass = call ptr {function("CommandEncoderBeginComputePass")}(ptr %encoder, ptr null)
+  call void @record(ptr %pass, ptr %uniforms, ptr %rows, i64 %count)
+  call void {function("ComputePassEncoderEnd")}(ptr %pass)
+  call void {function("ComputePassEncoderRelease")}(ptr %pass)
+  %made = call ptr {function("CommandEncoderFinish")}(ptr %encoder, ptr null)
+  call void {function("CommandEncoderRelease")}(ptr %encoder)
+  ret ptr %made
 }}
 """
 
