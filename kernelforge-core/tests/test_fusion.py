@@ -169,6 +169,9 @@ def test_why_says_what_was_fused_and_what_was_not_asked(capsys: pytest.CaptureFi
     shown = capsys.readouterr().out
     assert "one kernel in place of several" in shown
     assert f"{NORM}: plain of" in shown
+    with pytest.raises(UsageError, match=f"no step of the model 'norm' is a {NORM}") as caught:
+        run(why_verb.why, registry(), op="rms_norm", model="norm")
+    assert caught.value.hint == f"it is a part of {WHOLE}"
     data = run(why_verb.why, registry(), problem=data["problems"][0]["problem"])
     assert [f["apart"] for f in data["fusions"]] == [False]
     assert json.dumps(data)

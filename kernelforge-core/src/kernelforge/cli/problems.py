@@ -92,8 +92,10 @@ class Request:
         found = model_problems(session, load_model(session, source, self.weights, self.activations))
         kept = [asked for asked in found if op in (None, asked.problem.op)]
         if not kept:
+            within = {f.problem.op for f in session.fusions.values() for p in f.parts if p.problem.startswith(f"{op}(")}
             there = ", ".join(sorted({asked.problem.op for asked in found}))
-            raise UsageError(f"no step of the model '{source}' is a {op}", hint=f"it has: {there}")
+            hint = f"it is a part of {', '.join(sorted(within))}" if within else f"it has: {there}"
+            raise UsageError(f"no step of the model '{source}' is a {op}", hint=hint)
         return kept
 
 

@@ -131,8 +131,8 @@ def _explain_fusions(fusions: Sequence[Fusion]) -> None:
     rows = []
     for fusion in fusions:
         parts = "; ".join(f"{part.problem.partition('(')[0]}: {part.variant} of {part.plugin}" for part in fusion.parts)
-        rows.append([str(fusion.problem), "in parts" if fusion.apart else "whole", fusion.reason, parts])
-    out.table(["fused problem", "runs", "reason", "kernels of its parts"], rows)
+        rows.append(["in parts" if fusion.apart else "whole", fusion.reason, parts, str(fusion.problem)])
+    out.table(["runs", "reason", "kernels of its parts", "fused problem"], rows)
 
 
 def _verdict(decision: Decision, selection: Selection) -> str:
