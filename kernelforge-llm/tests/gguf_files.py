@@ -44,6 +44,18 @@ def nothing_more(writer: gguf.GGUFWriter) -> None:
     """No tokenizer."""
 
 
+def small_writer(path: Path) -> gguf.GGUFWriter:
+    """Of a Llama of width 32 with one layer, whose tensors are the caller's."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(32)
+    writer.add_block_count(1)
+    writer.add_head_count(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    return writer
+
+
 def write_model(folder: Path, path: Path, dtype: str, more: WriteMore = nothing_more) -> Path:
     """The checkpoint in `folder` with matrices in `dtype`, norms and biases in f32."""
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())

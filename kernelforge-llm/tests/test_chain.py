@@ -18,8 +18,9 @@ from kernelforge.reference import INFO, HostBuffer, ReferenceDevice
 from kernelforge.session import Session
 from kernelforge.variant import ASYNCHRONOUS
 from kernelforge_llm.chain import Chain
-from kernelforge_llm.decoder import Decoder, Token, load
+from kernelforge_llm.decoder import Decoder, load
 from kernelforge_llm.sampling import RandomSampler, Sampler, Sampling, greedy, make_sampler
+from kernelforge_llm.stream import Token
 
 LLAMA = Path(__file__).parent / "data" / "oracles" / "llama-gqa"
 CONTEXT = 24

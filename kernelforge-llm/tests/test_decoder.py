@@ -19,8 +19,9 @@ from kernelforge.quant import dequantize, quantize
 from kernelforge.session import Session
 from kernelforge_llm import decoder as decoder_module
 from kernelforge_llm.cache import cache_dtype
-from kernelforge_llm.decoder import Decoder, Token, load, open_decoder
+from kernelforge_llm.decoder import Decoder, load, open_decoder
 from kernelforge_llm.source import TINYPY, any_source, open_source, random_source
+from kernelforge_llm.stream import Token
 
 ORACLES = Path(__file__).parent / "data" / "oracles"
 LLAMA = ORACLES / "llama-gqa"

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
-from gguf_files import add_tensor, finish
+from gguf_files import add_tensor, finish, small_writer
 
 from kernelforge.errors import AssetError
 from kernelforge_llm.gguf import open_gguf
@@ -24,13 +23,7 @@ from kernelforge_llm.gguf.file import GgufFile
 def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A model without layers, with values of every type."""
     path = tmp_path_factory.mktemp("gguf") / "small.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(32)
-    writer.add_block_count(1)
-    writer.add_head_count(1)
-    writer.add_layer_norm_rms_eps(1e-5)
+    writer = small_writer(path)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(["a", "b", "ab", "<end>"])

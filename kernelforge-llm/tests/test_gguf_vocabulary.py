@@ -8,10 +8,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
-from gguf_files import add_tensor, finish
+from gguf_files import add_tensor, finish, small_writer
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -37,13 +36,7 @@ TEXTS = (
 
 def tokenizer(path: Path, **metadata: Any) -> Tokenizer:
     """Of a file with a table of embeddings and these values after `tokenizer.ggml.`."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(32)
-    writer.add_block_count(1)
-    writer.add_head_count(1)
-    writer.add_layer_norm_rms_eps(1e-5)
+    writer = small_writer(path)
     for name, value in metadata.items():
         key = f"tokenizer.ggml.{name}"
         if isinstance(value, str):

@@ -26,22 +26,13 @@ from kernelforge_llm.config import ModelConfig
 from kernelforge_llm.model import PREFILL_TOKENS, Model
 from kernelforge_llm.sampling import RandomSampler, Sampler, greedy
 from kernelforge_llm.source import Source, open_source
-from kernelforge_llm.stream import StopStrings, TextStream
+from kernelforge_llm.stream import StopStrings, TextStream, Token, with_text
 from kernelforge_llm.weights import ActivationFormat, WeightFormat
 
 if TYPE_CHECKING:
     from kernelforge.explanation import Explanation
 
 Logits = NDArray[np.float32]
-
-
-class Token(NamedTuple):
-    """One generated token."""
-
-    id: int | None
-    """None for the text that was held back when generation ended."""
-    text: str
-    """The text that became complete with it: at times empty, never the beginning of a character."""
 
 
 def load(
@@ -399,25 +390,8 @@ class Decoder:
                 hint="shorten the prompt, or load with a larger context (--context) if the model allows it",
             )
         ends = {*stop_ids, *(() if ignore_eos else self.config.eos_token_ids)}
-        return self._generate(ids, max_tokens, sampler, StopStrings(stop), ends)
-
-    def _generate(
-        self, ids: list[int], max_tokens: int, sampler: Sampler, stop: StopStrings, ends: set[int]
-    ) -> Iterator[Token]:
-        stream = TextStream(self.tokenizer, ids)
-        history = list(ids)
-        with closing(self._choose(history, max_tokens, sampler)) as tokens:
-            for token in tokens:
-                if token in ends:
-                    break
-                history.append(token)
-                text = stop.push(stream.push(token))
-                yield Token(token, text)
-                if stop.hit is not None:
-                    break
-        rest = stop.push(stream.flush()) + stop.flush()
-        if rest:
-            yield Token(None, rest)
+        chosen = self._choose(ids, max_tokens, sampler)
+        return with_text(chosen, ids, TextStream(self.tokenizer, ids), StopStrings(stop), ends)
 
     def _draws_on_device(self, sampler: Sampler) -> TypeGuard[RandomSampler]:
         """Whether its tokens are drawn by the step itself: on a device that gains by not waiting for the host, as a host target

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import closing
+from typing import NamedTuple
 
 from kernelforge.errors import UsageError
 from kernelforge_llm.tokenizer import Tokenizer
@@ -10,6 +12,15 @@ from kernelforge_llm.tokenizer import Tokenizer
 _OPEN = "\ufffd"
 _MOST_OPEN = 3
 """Tokens that can be waiting for the end of one character, whose UTF-8 has at most four bytes."""
+
+
+class Token(NamedTuple):
+    """One generated token."""
+
+    id: int | None
+    """None for the text that was held back when generation ended."""
+    text: str
+    """The text that became complete with it: at times empty, never the beginning of a character."""
 
 
 class TextStream:
@@ -112,3 +123,21 @@ class StopStrings:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest ending of `text` that begins `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def with_text(
+    tokens: Generator[int, None, None], history: list[int], stream: TextStream, stop: StopStrings, ends: Collection[int]
+) -> Iterator[Token]:
+    """`tokens` up to one of `ends` or a stop string, which are not among them, each with its text and added to `history`."""
+    with closing(tokens):
+        for token in tokens:
+            if token in ends:
+                break
+            history.append(token)
+            text = stop.push(stream.push(token))
+            yield Token(token, text)
+            if stop.hit is not None:
+                break
+    rest = stop.push(stream.flush()) + stop.flush()
+    if rest:
+        yield Token(None, rest)

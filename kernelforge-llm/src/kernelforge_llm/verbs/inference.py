@@ -18,7 +18,8 @@ from kernelforge_llm.verbs.options import Activations, KvDtype, Model, Random, W
 
 if TYPE_CHECKING:
     from kernelforge_llm.cerebras import RemoteAnswer
-    from kernelforge_llm.decoder import Decoder, Token
+    from kernelforge_llm.decoder import Decoder
+    from kernelforge_llm.stream import Token
 
 DEFAULT_PROMPT = 'import numpy as np\n\ndef softmax(x):\n    """Return'
 
