@@ -32,10 +32,10 @@ def weigh(
 def _weigh(
     problem: Problem, registry: Registry, target: str, select: Callable[[Problem], Selection], named: Mapping[str, str]
 ) -> tuple[Fusion, tuple[Selection, ...]]:
-    """Also the kernels that run in the end."""
+    """Also the kernels that run in the end, none where a part has none."""
     home = registry.backend_spec(target).provenance.distribution
 
-    def plugins(selection: Selection) -> bool:
+    def foreign(selection: Selection) -> bool:
         return selection.variant.provenance.distribution != home
 
     def chosen(inner: Problem) -> tuple[Selection, ...]:
@@ -58,7 +58,7 @@ def _weigh(
         whole = ()
     ops = [*(p.op for p in inner), *(s.problem.op for s in parts)]
     asked = next((op for op in ops if op in named), None)
-    theirs = next((s for s in parts if plugins(s)), None)
+    theirs = next((s for s in parts if foreign(s)), None)
     took, sum_of_parts = _seconds(whole), _seconds(parts)
     if problem.op in named:
         apart, reason = False, f"'{named[problem.op]}' was asked for"
@@ -71,7 +71,7 @@ def _weigh(
     elif took < math.inf and sum_of_parts < math.inf:
         apart = sum_of_parts < took
         reason = f"measured {took * 1e6:.1f} us whole, {sum_of_parts * 1e6:.1f} us in parts"
-    elif theirs is not None and not plugins(whole[0]):
+    elif theirs is not None and not foreign(whole[0]):
         apart = True
         reason = f"{theirs.variant.name} of {theirs.variant.provenance} was chosen for {theirs.problem.op}"
     else:

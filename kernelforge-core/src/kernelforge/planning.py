@@ -18,9 +18,9 @@ Chooser = Callable[[Problem], Selection]
 """Selects a kernel for a problem (`Session` binds variants, device and records)."""
 
 COPY = "transformer.cast"
+"""A cast to the same dtype copies: used where a value must move into other memory."""
 NESTED_PARTS = 8
 """How often an op is taken apart, and its parts, and theirs: more goes round in circles."""
-"""A cast to the same dtype copies: used where a value must move into other memory."""
 
 
 def make_plan(
