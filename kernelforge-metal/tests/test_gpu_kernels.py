@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from kernelforge.session import Session
 from kernelforge.tolerance import expect
 from kernelforge.tune.verify import Workload
 from kernelforge.variant import Accept, DeviceInfo, KernelVariant, Reject
+from kernelforge_metal.adapters import SOFTWARE
 from kernelforge_metal.executable import Bound, GpuExecutable
 from kernelforge_metal.inputs import Given
 from kernelforge_metal.kernel import GpuKernel, shader
 from kernelforge_metal.kernels import rope_cache
 from kernelforge_metal.kernels.catalog import VARIANTS
+from kernelforge_metal.rolled import rolled
 
 SMALL = 20_000
 """Elements of all operands and results: software computes them in no time."""
@@ -74,6 +77,40 @@ def test_shaders_are_written_without_a_device(variant: KernelVariant) -> None:
                 assert ("enable f16;" in text) <= (info is rich)
                 assert ("var<immediate>" in text) == (info is rich and "struct Parameters" in text)
                 assert min(dispatch.grid([1] * len(problem.dims))) >= 1
+
+
+ON_HARDWARE = (
+    ("attention", "tile"),
+    ("attention", "split"),
+    ("rope_attention", "split"),
+    ("matmul", "gemm"),
+    ("glu_matmul", "gemm"),
+)
+"""Kernels whose default config for a processor has less text than that for other devices."""
+
+
+@pytest.mark.parametrize(("op", "name"), ON_HARDWARE)
+def test_what_hardware_runs_by_default(gpu: Session, op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernelforge_metal.device.rolled", lambda code: code)
+    variant = next(v for v in VARIANTS if (v.op, v.name) == (f"transformer.{op}", name))
+    info = gpu.device.info
+    hardware, software = info.features - {SOFTWARE}, info.features | {SOFTWARE}
+    problem = next(p for p in samples(variant) if variant.judge(p, info) == Accept())
+    config = variant.default_config(problem, replace(info, features=hardware))
+    assert config != variant.default_config(problem, replace(info, features=software))
+    work = Workload(gpu, problem)
+    work.verify(gpu.compile_problem(problem, constants=work.constants, variant=name, config=config))
+
+
+def test_only_loops_that_begin_at_a_number_are_kept_from_being_written_out() -> None:
+    main = "fn main(ids: Ids) { for (var i = 3u; i < 9u; i++) { f(); } for (var j = ids.thread; j < 9u; j++) { f(); } }"
+    found = rolled(main)
+    assert "for (var i = 3u + rolled_zero; i < 9u; i++)" in found
+    assert "for (var j = ids.thread; j < 9u; j++)" in found
+    assert found.startswith("fn main(ids: Ids) { rolled_zero = ids.groups.x >> 16u;")
+    assert found.count("var<private> rolled_zero: u32;") == 1
+    for untouched in (main.replace("3u", "k"), main.replace("main(ids: Ids)", "main(place: Place)")):
+        assert rolled(untouched) == untouched
 
 
 def test_reasons_to_refuse() -> None:
@@ -137,7 +174,7 @@ def test_few_keys_are_not_shared_out(gpu: Session, monkeypatch: pytest.MonkeyPat
     shapes = "f32[2,6,16], f16[2,80,2,16], f16[2,80,2,16], i32[2], i32[2], _"
     problem = parse_problem(f"transformer.attention({shapes}) -> (f32[2,6,16]) {attrs}")
     op, rng = DEFS[problem.op], np.random.default_rng(0)
-    executable = gpu.compile_problem(problem, variant="split", config={"chunk": 32})
+    executable = gpu.compile_problem(problem, variant="split", config={"chunk": 32, "early": 16})
     assert isinstance(executable, GpuExecutable)
     q, k, v, _, slots, _ = op.make_inputs(problem, rng)
     buffer = gpu.device.allocate((2,), "i32")

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 from kernelforge.errors import DeviceError, KernelForgeWarning, PluginError, UsageError
 from kernelforge.faults import failed
 from kernelforge.variant import DeviceInfo, config_key
+from kernelforge_metal.adapters import SOFTWARE
 from kernelforge_metal.buffer import GpuBuffer
 from kernelforge_metal.errors import DeviceLost, OutOfMemory
 from kernelforge_metal.executable import GpuExecutable
 from kernelforge_metal.kernel import GpuKernel, HostKernel, fixed_parameters, is_read_only, parameter_names, shader
 from kernelforge_metal.moving import misplaced, moved
+from kernelforge_metal.rolled import rolled
 from kernelforge_metal.store import ConstantStore, send
 
 if TYPE_CHECKING:
@@ -123,6 +125,8 @@ class GpuDevice:
         for dispatch in kernel.dispatches:
             fixed = fixed_parameters(step.problem, dispatch, starts)
             code = shader(step.problem, kernel, dispatch, immediates=self._gpu.immediates, fixed=fixed)
+            if SOFTWARE in self._info.features:
+                code = rolled(code)
             read_only = [is_read_only(step.problem, kernel, b.index) for b in dispatch.bindings]
             nbytes = 4 * len(parameter_names(step.problem, dispatch)) if fixed is None else 0
             try:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from kernelforge.variant import Accept, ConfigSpace, Reject
 from kernelforge_metal import wgsl
+from kernelforge_metal.adapters import SOFTWARE
 from kernelforge_metal.kernel import Below, Binding, Dispatch, GpuKernel
 from kernelforge_metal.kernels.attention import Attention
 from kernelforge_metal.kernels.attention_tile import takes_quads
@@ -26,10 +27,8 @@ if TYPE_CHECKING:
 MAX_TOKENS = 8
 MAX_REPEAT = 16
 """Query heads of a group: each has a register of every thread."""
-EARLY = 16
-"""Vectors of keys and of values that a thread asks for before anything else: a step waits for memory, not for arithmetic."""
 UNROLLED = 4
-"""Of those that are left, and of partial results, loads that are under way at once."""
+"""Partial results, and keys and values that were not asked for early, whose loads are under way at once."""
 
 
 def takes_split(problem: Problem, device: DeviceInfo) -> Verdict:
@@ -48,7 +47,8 @@ def takes_split(problem: Problem, device: DeviceInfo) -> Verdict:
 
 
 def split_space(problem: Problem, device: DeviceInfo, more: int = 0) -> ConfigSpace:
-    """`more`: bytes of workgroup memory that a kernel needs besides."""
+    """`chunk`: keys, and threads, of a workgroup; `early`: vectors of keys and of values that a thread asks for before anything
+    else, as a step waits for memory, not for arithmetic. `more`: bytes of workgroup memory that a kernel needs besides."""
     a = Attention(problem, device)
     repeat, size = a.heads // max(1, a.groups), a.size
     storage = device.limit("max-compute-workgroup-storage-size", 16384)
@@ -61,8 +61,19 @@ def split_space(problem: Problem, device: DeviceInfo, more: int = 0) -> ConfigSp
         return used <= storage and chunk <= threads and chunk >= size // 4
 
     return ConfigSpace(
-        (("chunk", (128, 64, 256, 32)),), (("the chunk does not fit workgroup memory or threads", fits),)
+        (("chunk", (128, 64, 256, 32)), ("early", (16, 1))),
+        (("the chunk does not fit workgroup memory or threads", fits),),
     )
+
+
+def split_default(problem: Problem, device: DeviceInfo) -> Config:
+    return default_chunk(split_space(problem, device), device)
+
+
+def default_chunk(space: ConfigSpace, device: DeviceInfo) -> Config:
+    """The first config; on a processor, which compiles what it runs, the one that has loops in place of a long text."""
+    first = next(iter(space))
+    return {**first, "early": 1} if SOFTWARE in device.features else first
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,8 @@ def build_split(problem: Problem, config: Config, device: DeviceInfo) -> GpuKern
 def split_kernel(a: Attention, config: Config, new: NewRow | None = None) -> GpuKernel:
     """`new`: of the only token."""
     problem, device = a.problem, a.device
-    chunk, size, tokens = int(config["chunk"]), a.size, a.tokens[0]
+    chunk, most, size, tokens = int(config["chunk"]), int(config["early"]), a.size, a.tokens[0]
+    unrolled = min(UNROLLED, most)
     # A window bounds what a query sees on one side; the other end is its own position only if attention is causal.
     capacity, window = a.capacity, int(a.number("window")) if problem.attr("causal") else 0
     assert isinstance(capacity, int)
@@ -108,12 +120,12 @@ def split_kernel(a: Attention, config: Config, new: NewRow | None = None) -> Gpu
     def head(r: int) -> str:
         return f"{r // 4}.{'xyzw'[r % 4]}"
 
-    depth = next(n for n in (EARLY, 8, 4, 2, 1) if quads % n == 0)
-    early = range(min(EARLY, -(-chunk // lanes)))
+    depth = next(n for n in (16, 8, 4, 2, 1) if n <= most and quads % n == 0)
+    early = range(min(most, -(-chunk // lanes)))
     """Of the values."""
     scores = " ".join(f"s{head(r)} = {a.score(f's{head(r)}')};" for r in range(repeat))
     spread = " ".join(f"weights[{r * chunk}u + ids.thread] = w{head(r)};" for r in range(repeat))
-    own = [f"j + {n * lanes}u" for n in range(UNROLLED)]
+    own = [f"j + {n * lanes}u" for n in range(unrolled)]
 
     def products(places: Iterable[str], numbers: Iterable[str]) -> str:
         """Of the keys that are seen: what another one has may be infinite."""
@@ -124,7 +136,10 @@ def split_kernel(a: Attention, config: Config, new: NewRow | None = None) -> Gpu
         )
 
     keep = " ".join(f"partial[({r}u * {lanes}u + lane) * {quads}u + d] = o{r};" for r in range(repeat))
-    summed = "".join(f" + partial[(r * {lanes}u + {n}u) * {quads}u + d]" for n in range(lanes))[3:]
+    parts = [f"partial[(r * {lanes}u + {n}) * {quads}u + d]" for n in ("n", *(f"{n}u" for n in range(lanes)))]
+    summed = f"let acc = {' + '.join(parts[1:])};"
+    if most == 1:
+        summed = f"var acc = vec4<f32>(); for (var n = 0u; n < {lanes}u; n++) {{ acc += {parts[0]}; }}"
     load_q = wgsl.load_quad("q", q.type.dtype, f"({q.at} + {a.query_place('q', 'token', 'head')}) / 4u + d")
 
     def key(n: int) -> str:
@@ -151,9 +166,9 @@ def split_kernel(a: Attention, config: Config, new: NewRow | None = None) -> Gpu
     first_products = products(first_values, [wgsl.quad_numbers(f"v{n}", v.type.dtype) for n in early])
     other_products = ""
     if len(early) * lanes < chunk:
-        numbers = [wgsl.quad_numbers(f"v{n}", v.type.dtype) for n in range(UNROLLED)]
+        numbers = [wgsl.quad_numbers(f"v{n}", v.type.dtype) for n in range(unrolled)]
         other_products = (
-            f"for (var j = lane + {len(early) * lanes}u; j < old; j += {UNROLLED * lanes}u) {{ "
+            f"for (var j = lane + {len(early) * lanes}u; j < old; j += {unrolled * lanes}u) {{ "
             + " ".join(f"let v{n} = {value(j)};" for n, j in enumerate(own))
             + f" {products([f'({j})' for j in own], numbers)} }}"
         )
@@ -222,7 +237,7 @@ fn main(ids: Ids) {{
     let r = i / {quads}u;
     let d = i % {quads}u;
     let total = totals[r / 4u][r % 4u];
-    let acc = {summed};
+    {summed}
     if (seen.end - seen.start <= {chunk}u) {{
       let head = group * {repeat}u + r;
       let to = {a.query_place("out", "token", "head")};
@@ -238,7 +253,7 @@ fn main(ids: Ids) {{
 """
     merged = " ".join(
         f"if (c + {n}u < many) {{ let w = exp(part{n}.x - top); total += w * part{n}.y; acc += w * sum{n}; }}"
-        for n in range(UNROLLED)
+        for n in range(unrolled)
     )
     threads = 1 << max(5, (quads - 1).bit_length())
     second = f"""{wgsl.IDS}{wgsl.HALVES}{FUNCTIONS}{a.functions}
@@ -252,14 +267,14 @@ fn main(ids: Ids) {{
   if (d >= {quads}u || many <= 1u) {{ return; }}
   let place = (token * {a.heads}u + head) * {chunks}u;
   var top = -3.0e38;
-  for (var c = 0u; c < many; c += {UNROLLED}u) {{
-    {" ".join(f"top = max(top, found[(place + min(c + {n}u, many - 1u)) * {quads + 1}u + {quads}u].x);" for n in range(UNROLLED))}
+  for (var c = 0u; c < many; c += {unrolled}u) {{
+    {" ".join(f"top = max(top, found[(place + min(c + {n}u, many - 1u)) * {quads + 1}u + {quads}u].x);" for n in range(unrolled))}
   }}
   var total = 0.0;
   var acc = vec4<f32>();
-  for (var c = 0u; c < many; c += {UNROLLED}u) {{
-    {" ".join(f"let c{n} = (place + min(c + {n}u, many - 1u)) * {quads + 1}u;" for n in range(UNROLLED))}
-    {" ".join(f"let part{n} = found[c{n} + {quads}u]; let sum{n} = found[c{n} + d];" for n in range(UNROLLED))}
+  for (var c = 0u; c < many; c += {unrolled}u) {{
+    {" ".join(f"let c{n} = (place + min(c + {n}u, many - 1u)) * {quads + 1}u;" for n in range(unrolled))}
+    {" ".join(f"let part{n} = found[c{n} + {quads}u]; let sum{n} = found[c{n} + d];" for n in range(unrolled))}
     {merged}
   }}
   let to = {a.query_place("out", "token", "head")};

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from kernelforge.variant import Accept, ConfigSpace, Reject
 from kernelforge_metal import wgsl
+from kernelforge_metal.adapters import SOFTWARE
 from kernelforge_metal.kernel import Binding, Dispatch, GpuKernel, Size
 from kernelforge_metal.kernels.attention import Attention, takes_attention
 from kernelforge_metal.kernels.norms import FUNCTIONS
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 MAX_HEAD_SIZE = 256
 PART = 64
 """Elements of a row that a thread keeps at most: query and result take twice as many registers."""
-AT_ONCE = 4
-"""Keys between two corrections of the result."""
 
 
 def takes_quads(problem: Problem, device: DeviceInfo) -> Verdict:
@@ -53,6 +52,7 @@ def parts_of(size: int) -> int:
 
 
 def tile_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
+    """`rows` and `keys` of a tile; `at_once`: keys between two corrections of the result."""
     size = Attention(problem, device).size
     parts = parts_of(size)
     storage = device.limit("max-compute-workgroup-storage-size", 16384)
@@ -64,9 +64,15 @@ def tile_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
         return used <= storage and rows * parts <= threads
 
     return ConfigSpace(
-        (("rows", (64, 32, 128)), ("keys", (16, 32, 8, 4))),
+        (("rows", (64, 32, 128)), ("keys", (16, 32, 8, 4)), ("at_once", (4, 1))),
         (("the tile does not fit workgroup memory or threads", fits),),
     )
+
+
+def tile_default(problem: Problem, device: DeviceInfo) -> Config:
+    """The first config; on a processor, which compiles what it runs, one of a quarter of the text."""
+    first = next(iter(tile_space(problem, device)))
+    return {**first, "at_once": 1} if SOFTWARE in device.features else first
 
 
 def build_tile(problem: Problem, config: Config, device: DeviceInfo) -> GpuKernel:
@@ -76,7 +82,7 @@ def build_tile(problem: Problem, config: Config, device: DeviceInfo) -> GpuKerne
     threads, quads, own, repeat = rows * parts, size // 4, size // 4 // parts, a.heads // max(1, a.groups)
     tensors = a.tensors
     q, k, v, out = (tensors[n] for n in ("q", "k", "v", "out"))
-    at_once = min(AT_ONCE, keys)
+    at_once = int(config["at_once"])
     registers = range(own)
     queries = "\n  ".join(
         f"q{d} = {_quad(q.name, q.type.dtype, f'({q.at} + from_q) / 4u + first + {d}u')};" for d in registers

@@ -62,6 +62,7 @@ VARIANTS = (
         "tiles of queries and keys, online softmax",
         f"{HERE}.attention_tile:takes_quads",
         f"{HERE}.attention_tile:tile_space",
+        f"{HERE}.attention_tile:tile_default",
         priority=20,
     ),
     KernelVariant(
@@ -72,6 +73,7 @@ VARIANTS = (
         "few queries: keys shared out to workgroups, then merged",
         f"{HERE}.attention_split:takes_split",
         f"{HERE}.attention_split:split_space",
+        f"{HERE}.attention_split:split_default",
         priority=30,
     ),
     KernelVariant(
@@ -82,6 +84,7 @@ VARIANTS = (
         "one token: as `split` of attention, which rotates and writes to the caches",
         f"{HERE}.rope_attention:takes_rope_split",
         f"{HERE}.rope_attention:rope_split_space",
+        f"{HERE}.rope_attention:rope_split_default",
         priority=30,
     ),
     _wgsl("reshape", "layout:build_reshape", summary="a copy of any layout"),

@@ -17,7 +17,7 @@ from kernelforge.variant import ConfigSpace, Reject
 from kernelforge_metal import wgsl
 from kernelforge_metal.kernel import Below, Binding, GpuKernel
 from kernelforge_metal.kernels.attention import Attention
-from kernelforge_metal.kernels.attention_split import NewRow, split_kernel, split_space, takes_split
+from kernelforge_metal.kernels.attention_split import NewRow, default_chunk, split_kernel, split_space, takes_split
 from kernelforge_metal.kernels.rope import SINE_COSINE, frequency_table, takes_rope
 from kernelforge_metal.kernels.tensors import tensor
 
@@ -70,6 +70,10 @@ def rope_split_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
     attention = attention_of(problem)
     new_row = 2 * 4 * Attention(attention, device).size  # key and value, f32
     return split_space(attention, device, new_row)
+
+
+def rope_split_default(problem: Problem, device: DeviceInfo) -> Config:
+    return default_chunk(rope_split_space(problem, device), device)
 
 
 def build_rope_split(problem: Problem, config: Config, device: DeviceInfo) -> GpuKernel:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kernelforge.variant import Accept, ConfigSpace, Reject
+from kernelforge_metal.adapters import SOFTWARE
 from kernelforge_metal.kernels.matmul.common import takes_products
 from kernelforge_metal.kernels.matmul.geometry import Product, product_of
 from kernelforge_metal.kernels.matmul.tile import Slab, Tile, sums
@@ -35,6 +36,8 @@ TILES = (
 """Configs from large tiles to small ones."""
 GATED_TILES = ((64, 64, 16, 8, 8, 16, 1, 4), (64, 64, 32, 8, 4, 32, 1, 4), (32, 32, 32, 4, 4, 32, 1, 4))
 """With twice the sums and right-hand sides."""
+SMALL_TILES = ((32, 32, 32, 4, 4, 8, 0, 4), (32, 32, 8, 4, 4, 8, 0, 1))
+"""Of little text, for a processor, which compiles what it runs; the last one where operands can be loaded row by row."""
 PROMPT = 512
 """Rows for which a tile is chosen when any number may come."""
 BUSY = 128
@@ -97,6 +100,8 @@ def gemm_default(problem: Problem, device: DeviceInfo) -> Config:
     dtypes = [g.problem.operand(i).dtype for i in g.rhs]
     if device.limit("max-compute-workgroup-storage-size") > 32768 and dtypes == ["f32"]:
         tiles = (LARGE, *tiles)
+    if SOFTWARE in device.features:
+        tiles = SMALL_TILES
     return default_tile(g, gemm_space(problem, device), [dict(zip(NAMES, tile, strict=True)) for tile in tiles])
 
 
