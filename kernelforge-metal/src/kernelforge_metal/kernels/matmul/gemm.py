@@ -96,7 +96,7 @@ def gemm_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
 
 def gemm_default(problem: Problem, device: DeviceInfo) -> Config:
     g = product_of(problem)
-    tiles = TILES if len(g.rhs) == 1 else GATED_TILES
+    tiles: tuple[tuple[int, ...], ...] = TILES if len(g.rhs) == 1 else GATED_TILES
     dtypes = [g.problem.operand(i).dtype for i in g.rhs]
     if device.limit("max-compute-workgroup-storage-size") > 32768 and dtypes == ["f32"]:
         tiles = (LARGE, *tiles)
