@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 MAX_SPARE = 4
 """Buffers of a size that are kept to be read from again."""
 
-RECORDING = 2
-"""Threads that record: on a slow core a step of a decoder takes longer to record than to run."""
-
 
 class Queue:
     """The queue of a device. Not for concurrent use by several threads."""
@@ -37,7 +34,7 @@ class Queue:
         self._ffi, self._lib, self._libf = recorder.ffi, recorder.lib, recorder.libf
         self._handle = device.queue._internal
         self._device, self._errors, self._name = device, errors, name
-        self._threads = ThreadPoolExecutor(RECORDING, "kernelforge-record")
+        self._threads = ThreadPoolExecutor(1, "kernelforge-record")
         self._mapped = 0
         self._map_info = self._map_callback()
         self._readback: Any = None  # where `download` copies to
