@@ -57,14 +57,17 @@ fn bf16_bits(x: f32) -> u32 {
   return (b + 0x7fffu + ((b >> 16u) & 1u)) >> 16u;
 }
 fn f16_bits(v: vec2<f32>) -> u32 {
-  let beyond = abs(v) >= vec2<f32>(65520.0);
-  let infinite = vec2<u32>(0x7c00u) | ((bitcast<vec2<u32>>(v) >> vec2<u32>(16u)) & vec2<u32>(0x8000u));
-  let far = select(vec2<u32>(0u), infinite, beyond);
+  let signs = (bitcast<vec2<u32>>(v) >> vec2<u32>(16u)) & vec2<u32>(0x8000u);
+  let size = bitcast<vec2<u32>>(v) & vec2<u32>(0x7fffffffu);
+  let beyond = size >= vec2<u32>(0x477ff000u);
+  let special = signs | select(vec2<u32>(0x7c00u), vec2<u32>(0x7e00u), size > vec2<u32>(0x7f800000u));
+  let far = select(vec2<u32>(0u), special, beyond);
   return pack2x16float(select(v, vec2<f32>(0.0), beyond)) | far.x | (far.y << 16u);
 }
 """
 """Functions on 16-bit floats: two bf16 of a word as f32, and the bits of an f32, or for f16 of two, rounded to nearest even. What
-is beyond f16 becomes infinite, which `pack2x16float` leaves open: with SwiftShader it is NaN."""
+is beyond f16 (65520 or more, infinity, NaN) does not go through `pack2x16float`, which leaves it open: SwiftShader makes NaN of
+what is too large, and bits of a NaN reach the other half."""
 
 
 IDS = """
