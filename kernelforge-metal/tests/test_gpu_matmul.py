@@ -68,7 +68,7 @@ LOW = (*((1, 37, 96, w) for w in WEIGHTS), *((3, 12, 1056, w) for w in WEIGHTS))
 @pytest.mark.parametrize(("m", "n", "k", "w"), LOW)
 def test_gemv(gpu: Session, m: int, n: int, k: int, w: str) -> None:
     k += 3 * (not w.startswith("q"))  # no multiple of anything
-    verify(gpu, linear(m, n, k, w), "gemv", {"columns": 4, "threads": 32, "unroll": 2})
+    verify(gpu, linear(m, n, k, w), "gemv", {"columns": 4, "tiles": 1, "threads": 32, "unroll": 2})
 
 
 @pytest.mark.parametrize("w", WEIGHTS)
@@ -76,7 +76,23 @@ def test_gemv_in_workgroup_memory(plain_gpu: Session, w: str) -> None:
     problem = matmul("f16[2,96]", f"{w}[36,96]@const", "bf16[36]", "f32[2,36]", transpose_rhs=True, epilogue="silu")
     quantised = w.startswith("q")
     assert plain_gpu.select(problem).variant.name == ("gemv-integer-shared" if quantised else "gemv-shared")
-    verify(plain_gpu, problem, "gemv-shared", {"columns": 8, "threads": 64, "unroll": 1})
+    verify(plain_gpu, problem, "gemv-shared", {"columns": 8, "tiles": 1, "threads": 64, "unroll": 1})
+
+
+@pytest.mark.parametrize("w", WEIGHTS)
+def test_gemv_of_several_tiles(gpu: Session, plain_gpu: Session, w: str) -> None:
+    """The last of which are past the end; threads that have a unit less than others; a number of sums that is no power of two."""
+    k = 800 + 3 * (not w.startswith("q"))
+    four: Config = {"columns": 4, "tiles": 4, "threads": 64, "unroll": 4}
+    two: Config = {"columns": 4, "tiles": 2, "threads": 128, "unroll": 2}
+    plain = matmul(f"f16[1,{k}]", f"{w}[20,{k}]@const", "f32[20]", "f32[1,20]", transpose_rhs=True, epilogue="gelu")
+    norm = normed(f"f32[3,{k}]", f"{w}[37,{k}]@const", "f32[37], f32[3,37]", transpose_rhs=True, eps=1e-2)
+    gated = glu(f"f32[1,{k}]", f"{w}[36,{k}]@const", transpose_rhs=True)
+    for variant in ("gemv", "gemv-integer") if w.startswith("q") else ("gemv",):
+        verify(gpu, plain, variant, four)
+        verify(gpu, norm, variant, two)
+        verify(gpu, gated, variant, two)
+        verify(plain_gpu, norm, f"{variant}-shared", two)
 
 
 @pytest.mark.parametrize("w", WEIGHTS)
@@ -90,13 +106,13 @@ def test_gemv_of_normalised_rows(gpu: Session, m: int, n: int, k: int, w: str) -
     problem = normed(f"f32[{m},{k}]", f"{w}[{n},{k}]@const", f"f32[{n}], f32[{m},{n}]", transpose_rhs=True, eps=1e-2)
     variant = "gemv-integer" if w.startswith("q") else "gemv"
     assert gpu.select(problem).variant.name == variant
-    verify(gpu, problem, variant, {"columns": 4, "threads": 32, "unroll": 2})
+    verify(gpu, problem, variant, {"columns": 4, "tiles": 1, "threads": 32, "unroll": 2})
 
 
 @pytest.mark.parametrize("w", ["f16", "q8", "q4"])
 def test_gemv_of_normalised_rows_in_workgroup_memory(plain_gpu: Session, w: str) -> None:
     problem = normed("bf16[2,96]", f"{w}[36,96]@const", transpose_rhs=True, epilogue="silu")
-    verify(plain_gpu, problem, "gemv-shared", {"columns": 8, "threads": 64, "unroll": 1})
+    verify(plain_gpu, problem, "gemv-shared", {"columns": 8, "tiles": 1, "threads": 64, "unroll": 1})
 
 
 @pytest.mark.parametrize("w", WEIGHTS)
@@ -128,7 +144,7 @@ QUANTISED = ("q8", "q4")
 
 @pytest.mark.parametrize("w", QUANTISED)
 def test_gemv_in_integers(gpu: Session, plain_gpu: Session, w: str) -> None:
-    config: Config = {"columns": 4, "threads": 32, "unroll": 2}
+    config: Config = {"columns": 4, "tiles": 1, "threads": 32, "unroll": 2}
     verify(gpu, linear(1, 37, 1056, w), "gemv-integer", config)
     verify(gpu, glu("bf16[3,128]", f"{w}[24,128]@const", transpose_rhs=True), "gemv-integer", config)
     operands = ("f16[2,96]:[1,2]", f"{w}[36,96]@const", "bf16[36]", "f32[2,36]")
@@ -148,7 +164,7 @@ def test_integers_are_exact_where_f32_sums_are(gpu: Session, w: str) -> None:
         linear(4, 8, 64, w),
         constants={"rhs": weight},
         variant="gemv-integer",
-        config={"columns": 4, "threads": 32, "unroll": 1},
+        config={"columns": 4, "tiles": 1, "threads": 32, "unroll": 1},
     )
     got = np.asarray(executable.run({"lhs": lhs})[0])
     weights = dequantize(weight).astype(np.float64).T
@@ -377,7 +393,7 @@ def test_a_weight_larger_than_a_binding_is_read_in_pieces(gpu: Session, w: str, 
     limits = {**dict(known.limits), "max-storage-buffer-binding-size": 130 * column}
     small = dataclasses.replace(known, limits=tuple(sorted(limits.items())))
     made = BY_NAME["matmul", variant]
-    config = SMALL if variant == "gemm" else {"columns": 4, "threads": 32, "unroll": 1}
+    config = SMALL if variant == "gemm" else {"columns": 4, "tiles": 1, "threads": 32, "unroll": 1}
     kernel = made.build_kernel(problem, config, small)
     assert [dict(d.parameters)["first"] for d in kernel.dispatches] == [0, 128, 256]
     firsts = [b for d in kernel.dispatches for b in d.bindings if b.name in ("w", "b_w")]

@@ -9,16 +9,16 @@ HERE = "kernelforge_metal.kernels.matmul"
 _KINDS = (
     (
         "gemv-integer",
-        "gemv_integers:build_integers_subgroups",
-        "gemv_integers:takes_integers_subgroups",
-        "gemv_integers:integers",
+        "gemv:build_integers_subgroups",
+        "gemv:takes_integers_subgroups",
+        "gemv:integers",
         40,
     ),
     (
         "gemv-integer-shared",
-        "gemv_integers:build_integers",
-        "gemv_integers:takes_integers",
-        "gemv_integers:integers_shared",
+        "gemv:build_integers",
+        "gemv:takes_integers",
+        "gemv:integers_shared",
         35,
     ),
     ("gemv", "gemv:build_gemv_subgroups", "gemv:takes_gemv_subgroups", "gemv:gemv", 30),

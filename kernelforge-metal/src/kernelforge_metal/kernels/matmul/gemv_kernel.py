@@ -1,20 +1,22 @@
 """The text of a GEMV: the threads of a workgroup share the inner dimension of a few columns.
 
 Every weight is read once, in words of 16 bytes that lie side by side for neighbouring threads: the speed is that of memory as
-long as enough of them are under way, and that of unpacking for four bits.
+long as enough of them are under way. Where a thread has registers for its part of lhs, its workgroup takes several tiles of
+columns one after the other: lhs is read once for all, and words of the next tile are under way while those of one are multiplied.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kernelforge_metal.kernel import Dispatch, Size
-from kernelforge_metal.kernels.matmul.numbers import Q4, Q8, floats
+from kernelforge_metal.kernels.matmul.gemv_sums import Sums
 from kernelforge_metal.kernels.matmul.result import Result
 from kernelforge_metal.kernels.matmul.vectors import Vectors
-from kernelforge_metal.kernels.matmul.weights import QUAD, Quads, Rows
+from kernelforge_metal.kernels.matmul.weights import QUAD, Rows
 from kernelforge_metal.wgsl import FLAT, HALVES, IDS, SUBGROUP_IDS, grid
 
 if TYPE_CHECKING:
@@ -22,64 +24,67 @@ if TYPE_CHECKING:
     from kernelforge_metal.kernels.matmul.geometry import Product
     from kernelforge_metal.kernels.matmul.weights import Piece, Weights
 
-SMALLEST_SUBGROUP = 4
-
-
-def parts_of(threads: int, *, subgroups: bool) -> int:
-    """How many partial results of each sum are in workgroup memory."""
-    return threads // SMALLEST_SUBGROUP if subgroups else threads
+MAX_KEPT = 64
+"""Numbers of lhs that a thread keeps: more do not fit the registers beside words and sums."""
 
 
 @dataclass(frozen=True)
-class Gemv:
-    """The text of a GEMV kernel."""
+class Gemv(ABC):
+    """The text of a GEMV kernel, but for what a thread does with a unit of weights."""
 
     product: Product
     weights: Weights
     names: tuple[str, ...]
     """Of the weights' arrays: one, or gate and up."""
     columns: int
+    """Of a tile."""
     threads: int
     unroll: int
+    tiles: int
+    """Of a workgroup. More than one only where a thread keeps its numbers of lhs (`keeps_lhs`)."""
     subgroups: bool
     device: DeviceInfo
+
+    # --- the product of a unit ---
+
+    @property
+    @abstractmethod
+    def functions(self) -> str:
+        """WGSL functions that it needs."""
+
+    @abstractmethod
+    def lhs(self, i: int) -> Iterator[tuple[str, str]]:
+        """Variables for the numbers of lhs that the weights of unit `i` are multiplied by, and their types."""
+
+    @abstractmethod
+    def numbers(self, i: int) -> Iterator[str]:
+        """Fill them."""
+
+    @abstractmethod
+    def multiplied(self, i: int) -> Iterator[str]:
+        """Add their products with the unit's words to the sums."""
+
+    def start(self) -> Iterator[str]:
+        """What all tiles share."""
+        yield from (f"var {name} = 0.0;" for name in self.sums.once)
+
+    def tile_end(self) -> Iterator[str]:
+        """What a tile's sums need besides."""
+        yield from ()
+
+    # --- sizes ---
 
     @property
     def rows(self) -> int:
         return self.product.static_rows or 0
 
     @property
-    def sums(self) -> int:
-        """Of a thread: for each weight, row and column, then the squares of each row that is normalised."""
-        return self.squares + (0 if self.product.gain is None else self.rows)
-
-    @property
-    def squares(self) -> int:
-        """The number of the first row's."""
-        return len(self.names) * self.rows * self.columns
+    def sums(self) -> Sums:
+        squares = tuple(f"squares{m}" for m in range(self.rows)) if self.product.gain is not None else ()
+        return Sums(len(self.names) * self.rows * self.columns, self.tiles, squares, self.threads, self.subgroups)
 
     def sum(self, weight: int, row: int, column: int) -> str:
         return f"z{(weight * self.rows + row) * self.columns + column}"
-
-    @property
-    def functions(self) -> str:
-        """Of the weights' numbers."""
-        return {"q8": Q8, "q4": Q4}.get(self.weights.dtype, "")
-
-    # --- lhs ---
-
-    @property
-    def lhs(self) -> Vectors:
-        g = self.product
-        return Vectors(g, self.device, "x", 0, g.lhs_inner, g.rows.lhs, self.covered)
-
-    @property
-    def gain(self) -> Vectors | None:
-        g = self.product
-        if g.gain is None:
-            return None
-        (step,) = g.problem.operand(g.gain).element_strides()
-        return Vectors(g, self.device, "gain", g.gain, step, 0, self.covered)
 
     @property
     def covered(self) -> int:
@@ -91,25 +96,90 @@ class Gemv:
         """Of four numbers of a row in a unit."""
         return self.weights.steps // 4
 
-    def numbers(self, i: int) -> Iterator[str]:
-        """`x{i}_{m}_{j}`: the numbers of row m that the weights of unit `i` are multiplied by, four at a time."""
+    @property
+    def keeps_lhs(self) -> bool:
+        """Whether a thread loads all its units at once and has registers for what it multiplies them by."""
+        units = -(-self.weights.units // self.threads)
+        return units <= self.unroll and units * self.rows * self.weights.steps <= MAX_KEPT
+
+    # --- lhs ---
+
+    @property
+    def x(self) -> Vectors:
+        g = self.product
+        return Vectors(g, self.device, "x", 0, g.lhs_inner, g.rows.lhs, self.covered)
+
+    @property
+    def gain(self) -> Vectors | None:
+        g = self.product
+        if g.gain is None:
+            return None
+        (step,) = g.problem.operand(g.gain).element_strides()
+        return Vectors(g, self.device, "gain", g.gain, step, 0, self.covered)
+
+    def loaded(self, i: int) -> Iterator[str]:
+        """`x{i}_{m}_{j}`: the numbers of row m for unit `i`, four at a time, times the gain, their squares added up."""
         for j in range(self.vectors):
             place = f"{self.vectors}u * u{i} + {j}u"
             if self.product.gain is None:
                 for m in range(self.rows):
-                    yield f"let x{i}_{m}_{j} = x_four({m}u, {place});"
+                    yield f"x{i}_{m}_{j} = x_four({m}u, {place});"
                 continue
             yield f"let g{i}_{j} = gain_four(0u, {place});"
             for m in range(self.rows):
-                yield f"let l{i}_{m}_{j} = x_four({m}u, {place}); let x{i}_{m}_{j} = l{i}_{m}_{j} * g{i}_{j};"
-                yield f"z{self.squares + m} += dot(l{i}_{m}_{j}, l{i}_{m}_{j});"
+                yield f"let l{i}_{m}_{j} = x_four({m}u, {place}); x{i}_{m}_{j} = l{i}_{m}_{j} * g{i}_{j};"
+                yield f"squares{m} += dot(l{i}_{m}_{j}, l{i}_{m}_{j});"
 
-    # --- the sums ---
+    # --- weights ---
 
-    def products(self) -> Iterator[str]:
-        """All units of the columns: those of a thread are `threads` apart."""
-        for i in range(self.sums):
-            yield f"var z{i} = 0.0;"
+    def words(self, i: int) -> Iterator[tuple[str, str, str]]:
+        """Variables for the words of unit `i` and their scales, their types and values."""
+        w = self.weights
+        for n, name in enumerate(self.names):
+            if isinstance(w, Rows):
+                kind = "vec4<f32>" if w.dtype == "f32" else "vec4<u32>"
+                for c in range(self.columns):
+                    yield f"w{i}_{n}_{c}", kind, f"{name}[start{c} + u{i}]"
+                continue
+            for q in range(self.columns // QUAD):
+                yield f"w{i}_{n}_{q}", "vec4<u32>", f"{name}[start{q} + u{i}]"
+                scale = f"{name}_scales[scale{q} + u{i} / {w.group_units}u]"
+                yield f"s{i}_{n}_{q}", "vec2<u32>", scale
+
+    def word(self, i: int, weight: int, column: int) -> tuple[str, str]:
+        """What was loaded of a quantised column for unit `i`: a u32, and the scale as f32."""
+        q, r = divmod(column, QUAD)
+        loaded = f"{i}_{weight}_{q}"
+        return f"w{loaded}.{'xyzw'[r]}", f"unpack2x16float(s{loaded}.{'xy'[r // 2]}).{'xy'[r % 2]}"
+
+    def column(self, tile: str) -> str:
+        """The first of a tile."""
+        return f"({FLAT} * {self.tiles}u + {tile}) * {self.columns}u"
+
+    def place(self, piece: Piece, tile: str) -> Iterator[str]:
+        """Where a tile's weights start."""
+        w = self.weights
+        yield f"let column0 = {self.column(tile)};"
+        if isinstance(w, Rows):
+            for c in range(self.columns):
+                yield f"let start{c} = min(column0 + {c}u, columns - 1u) * {w.units}u;"
+            return
+        last = w.quads - 1 if piece.whole else piece.columns // QUAD - 1
+        for q in range(self.columns // QUAD):
+            yield f"let quad{q} = min(column0 / {QUAD}u + {q}u, {last}u);"
+            yield f"let start{q} = quad{q} * {w.units}u; let scale{q} = quad{q} * {w.groups}u;"
+
+    # --- tiles ---
+
+    def body(self, piece: Piece) -> Iterator[str]:
+        yield from self.start()
+        yield from self.several_tiles(piece) if self.keeps_lhs else self.one_tile(piece)
+        yield from self.sums.of_all()
+
+    def one_tile(self, piece: Piece) -> Iterator[str]:
+        """lhs is read again by each workgroup, `unroll` units after the other."""
+        yield from self.place(piece, "0u")
+        yield from self.zeros()
         full, left = divmod(self.weights.units, self.threads)
         loops = full // self.unroll
         if loops > 1:
@@ -126,162 +196,92 @@ class Gemv:
             yield f"if (t < {left}u) {{"
             yield from self.together([f"t + {full * self.threads}u"])
             yield "}"
+        yield from self.tile_end()
+        yield from self.sums.of_tile("0u")
 
     def together(self, units: list[str]) -> Iterator[str]:
         """Units whose words are all loaded first."""
-        one = self.quads if isinstance(self.weights, Quads) else self.floats
         for i, unit in enumerate(units):
             yield f"let u{i} = {unit};"
-            yield from self.loads(i)
+            yield from (f"let {name} = {value};" for name, _, value in self.words(i))
         for i in range(len(units)):
-            yield from one(i)
+            yield from (f"var {name}: {kind};" for name, kind in self.lhs(i))
+            yield from self.numbers(i)
+            yield from self.multiplied(i)
 
-    def loads(self, i: int) -> Iterator[str]:
-        w = self.weights
-        for n, name in enumerate(self.names):
-            if isinstance(w, Rows):
-                for c in range(self.columns):
-                    yield f"let w{i}_{n}_{c} = {name}[start{c} + u{i}];"
-                continue
-            for q in range(self.columns // QUAD):
-                yield f"let w{i}_{n}_{q} = {name}[start{q} + u{i}];"
-                yield f"let s{i}_{n}_{q} = {name}_scales[scale{q} + u{i} / {w.group_units}u];"
+    def several_tiles(self, piece: Piece) -> Iterator[str]:
+        """lhs stays in registers. The next tile's words are asked for as soon as those of one are used."""
+        full, left = divmod(self.weights.units, self.threads)
+        guards = ["{"] * full + ([f"if (t < {left}u) {{"] if left else [])
 
-    def floats(self, i: int) -> Iterator[str]:
-        yield from self.numbers(i)
-        dtype = self.weights.dtype
-        for n in range(len(self.names)):
-            for c in range(self.columns):
-                word = f"w{i}_{n}_{c}"
-                parts = [word] if dtype == "f32" else [floats(f"{word}.xy", dtype), floats(f"{word}.zw", dtype)]
-                for m in range(self.rows):
-                    for j, part in enumerate(parts):
-                        yield f"{self.sum(n, m, c)} += dot(x{i}_{m}_{j}, {part});"
-
-    def quads(self, i: int) -> Iterator[str]:
-        yield from self.numbers(i)
-        for n in range(len(self.names)):
-            for c in range(self.columns):
-                word, scale = self.word(i, n, c)
-                yield "{"
-                if self.vectors == 1:
-                    yield f"let a = q8_numbers({word});"
-                else:
-                    for j in range(4):
-                        yield f"let h{j} = q4_numbers({word} >> {4 * j}u);"
-                    yield "let a = vec4<f32>(h0.x, h2.x, h0.y, h2.y); let b = vec4<f32>(h1.x, h3.x, h1.y, h3.y);"
-                for m in range(self.rows):
-                    z = self.sum(n, m, c)
-                    product = f"dot(x{i}_{m}_0, a)" + (f" + dot(x{i}_{m}_1, b)" if self.vectors == 2 else "")
-                    yield f"{z} = fma({scale}, {product}, {z});"
+        def fetched(tile: str) -> Iterator[str]:
+            yield from self.place(piece, tile)
+            for i, guard in enumerate(guards):
+                yield guard
+                yield from (f"{name} = {value};" for name, _, value in self.words(i))
                 yield "}"
 
-    def word(self, i: int, weight: int, column: int) -> tuple[str, str]:
-        """What was loaded of a quantised column for unit `i`: a u32, and the scale as f32."""
-        q, r = divmod(column, QUAD)
-        loaded = f"{i}_{weight}_{q}"
-        return f"w{loaded}.{'xyzw'[r]}", f"unpack2x16float(s{loaded}.{'xy'[r // 2]}).{'xy'[r % 2]}"
-
-    # --- the sum of all threads' ---
-
-    @property
-    def shared(self) -> str:
-        """`parts`, and `total(i, ids)`: sum `i` of all threads."""
-        more = (
-            f"  for (var s = 1u; s < ids.subgroups; s++) {{ sum += parts[s * {self.sums}u + i]; }}\n"
-            if self.subgroups
-            else ""
-        )
-        size = self.sums * parts_of(self.threads, subgroups=self.subgroups)
-        return (
-            f"var<workgroup> parts: array<f32, {size}>;\n"
-            f"fn total(i: u32, ids: Ids) -> f32 {{\n  var sum = parts[i];\n{more}  return sum;\n}}\n"
-        )
-
-    def reduction(self) -> Iterator[str]:
-        n, each = self.sums, self.squares
-        if self.subgroups:
-            halved = each if each & (each - 1) == 0 else 0
-            if halved:
-                yield f"if (ids.lanes >= {halved}u && ids.subgroups * ids.lanes == {self.threads}u) {{"
-                yield from self.halving(halved)
-                yield "} else {"
-                yield from self.adding(range(halved))
-                yield "}"
-            yield from self.adding(range(halved, n))
-        else:
-            for i in range(n):
-                yield f"parts[t * {n}u + {i}u] = z{i};"
-            yield f"for (var half = {self.threads // 2}u; half > 0u; half >>= 1u) {{"
-            yield "workgroupBarrier();"
-            yield f"for (var i = t * {n}u; t < half && i < (t + 1u) * {n}u; i++) {{"
-            yield f"parts[i] += parts[i + half * {n}u];"
+        for i in range(len(guards)):
+            yield f"let u{i} = t + {i * self.threads}u;"
+            yield from (f"var {name}: {kind};" for name, kind, _ in self.words(i))
+        yield "{"
+        yield from fetched("0u")
+        yield "}"
+        for i, guard in enumerate(guards):
+            yield from (f"var {name}: {kind};" for name, kind in self.lhs(i))
+            yield guard
+            yield from self.numbers(i)
             yield "}"
+        yield f"for (var tile = 0u; tile < {self.tiles}u; tile++) {{"
+        yield from self.zeros()
+        for i, guard in enumerate(guards):
+            yield guard
+            yield from self.multiplied(i)
             yield "}"
-        yield "workgroupBarrier();"
+        yield "{"
+        yield from self.place(piece, "tile")
+        yield from self.tile_end()
+        yield "}"
+        yield f"if (tile + 1u < {self.tiles}u) {{"
+        yield from fetched("tile + 1u")
+        yield "}"
+        yield from self.sums.of_tile("tile")
+        yield "}"
 
-    def adding(self, sums: range) -> Iterator[str]:
-        """Each sum across the subgroup by itself."""
-        for i in sums:
-            yield f"z{i} = subgroupAdd(z{i});"
-        if sums:
-            yield "if (ids.lane == 0u) {"
-            for i in sums:
-                yield f"parts[ids.subgroup * {self.sums}u + {i}u] = z{i};"
-            yield "}"
+    def zeros(self) -> Iterator[str]:
+        yield from (f"var z{i} = 0.0;" for i in range(self.sums.each))
 
-    def halving(self, n: int) -> Iterator[str]:
-        """The first `n` sums, a power of two, across a full subgroup of at least as many lanes: two lanes exchange halves of what
-        they have, until each has one sum, which is that of its number. 16 sums of 32 lanes take 16 exchanges in place of 80."""
-        half = n // 2
-        while half:
-            yield f"let upper{half} = (ids.lane & {half}u) != 0u;"
-            for i in range(half):
-                kept, given = f"z{i}, z{i + half}, upper{half}", f"z{i + half}, z{i}, upper{half}"
-                yield f"z{i} = select({kept}) + subgroupShuffleXor(select({given}), {half}u);"
-            half //= 2
-        yield f"for (var apart = {n}u; apart < ids.lanes; apart *= 2u) {{ z0 += subgroupShuffleXor(z0, apart); }}"
-        yield f"if (ids.lane < {n}u) {{ parts[ids.subgroup * {self.sums}u + ids.lane] = z0; }}"
+    # --- the result ---
 
     def stores(self, result: Result) -> Iterator[str]:
         """Each thread finishes one column, or four, of one row."""
-        g, v, each = self.product, result.vector, self.rows * self.columns
-        yield f"for (var i = t; i < {each // v}u; i += {self.threads}u) {{"
-        yield f"let row = i / {self.columns // v}u; let own = i % {self.columns // v}u * {v}u; let batch = 0u;"
-        yield "if (column0 + own < columns) {"
+        g, v, n = self.product, result.vector, self.sums.each // len(self.names)
+        each, across = self.rows * self.columns // v, self.columns // v
+        yield f"for (var i = t; i < {self.tiles * each}u; i += {self.threads}u) {{"
+        yield f"let tile = i / {each}u; let row = i % {each}u / {across}u; let own = i % {across}u * {v}u; let batch = 0u;"
+        yield f"let column = {self.column('tile')} + own;"
+        yield "if (column < columns) {"
         scaled = ""
         if g.gain is not None:
-            mean = f"total({self.squares}u + row, ids) / {g.inner}.0"
+            mean = f"total({self.sums.each * self.tiles}u + row, ids) / {g.inner}.0"
             yield f"let scale = 1.0 / sqrt({mean} + {float(str(g.problem.attr('eps')))!r});"
             scaled = " * scale"
         values = []
-        for j in range(v):
-            place = f"row * {self.columns}u + own + {j}u"
-            sums = [f"total({place} + {n * each}u, ids){scaled}" for n in range(len(self.names))]
-            values.append(result.finished(sums, "row", f"first + column0 + own + {j}u"))
+        for e in range(v):
+            place = f"tile * {self.sums.each}u + row * {self.columns}u + own + {e}u"
+            sums = [f"total({place} + {i * n}u, ids){scaled}" for i in range(len(self.names))]
+            values.append(result.finished(sums, "row", f"first + column + {e}u"))
         value = values[0] if v == 1 else f"vec4<f32>({', '.join(values)})"
-        yield f"store(batch, row, first + column0 + own, {value});"
+        yield f"store(batch, row, first + column, {value});"
         yield "} }"
-
-    def starts(self, piece: Piece) -> Iterator[str]:
-        w = self.weights
-        if isinstance(w, Rows):
-            for c in range(self.columns):
-                yield f"let start{c} = min(column0 + {c}u, columns - 1u) * {w.units}u;"
-            return
-        last = w.quads - 1 if piece.whole else piece.columns // QUAD - 1
-        for q in range(self.columns // QUAD):
-            yield f"let quad{q} = min(column0 / {QUAD}u + {q}u, {last}u);"
-            yield f"let start{q} = quad{q} * {w.units}u; let scale{q} = quad{q} * {w.groups}u;"
 
     def dispatch(self, piece: Piece) -> Dispatch:
         g = self.product
         dtypes = {t.dtype for t in (*g.problem.operands, *g.problem.results) if t is not None}
-        narrow = g.problem.results[0].dtype != "f32"
-        result = Result(g, self.device, 4 if narrow else 1)
+        result = Result(g, self.device, 1 if g.problem.results[0].dtype == "f32" else 4)
         word = "vec4<f32>" if self.weights.dtype == "f32" else "vec4<u32>"
         weights = [self.weights.bindings(n, i, piece, word) for n, i in zip(self.names, g.rhs, strict=True)]
-        vectors = [v for v in (self.lhs, self.gain) if v is not None]
+        vectors = [v for v in (self.x, self.gain) if v is not None]
         bindings = [*(v.binding for v in vectors), *(b for found in weights for b in found), *result.bindings]
         columns = min(piece.columns, g.columns - piece.first)
         numbers: tuple[tuple[str, Size], ...] = ()
@@ -291,20 +291,17 @@ class Gemv:
             place = "let first = p.first; let columns = p.columns;"
         lines = [
             SUBGROUP_IDS if self.subgroups else IDS,
-            HALVES if {"bf16", "f16"} & set(dtypes) else "",
+            HALVES if {"bf16", "f16"} & dtypes else "",
             self.functions,
             *(v.function for v in vectors),
             result.functions,
-            self.shared,
+            self.sums.functions,
             f"@compute @workgroup_size({self.threads})",
             "fn main(ids: Ids) {",
             "let t = ids.thread;",
             place,
-            f"let column0 = {FLAT} * {self.columns}u;",
-            *self.starts(piece),
-            *self.products(),
-            *self.reduction(),
+            *self.body(piece),
             *self.stores(result),
             "}",
         ]
-        return Dispatch("\n".join(lines), tuple(bindings), grid(-(-columns // self.columns)), numbers)
+        return Dispatch("\n".join(lines), tuple(bindings), grid(-(-columns // (self.columns * self.tiles))), numbers)

@@ -1,0 +1,117 @@
+"""The sums of a GEMV: each thread has a part of every one, which workgroup memory brings together at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+LANES = 32
+"""Of a subgroup on most GPUs. Where they are narrower, they add to each other's parts, one after the other; where they are wider,
+some parts are not used."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The sums of a workgroup: first those of its tiles, then those that it has once."""
+
+    each: int
+    """Sums of a tile, which a thread has in the variables `z0`, `z1`, ..."""
+    tiles: int
+    once: tuple[str, ...]
+    """Variables of the others."""
+    threads: int
+    subgroups: bool
+
+    @property
+    def count(self) -> int:
+        return self.each * self.tiles + len(self.once)
+
+    @property
+    def parts(self) -> int:
+        """How many parts of a sum are in workgroup memory."""
+        return max(1, self.threads // LANES) if self.subgroups else self.threads
+
+    @property
+    def nbytes(self) -> int:
+        """Of workgroup memory."""
+        return 4 * self.count * self.parts
+
+    @property
+    def functions(self) -> str:
+        """`parts`, and `total(i, ids)`: sum `i`, once all threads have theirs there."""
+        n = self.count
+        parts = [f"parts[i + {s * n}u]" for s in range(self.parts if self.subgroups else 1)]
+        while len(parts) > 1:  # in pairs, so that the loads do not wait for each other
+            pairs = zip(parts[::2], parts[1::2], strict=False)
+            parts = [*(f"({a} + {b})" for a, b in pairs), *(parts[-1:] if len(parts) % 2 else [])]
+        wider = (
+            f"  if (ids.subgroups < {self.parts}u) {{\n    var sum = parts[i];\n"
+            f"    for (var s = 1u; s < ids.subgroups; s++) {{ sum += parts[s * {n}u + i]; }}\n    return sum;\n  }}\n"
+        )
+        return (
+            f"var<workgroup> parts: array<f32, {n * self.parts}>;\n"
+            f"fn total(i: u32, ids: Ids) -> f32 {{\n{wider if self.subgroups else ''}  return {parts[0]};\n}}\n"
+        )
+
+    def of_tile(self, tile: str) -> Iterator[str]:
+        """After a tile: its sums leave the registers."""
+        n = self.each
+        if not self.subgroups:
+            yield from (f"parts[t * {self.count}u + {tile} * {n}u + {i}u] = z{i};" for i in range(n))
+        elif n & (n - 1) == 0:
+            yield f"if (ids.lanes >= {n}u && ids.subgroups * ids.lanes == {self.threads}u) {{"
+            yield from self._halved(f"{tile} * {n}u")
+            yield "} else {"
+            yield from self._added([f"z{i}" for i in range(n)], f"{tile} * {n}u")
+            yield "}"
+        else:
+            yield from self._added([f"z{i}" for i in range(n)], f"{tile} * {n}u")
+
+    def of_all(self) -> Iterator[str]:
+        """After all tiles."""
+        first = self.each * self.tiles
+        if self.subgroups:
+            yield from self._added(self.once, f"{first}u")
+            yield "workgroupBarrier();"
+            return
+        n = self.count
+        yield from (f"parts[t * {n}u + {first + i}u] = {name};" for i, name in enumerate(self.once))
+        yield f"for (var half = {self.threads // 2}u; half > 0u; half >>= 1u) {{"
+        yield "workgroupBarrier();"
+        yield f"for (var i = t * {n}u; t < half && i < (t + 1u) * {n}u; i++) {{ parts[i] += parts[i + half * {n}u]; }}"
+        yield "}"
+        yield "workgroupBarrier();"
+
+    def _added(self, names: Iterable[str], place: str) -> Iterator[str]:
+        """Each sum across the subgroup by itself."""
+        names = list(names)
+        yield from (f"{name} = subgroupAdd({name});" for name in names)
+        if names:
+            yield from self._kept("ids.lane == 0u", [f"{place} + {i}u" for i in range(len(names))], names)
+
+    def _halved(self, place: str) -> Iterator[str]:
+        """Sums of a power of two across a full subgroup of at least as many lanes: two lanes exchange halves of what they have,
+        until each has one sum, which is that of its number. 16 sums of 32 lanes take 16 exchanges in place of 80."""
+        n = self.each
+        half = n // 2
+        while half:
+            yield f"let upper{half} = (ids.lane & {half}u) != 0u;"
+            for i in range(half):
+                kept, given = f"z{i}, z{i + half}, upper{half}", f"z{i + half}, z{i}, upper{half}"
+                yield f"z{i} = select({kept}) + subgroupShuffleXor(select({given}), {half}u);"
+            half //= 2
+        yield f"for (var apart = {n}u; apart < ids.lanes; apart *= 2u) {{ z0 += subgroupShuffleXor(z0, apart); }}"
+        yield from self._kept(f"ids.lane < {n}u", [f"{place} + ids.lane"], ["z0"])
+
+    def _kept(self, who: str, places: list[str], names: list[str]) -> Iterator[str]:
+        """In workgroup memory, by the threads of a subgroup for which `who` holds."""
+        n, parts = self.count, self.parts
+        yield f"if (ids.subgroups <= {parts}u) {{ if ({who}) {{"
+        for place, name in zip(places, names, strict=True):
+            yield f"parts[ids.subgroup * {n}u + {place}] = {name};"
+        yield f"}} }} else {{ for (var turn = 0u; turn * {parts}u < ids.subgroups; turn++) {{"
+        yield f"if ({who} && ids.subgroup / {parts}u == turn) {{"
+        for place, name in zip(places, names, strict=True):
+            at = f"parts[ids.subgroup % {parts}u * {n}u + {place}]"
+            yield f"if (turn == 0u) {{ {at} = {name}; }} else {{ {at} += {name}; }}"
+        yield "} workgroupBarrier(); } }"
