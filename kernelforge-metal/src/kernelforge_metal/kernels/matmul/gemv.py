@@ -27,7 +27,9 @@ MAX_SUMS = 32
 MAX_WORDS = 16
 """Of 16 bytes that a thread has under way: more leave too few registers to the other threads."""
 UNROLL = (1, 2, 4)
+"""Units that a thread has at once."""
 MAX_TILES = 16
+"""Of a workgroup: the sums of more fill its memory."""
 WORKGROUPS = (128, 256, 512, 1024)
 """That may share the columns: one to eight for each processor of a large GPU."""
 AT_WORK = 1 << 17
@@ -195,7 +197,7 @@ def _integer_default(problem: Problem, space: ConfigSpace) -> Config:
         shares = [(t, units // t) for t in threads if units % t == 0 and units // t <= 2]
         shares = [s for s in shares if s[0] <= (1024 if dtype == "q4" else 512)]
         few = [s for s in shares if s[0] <= 512]
-        for c in wide:
+        for c in wide:  # very many columns are work enough for workgroups of few threads
             many = c == 16 // len(g.rhs)
             kept = min(few, default=None) if many else max(few, default=max(shares, default=None))
             if kept is not None:
