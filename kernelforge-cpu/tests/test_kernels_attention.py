@@ -172,6 +172,18 @@ def test_rows_without_keys_are_zero(kernels: Kernels) -> None:
     assert out[4].any()
 
 
+@pytest.mark.parametrize("p", [SMALL, *QUANTISED, SPLIT[0]], ids=str)
+def test_tokens_of_slots_that_are_not_there_get_zeros(kernels: Kernels, p: Problem) -> None:
+    tokens = {"tokens": 4} if p.dims else {}
+    arrays = ATTENTION.make_inputs(p.with_dims(tokens), np.random.default_rng(0))
+    arrays[3] = np.array([7, 2**31 - 1, 8, 9], np.int32)  # a position beyond the cache sees all of it
+    arrays[4] = np.array([0, 1, 2**30, -7], np.int32)
+    (out,) = kernels.run(p, arrays, tokens)
+    assert np.isfinite(out[:2].astype(np.float32)).all()
+    assert out[:2].any()
+    assert not out[2:].any()
+
+
 def test_extreme_scores(kernels: Kernels) -> None:
     """Scores far apart and far from zero: one key takes all the weight, nothing overflows."""
     arrays = inputs(1, [150], [0])

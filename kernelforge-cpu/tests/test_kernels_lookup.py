@@ -117,6 +117,34 @@ def test_an_update_of_padding_alone_changes_nothing(kernels: Kernels) -> None:
     np.testing.assert_array_equal(out, cache)
 
 
+OUTSIDE = (-(2**31), -9, 2**30, 2**31 - 1)
+
+
+@pytest.mark.parametrize("p", [*EMBEDDINGS[2:5], *EMBEDDINGS[6:8]], ids=str)
+def test_an_index_outside_a_table_leaves_others_alone(kernels: Kernels, p: Problem) -> None:
+    table, ids = DEFS["embedding"].make_inputs(p, np.random.default_rng(0))
+    assert table is not None
+    assert ids is not None
+    (wanted,) = kernels.run(p, [table, ids])
+    outside = np.arange(ids.size) % 2 == 1
+    ids[outside] = np.resize(np.array([*OUTSIDE, len(table)], np.int32), outside.sum())
+    (out,) = kernels.run(p, [table, ids])
+    assert out[~outside].tobytes() == wanted[~outside].tobytes()
+
+
+@pytest.mark.parametrize("p", [UPDATES[1], UPDATES[5]], ids=str)
+def test_what_belongs_outside_a_cache_goes_nowhere(kernels: Kernels, p: Problem) -> None:
+    rng = np.random.default_rng(0)
+    cache, new = (rng.standard_normal(t.static_shape()).astype(np.float32) for t in (p.operand(0), p.operand(1)))
+    slot_count, capacity = cache.shape[:2]
+    if p.operand(0).dtype == "q8":
+        cache = quantize(cache, "q8")
+    outside = [(0, i) for i in (*OUTSIDE, capacity)] + [(i, 0) for i in (*OUTSIDE, slot_count)]
+    slots, positions = np.resize(np.array(outside, np.int32), (len(new), 2)).T
+    (out,) = kernels.run(p, [cache, new, positions.copy(), slots.copy()])
+    assert out.tobytes() == cache.tobytes()
+
+
 def first_rows(values: list[list[float]]) -> Array:
     rows = np.full((3, 4, 301), -5.0, np.float32)
     for i, row in enumerate(values):

@@ -54,7 +54,7 @@ def test_dynamic_dimension(kernels: Kernels, tokens: int) -> None:
 def test_padding_is_unchanged(kernels: Kernels) -> None:
     x = np.random.default_rng(0).standard_normal((5, 3, 20)).astype(np.float32)
     x[1, 0, 3] = np.nan
-    positions = np.array([-1, -7, 0, -1, 3], np.int32)
+    positions = np.array([-1, 2**30, 0, -1, 3], np.int32)  # one is beyond every table
     for p in PROBLEMS[6:8]:
         (out,) = kernels.run(p, [x, positions], parts=2)
         np.testing.assert_array_equal(out[:2], x[:2])
@@ -112,6 +112,20 @@ def test_rope_and_cache_updates_in_one(layers: Kernels, cache: str, x: str, size
         np.testing.assert_array_equal(got[2], want[2])
         if x == "f32":
             np.testing.assert_array_equal(got[1], want[1])
+
+
+@pytest.mark.parametrize(("cache", "x", "size", "attrs"), FUSED[::4])
+def test_what_belongs_outside_the_caches_goes_nowhere(
+    layers: Kernels, cache: str, x: str, size: int, attrs: dict[str, Attr]
+) -> None:
+    whole, _ = layer(cache, x, size, attrs)
+    q, k, v, keys, values, _, _ = DEFS["rope_cache_update"].make_inputs(whole, np.random.default_rng(3))
+    assert keys is not None
+    assert values is not None
+    positions = np.array([20, 63, 64, 2**30, -(2**31), 0, 0, 0, 0], np.int32)
+    slots = np.array([0, 0, 0, 0, 0, 3, -1, 2**30, -(2**31)], np.int32)
+    got = layers.run(whole, [q, k, v, keys, values, positions, slots])
+    assert [a.tobytes() for a in got[1:]] == [keys.tobytes(), values.tobytes()]
 
 
 def test_equal_ropes_share_one_table() -> None:

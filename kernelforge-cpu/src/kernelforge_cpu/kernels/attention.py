@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from kernelforge.variant import ConfigSpace, Reject
 from kernelforge_cpu.kernel import NativeKernel, Phase
-from kernelforge_cpu.kernels.axes import emit_size, size_of, strides_of
+from kernelforge_cpu.kernels.axes import emit_inside, emit_size, size_of, strides_of
 from kernelforge_cpu.kernels.cache import as_plain
 from kernelforge_cpu.kernels.common import new_kernel
 from kernelforge_cpu.kernels.strided import takes_rows
@@ -119,7 +119,7 @@ def parts_of(problem: Problem, run: Run) -> Count:
 def _emit_runs(
     access: Access, run: Run, single: Single, sums: Sums, bundles: Sequence[Value], first: Value, end: Value
 ) -> None:
-    """Cut tokens first..end into runs of one slot and consecutive positions; padding gets zeros."""
+    """Cut tokens first..end into runs of one slot and consecutive positions; padding and tokens of slots outside the cache get zeros."""
     k, problem = access.k, access.problem
     steps = [emit_size(k, problem, strides_of(problem.operand(i))[0]) for i in (3, 4)]
     positions, slots = k.buffer(3, "i32"), k.buffer(4, "i32")
@@ -129,6 +129,7 @@ def _emit_runs(
         token = k.min(loop.i, end - 1)
         here = k.convert(positions.load(token * steps[0]), "i64")
         owner = k.convert(slots.load(token * steps[1]), "i64")
+        here = k.select(emit_inside(owner, access.slots), here, -1)
         present = loop.i.lt(end)
         follows = present & count.gt(0) & owner.eq(slot) & here.eq(position + count)
         done = k.select(follows, 0, count)

@@ -44,6 +44,7 @@ class Access:
         self.q_steps, self.key_steps, self.value_steps, self.out_steps = (
             self._steps(t) for t in (q, keys, values, out)
         )
+        self.slots = self.size(keys.shape[-4] if len(keys.shape) > 3 else 1)
         self.capacity = self.size(keys.shape[-3])
 
     @property

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kernelforge_cpu.kernel import NativeKernel, Phase, one_part
-from kernelforge_cpu.kernels.axes import emit_size, size_of, strides_of
+from kernelforge_cpu.kernels.axes import emit_inside, emit_size, size_of, strides_of
 from kernelforge_cpu.kernels.common import new_kernel
 
 if TYPE_CHECKING:
@@ -106,8 +106,9 @@ def _ranges(
     context is left to few parts. Padding has no keys."""
     steps = [emit_size(k, access.problem, strides_of(access.problem.operand(i))[0]) for i in (3, 4)]
     position = k.convert(k.buffer(3, "i32").load(token * steps[0]), "i64")
-    present = position.ge(0)
-    slot = k.select(present, k.convert(k.buffer(4, "i32").load(token * steps[1]), "i64"), 0)
+    slot = k.convert(k.buffer(4, "i32").load(token * steps[1]), "i64")
+    present = position.ge(0) & emit_inside(slot, access.slots)
+    slot = k.select(present, slot, 0)
     first, end = access.visible(position, access.limit(slot))
     count = k.select(present, k.max(end - first, 0), 0)
     ranges = k.max(k.min(k.binary("divu", count, k.i64(least)), parts), 1)

@@ -78,6 +78,11 @@ def loop_nest(shape: Sequence[Dim], *strides: Sequence[Size]) -> list[Axis]:
     return nest
 
 
+def emit_inside(index: Value, size: Value) -> Value:
+    """Whether an index that was given is one of `size` rows. Kernels touch nothing for one that is not."""
+    return index.ge(0) & index.lt(size)
+
+
 def emit_size(k: KernelBuilder, problem: Problem, size: Size) -> Value:
     value = k.i64(size.number)
     for name in size.names:

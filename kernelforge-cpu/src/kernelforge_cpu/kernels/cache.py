@@ -1,4 +1,4 @@
-"""kv_cache_update: new rows into their slots of a cache, in place."""
+"""kv_cache_update: new rows into their slots of a cache, in place. One that is for a place outside goes nowhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kernelforge.dtype import GROUP, QUANTISED
 from kernelforge.variant import Accept, Reject
 from kernelforge_cpu.kernel import NativeKernel, Phase
-from kernelforge_cpu.kernels.axes import ONE, emit_offsets, emit_rows, emit_size, loop_nest, shared, size_of
+from kernelforge_cpu.kernels.axes import ONE, emit_inside, emit_offsets, emit_rows, emit_size, loop_nest, shared, size_of
 from kernelforge_cpu.kernels.common import new_kernel
 from kernelforge_cpu.kernels.strided import takes_rows, tensor
 
@@ -57,7 +57,8 @@ def build_kv_cache_update(problem: Problem, config: Config, device: DeviceInfo) 
         at, slot = (
             k.convert(t.pointer.load(token.i * emit_size(k, problem, t.strides[0])), "i64") for t in (positions, slots)
         )
-        with k.if_(at.ge(0)):
+        slot_count, capacity = (emit_size(k, problem, size_of(d)) for d in problem.operand(0).shape[:2])
+        with k.if_(emit_inside(at, capacity) & emit_inside(slot, slot_count)):
             source = new.pointer.at(token.i * emit_size(k, problem, new.strides[0]))
             slot_step, row_step = (emit_size(k, problem, s) for s in cache.strides[:2])
             result = cache.pointer.at(slot * slot_step + at * row_step)
@@ -79,12 +80,12 @@ def _build_quantised(problem: Problem, config: Config, device: DeviceInfo) -> Na
     new, positions, slots = (tensor(k, problem, i) for i in (1, 2, 3))
     steps = [emit_size(k, problem, s) for s in new.strides]
     row_bytes = cache_type.bytes_of(heads * size)
-    capacity = emit_size(k, problem, size_of(cache_type.shape[1]))
+    slot_count, capacity = (emit_size(k, problem, size_of(d)) for d in cache_type.shape[:2])
     with k.for_(*k.share(emit_size(k, problem, size_of(shape[0])))) as token:
         at, slot = (
             k.convert(t.pointer.load(token.i * emit_size(k, problem, t.strides[0])), "i64") for t in (positions, slots)
         )
-        with k.if_(at.ge(0)):
+        with k.if_(emit_inside(at, capacity) & emit_inside(slot, slot_count)):
             row = k.buffer(0, "i8").at((slot * capacity + at) * row_bytes)
             emit_quantised(k, new.pointer.at(token.i * steps[0]), row, heads, steps[1], size)
     return NativeKernel((Phase(k.name, shared(problem, size_of(*shape), GRAIN)),), k.text())

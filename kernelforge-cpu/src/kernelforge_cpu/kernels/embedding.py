@@ -1,4 +1,4 @@
-"""embedding: rows of a table by index."""
+"""embedding: rows of a table by index. The result of an index outside the table stays as it is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from kernelforge.dtype import GROUP
 from kernelforge.variant import Accept, ConfigSpace, Reject
 from kernelforge_cpu.kernel import NativeKernel, Phase
-from kernelforge_cpu.kernels.axes import emit_size, shared, size_of
+from kernelforge_cpu.kernels.axes import emit_inside, emit_size, shared, size_of
 from kernelforge_cpu.kernels.common import new_kernel
 from kernelforge_cpu.kernels.packed_rows import emit_row, row_layouts, row_pack
 from kernelforge_cpu.kernels.strided import FLOATS, contiguous_rows, tensor
@@ -49,7 +49,8 @@ def build_packed(problem: Problem, config: Config, device: DeviceInfo) -> Native
         steps = [emit_size(k, problem, t.strides[0]) for t in (ids, out)]
         with k.for_(*k.share(emit_size(k, problem, size_of(shape[0])))) as token:
             row = k.convert(ids.pointer.load(token.i * steps[0]), "i64")
-            emit_row(k, layout, k.buffer(0, "i8"), row, int(table.shape[1]), out.pointer.at(token.i * steps[1]))
+            with k.if_(emit_inside(row, emit_size(k, problem, size_of(table.shape[0])))):
+                emit_row(k, layout, k.buffer(0, "i8"), row, int(table.shape[1]), out.pointer.at(token.i * steps[1]))
         return k.text()
 
     parts = shared(problem, size_of(*shape), GRAIN)
@@ -72,7 +73,8 @@ def build_embedding(problem: Problem, config: Config, device: DeviceInfo) -> Nat
             def step(i: Value, valid: Value | None) -> None:
                 result.store(source.load(i, k.lanes, valid=valid), i, valid=valid)
 
-            k.vectorize(0, emit_size(k, problem, size_of(shape[1])), step)
+            with k.if_(emit_inside(row, emit_size(k, problem, size_of(problem.operand(0).shape[0])))):
+                k.vectorize(0, emit_size(k, problem, size_of(shape[1])), step)
         return k.text()
 
     return NativeKernel((Phase(k.name, shared(problem, size_of(*shape), GRAIN)),), text)
@@ -102,7 +104,8 @@ def build_quantised(problem: Problem, config: Config, device: DeviceInfo) -> Nat
         with k.for_(*k.share(emit_size(k, problem, size_of(shape[0])))) as token:
             row = k.convert(ids.pointer.load(token.i * steps[0]), "i64")
             source, result = k.buffer(0, "i8").at(row * table.bytes_of(columns)), out.pointer.at(token.i * steps[1])
-            with k.for_(0, columns // GROUP) as group:
+            groups = k.select(emit_inside(row, emit_size(k, problem, size_of(table.shape[0]))), k.i64(columns // GROUP), 0)
+            with k.for_(0, groups) as group:
                 at = source.at(group.i * table.bytes_of(GROUP))
                 scale = k.broadcast(k.convert(at.of("f16").load(align=1), "f32"), lanes)
                 values, made = at.at(2), result.at(group.i * GROUP)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kernelforge.variant import Reject
 from kernelforge_cpu.kernel import NativeKernel, Phase
-from kernelforge_cpu.kernels.axes import emit_size, shared, size_of
+from kernelforge_cpu.kernels.axes import emit_inside, emit_size, shared, size_of
 from kernelforge_cpu.kernels.common import new_kernel
 from kernelforge_cpu.kernels.strided import takes_rows, tensor
 
@@ -110,8 +110,8 @@ def build_rope(problem: Problem, config: Config, device: DeviceInfo) -> NativeKe
         source, result = x.pointer.at(token.i * steps[0][0]), out.pointer.at(token.i * steps[2][0])
         heads = Heads(source, result, count, (steps[0][1], steps[2][1]))
         position = k.convert(positions.pointer.load(token.i * steps[1][0]), "i64")
-        with k.if_(position.lt(0)) as branch:
-            emit_copied(k, heads, 0, size)
-        with branch.else_():
+        with k.if_(emit_inside(position, k.i64(table.shape[0]))) as branch:
             emit_turned(k, heads, turns.at(position * (2 * pairs)), size, pairs, interleaved=interleaved)
+        with branch.else_():
+            emit_copied(k, heads, 0, size)
     return NativeKernel((Phase(k.name, shared(problem, size_of(*shape), GRAIN)),), k.text(), tables=(table,))

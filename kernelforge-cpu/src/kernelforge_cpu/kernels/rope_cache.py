@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kernelforge.variant import Reject
 from kernelforge_cpu.kernel import NativeKernel, Phase
-from kernelforge_cpu.kernels.axes import emit_size, shared, size_of
+from kernelforge_cpu.kernels.axes import emit_inside, emit_size, shared, size_of
 from kernelforge_cpu.kernels.cache import as_plain, emit_quantised, takes_cache
 from kernelforge_cpu.kernels.common import new_kernel
 from kernelforge_cpu.kernels.rope import GRAIN, Heads, emit_copied, emit_turned, rotations, takes_rope
@@ -39,7 +39,9 @@ def build_rope_cache_update(problem: Problem, config: Config, device: DeviceInfo
         pairs = table.shape[2]
         tensors = [tensor(k, problem, i) for i in range(ROTATED + 1)]
         steps = [[emit_size(k, problem, s) for s in t.strides] for t in tensors]
-        query_count, count, capacity = (emit_size(k, problem, size_of(n)) for n in (heads, groups, cache.shape[1]))
+        query_count, count, slot_count, capacity = (
+            emit_size(k, problem, size_of(n)) for n in (heads, groups, *cache.shape[:2])
+        )
         row = cache.bytes_of(int(groups) * size) if cache.quantised else 0
         turned = k.buffer(SCRATCH, "f32").at(k.part * (int(groups) * size)) if cache.quantised else None
 
@@ -56,9 +58,8 @@ def build_rope_cache_update(problem: Problem, config: Config, device: DeviceInfo
             queries = Heads(
                 of(QUERIES, token.i), of(ROTATED, token.i), query_count, (steps[QUERIES][1], steps[ROTATED][1])
             )
-            with k.if_(position.lt(0)) as branch:
-                emit_copied(k, queries, 0, size)
-            with branch.else_():
+            inside = emit_inside(position, k.min(capacity, table.shape[0])) & emit_inside(slot, slot_count)
+            with k.if_(inside) as branch:
                 angles = k.buffer(TABLE, "f32").at(position * (2 * pairs))
                 emit_turned(k, queries, angles, size, pairs, interleaved=interleaved)
                 key, value = (of(i, token.i) for i in (KEYS, VALUES))
@@ -72,6 +73,8 @@ def build_rope_cache_update(problem: Problem, config: Config, device: DeviceInfo
                     emit_turned(k, keys, angles, size, pairs, interleaved=interleaved)
                     emit_quantised(k, turned, key_row, int(groups), k.i64(size), size)
                     emit_quantised(k, value, value_row, int(groups), steps[VALUES][1], size)
+            with branch.else_():
+                emit_copied(k, queries, 0, size)
         return k.text()
 
     def scratch(dims: Sequence[int], threads: int) -> int:

@@ -66,8 +66,8 @@ def infer_kv_cache_update(operands: OperandTypes, attrs: Attrs) -> tuple[TensorT
 
 
 def kv_cache_update_reference(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
-    """cache[slots[t], positions[t]] = new[t] where positions[t] >= 0. Raises UsageError for one outside the cache, which kernels
-    do not look for, and for numbers that a quantised cache cannot hold."""
+    """cache[slots[t], positions[t]] = new[t] where positions[t] >= 0. Raises UsageError for one outside the cache, where kernels
+    write nothing, and for numbers that a quantised cache cannot hold."""
     from kernelforge.dtype import from_numpy
     from kernelforge.quant import quantize
 
