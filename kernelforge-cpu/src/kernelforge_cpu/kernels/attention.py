@@ -119,7 +119,7 @@ def parts_of(problem: Problem, run: Run) -> Count:
 def _emit_runs(
     access: Access, run: Run, single: Single, sums: Sums, bundles: Sequence[Value], first: Value, end: Value
 ) -> None:
-    """Cut tokens first..end into runs of one slot and consecutive positions; padding and tokens of slots outside the cache get zeros."""
+    """Cut tokens first..end into runs of one slot and consecutive positions; padding and slots that are not there give zeros."""
     k, problem = access.k, access.problem
     steps = [emit_size(k, problem, strides_of(problem.operand(i))[0]) for i in (3, 4)]
     positions, slots = k.buffer(3, "i32"), k.buffer(4, "i32")

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 from kernelforge.dtype import GROUP, QUANTISED
 from kernelforge.variant import Accept, Reject
 from kernelforge_cpu.kernel import NativeKernel, Phase
-from kernelforge_cpu.kernels.axes import ONE, emit_inside, emit_offsets, emit_rows, emit_size, loop_nest, shared, size_of
+from kernelforge_cpu.kernels.axes import (
+    ONE,
+    emit_inside,
+    emit_offsets,
+    emit_rows,
+    emit_size,
+    loop_nest,
+    shared,
+    size_of,
+)
 from kernelforge_cpu.kernels.common import new_kernel
 from kernelforge_cpu.kernels.strided import takes_rows, tensor
 

@@ -104,7 +104,9 @@ def build_quantised(problem: Problem, config: Config, device: DeviceInfo) -> Nat
         with k.for_(*k.share(emit_size(k, problem, size_of(shape[0])))) as token:
             row = k.convert(ids.pointer.load(token.i * steps[0]), "i64")
             source, result = k.buffer(0, "i8").at(row * table.bytes_of(columns)), out.pointer.at(token.i * steps[1])
-            groups = k.select(emit_inside(row, emit_size(k, problem, size_of(table.shape[0]))), k.i64(columns // GROUP), 0)
+            groups = k.select(
+                emit_inside(row, emit_size(k, problem, size_of(table.shape[0]))), k.i64(columns // GROUP), 0
+            )
             with k.for_(0, groups) as group:
                 at = source.at(group.i * table.bytes_of(GROUP))
                 scale = k.broadcast(k.convert(at.of("f16").load(align=1), "f32"), lanes)

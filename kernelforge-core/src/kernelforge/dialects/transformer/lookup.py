@@ -144,8 +144,8 @@ def infer_embedding(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, .
 
 
 def embedding_reference(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
-    """table[ids]. Raises UsageError for an id that is not a row of the table. Kernels do not look: who calls them does, and what
-    they give for such an id is undefined. A table of one row is that row for every id where it becomes a view."""
+    """table[ids]. Raises UsageError for an id that is not a row of the table. Kernels give something undefined
+    for such an id, and read nothing outside. A table of one row is that row for every id where it becomes a view."""
     from kernelforge.dtype import from_numpy
     from kernelforge.quant import dequantize
 
