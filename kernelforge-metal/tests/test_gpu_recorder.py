@@ -6,6 +6,7 @@ import gc
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -174,6 +175,17 @@ def test_ctrl_c_while_a_recording_is_awaited_ends_the_run_alone(gpu: Session, mo
         with pytest.raises(KeyboardInterrupt):
             sums.run(3)
         go_on.set()
+    sums.run(5)
+    sums.check()
+
+
+def test_a_thread_that_outlives_the_main_one_records_by_itself(gpu: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the main thread ends, so do those of pools."""
+    sums = Sums(gpu, 4)
+    sums.run(2 * OFTEN + 2)
+    ended = ThreadPoolExecutor(1)
+    ended.shutdown()
+    monkeypatch.setattr(gpu.device.gpu.queue, "_threads", ended)  # type: ignore[attr-defined]  # of a GPU
     sums.run(5)
     sums.check()
 

@@ -364,7 +364,7 @@ class GpuExecutable:
         try:
             return take() if take is not None else None
         except DeviceError:
-            for other in self._bound.values():
+            for other in list(self._bound.values()):
                 other.recorded = None
             raise
 

@@ -52,12 +52,16 @@ class Queue:
 
     def record(self, stream: Stream, uniforms: Any) -> Callable[[], Recorded] | None:
         """Begin to record a command buffer with these dispatches in another thread; what is returned waits for it. None where
-        Python would record call by call: two threads that do would mostly wait for each other."""
+        Python would record call by call, as two threads that do would mostly wait for each other, and where no thread begins
+        anything any more because the main one has ended."""
         with self._errors("record commands"):
             call = self._recorder.recording(self._device, stream, uniforms)
         if call is None:
             return None
-        begun = self._threads.submit(call)
+        try:
+            begun = self._threads.submit(call)
+        except RuntimeError:
+            return None
 
         def wait() -> Recorded:
             with self._errors("record commands"):
