@@ -79,6 +79,20 @@ def test_gemv_in_workgroup_memory(plain_gpu: Session, w: str) -> None:
     verify(plain_gpu, problem, "gemv-shared", {"columns": 8, "tiles": 1, "threads": 64, "unroll": 1})
 
 
+def test_gemv_of_one_tile_has_no_code_for_several() -> None:
+    """Nor, where workgroup memory is large enough, for narrow subgroups that share it."""
+    made = BY_NAME["matmul", "gemv-integer"]
+    device = info("subgroup", "dot4", max_compute_invocations_per_workgroup=1024)
+    for m, tiles, threads, more in ((1, 1, 256, False), (1, 4, 256, True), (8, 1, 1024, True)):
+        problem = linear(m, 512, 2048, "q4")
+        config: Config = {"columns": 4, "tiles": tiles, "threads": threads, "unroll": 1}
+        kernel = made.build_kernel(problem, config, device)
+        assert isinstance(kernel, GpuKernel)
+        (dispatch,) = kernel.dispatches
+        assert ("turn == 0u" in dispatch.code) == more
+        assert ("for (var tile" in dispatch.code) == (tiles > 1)
+
+
 @pytest.mark.parametrize("w", WEIGHTS)
 def test_gemv_of_several_tiles(gpu: Session, plain_gpu: Session, w: str) -> None:
     """The last of which are past the end; threads that have a unit less than others; a number of sums that is no power of two."""

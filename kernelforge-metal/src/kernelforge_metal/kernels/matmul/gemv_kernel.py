@@ -232,7 +232,7 @@ class Gemv(ABC):
             yield guard
             yield from self.numbers(i)
             yield "}"
-        yield f"for (var tile = 0u; tile < {self.tiles}u; tile++) {{"
+        yield f"for (var tile = 0u; tile < {self.tiles}u; tile++) {{" if self.tiles > 1 else "{ let tile = 0u;"
         yield from self.zeros()
         for i, guard in enumerate(guards):
             yield guard
@@ -242,9 +242,10 @@ class Gemv(ABC):
         yield from self.place(piece, "tile")
         yield from self.tile_end()
         yield "}"
-        yield f"if (tile + 1u < {self.tiles}u) {{"
-        yield from fetched("tile + 1u")
-        yield "}"
+        if self.tiles > 1:
+            yield f"if (tile + 1u < {self.tiles}u) {{"
+            yield from fetched("tile + 1u")
+            yield "}"
         yield from self.sums.of_tile("tile")
         yield "}"
 

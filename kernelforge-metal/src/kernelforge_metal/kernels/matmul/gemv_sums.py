@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-LANES = 32
-"""Of a subgroup on most GPUs. Where they are narrower, they add to each other's parts, one after the other; where they are wider,
-some parts are not used."""
+NARROWEST, USUAL = 4, 32
+"""Lanes of a subgroup: at least, and on most GPUs."""
+GUARANTEED = 16384
+"""Bytes of workgroup memory that every device has."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,17 @@ class Sums:
         return self.each * self.tiles + len(self.once)
 
     @property
+    def own(self) -> bool:
+        """Whether every subgroup, however narrow, has its own part of each sum. Else narrow ones add to each other's, one after
+        the other: more sums fit then, for more code, also on GPUs where it does not run."""
+        return self.subgroups and self.tiles == 1 and 4 * self.count * (self.threads // NARROWEST) <= GUARANTEED
+
+    @property
     def parts(self) -> int:
         """How many parts of a sum are in workgroup memory."""
-        return max(1, self.threads // LANES) if self.subgroups else self.threads
+        if not self.subgroups:
+            return self.threads
+        return max(1, self.threads // (NARROWEST if self.own else USUAL))
 
     @property
     def nbytes(self) -> int:
@@ -40,18 +49,25 @@ class Sums:
     def functions(self) -> str:
         """`parts`, and `total(i, ids)`: sum `i`, once all threads have theirs there."""
         n = self.count
-        parts = [f"parts[i + {s * n}u]" for s in range(self.parts if self.subgroups else 1)]
-        while len(parts) > 1:  # in pairs, so that the loads do not wait for each other
+        some = (
+            f"  var sum = parts[i];\n  for (var s = 1u; s < ids.subgroups; s++) {{ sum += parts[s * {n}u + i]; }}\n"
+            "  return sum;\n"
+        )
+        if self.own:
+            body = some
+        elif self.subgroups:
+            body = f"  if (ids.subgroups < {self.parts}u) {{\n{some}  }}\n  return {self._all_parts()};\n"
+        else:
+            body = "  return parts[i];\n"
+        return f"var<workgroup> parts: array<f32, {n * self.parts}>;\nfn total(i: u32, ids: Ids) -> f32 {{\n{body}}}\n"
+
+    def _all_parts(self) -> str:
+        """Those of sum `i`, added in pairs, so that the loads do not wait for each other."""
+        parts = [f"parts[i + {s * self.count}u]" for s in range(self.parts)]
+        while len(parts) > 1:
             pairs = zip(parts[::2], parts[1::2], strict=False)
             parts = [*(f"({a} + {b})" for a, b in pairs), *(parts[-1:] if len(parts) % 2 else [])]
-        wider = (
-            f"  if (ids.subgroups < {self.parts}u) {{\n    var sum = parts[i];\n"
-            f"    for (var s = 1u; s < ids.subgroups; s++) {{ sum += parts[s * {n}u + i]; }}\n    return sum;\n  }}\n"
-        )
-        return (
-            f"var<workgroup> parts: array<f32, {n * self.parts}>;\n"
-            f"fn total(i: u32, ids: Ids) -> f32 {{\n{wider if self.subgroups else ''}  return {parts[0]};\n}}\n"
-        )
+        return parts[0]
 
     def of_tile(self, tile: str) -> Iterator[str]:
         """After a tile: its sums leave the registers."""
@@ -106,6 +122,12 @@ class Sums:
     def _kept(self, who: str, places: list[str], names: list[str]) -> Iterator[str]:
         """In workgroup memory, by the threads of a subgroup for which `who` holds."""
         n, parts = self.count, self.parts
+        if self.own:
+            yield f"if ({who}) {{"
+            for place, name in zip(places, names, strict=True):
+                yield f"parts[ids.subgroup * {n}u + {place}] = {name};"
+            yield "}"
+            return
         yield f"if (ids.subgroups <= {parts}u) {{ if ({who}) {{"
         for place, name in zip(places, names, strict=True):
             yield f"parts[ids.subgroup * {n}u + {place}] = {name};"
