@@ -29,6 +29,7 @@ from kernelforge.provenance import Provenance
 from kernelforge.registry import Registry
 from kernelforge.selection import RecordMatch
 from kernelforge.session import Session
+from kernelforge.tune.records import RecordStore
 from kernelforge.variant import DeviceInfo, KernelVariant, Reject
 
 WHOLE, NORM, MATMUL = (f"transformer.{op}" for op in ("rms_norm_matmul", "rms_norm", "matmul"))
@@ -127,6 +128,12 @@ def test_the_quicker_way_is_taken_when_all_was_measured(whole: float, taken: lis
     assert reason(made) == f"measured {whole * 1e6:.1f} us whole, 4.0 us in parts"
 
 
+def test_it_is_not_taken_apart_for_a_part_that_the_fallback_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Registry, "is_fallback", lambda self, kernel: kernel.name == "product")
+    assert kernels(plan(theirs=[BETTER])) == ["whole"]
+    assert kernels(plan(HOME[1:], [BETTER])) == ["better", "product"]  # there is no other way
+
+
 def test_a_part_that_was_not_measured_leaves_it_to_the_other_rules() -> None:
     assert kernels(plan(seconds={"whole": 9e-6, "plain": 1e-6})) == ["whole"]
 
@@ -208,8 +215,59 @@ def test_options_name_a_kernel_and_leave_passes_out() -> None:
         (("--kernel", "atention=split"), "unknown op 'atention'"),
         (("--kernel", "matmul=nobody"), "unknown variant 'nobody' of transformer.matmul on target 'reference'"),
         (("--without-pass", "fuse-all"), "unknown pass 'fuse-all'"),
+        (("--without-pass", "quantize"), "the pipeline has no pass 'quantize'"),
     ],
 )
 def test_what_is_not_there_is_told(words: tuple[str, str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert app.main(["why", "silu", "--shape", "2x3", "--target", "reference", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_two_kernels_for_an_op_are_refused() -> None:
+    out = fake_target.FakeOutput(registry(theirs=[BETTER]))
+    out.kernels = ["rms_norm=plain", "transformer.rms_norm=better"]
+    with (
+        output.use(out),
+        pytest.raises(UsageError, match=f"two kernels to run {NORM} by: 'plain' and 'better'"),
+        open_session(),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("words", "warning"),
+    [
+        (("why", "silu", "--shape", "2x3", "--kernel", "silu=reference"), None),
+        (("why", "silu", "--shape", "2x3", "--kernel", "gelu=reference"), "nothing ran transformer.gelu"),
+        (("passes", "list", "--kernel", "gelu=reference"), "--kernel has no effect on 'passes list'"),
+        (("passes", "list", "--without-pass", "cse"), "--without-pass has no effect on 'passes list'"),
+    ],
+)
+def test_what_was_named_in_vain_is_told(
+    words: tuple[str, ...], warning: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert app.main([*words, "--target", "reference", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["warnings"]
+    assert [warning in text for text in told] == [True] if warning else told == []
+
+
+def test_a_plan_from_disk_uses_what_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KERNELFORGE_HOME", str(tmp_path))
+    g = Graph()
+    g.output(g.silu(g.input("x", (2, 3), "f32")), "y")
+    named = {"transformer.silu": "reference", "transformer.gelu": "reference"}
+    for _ in range(2):
+        with Session("reference", variants=named) as opened:
+            opened.plan(g.text())
+            assert opened.unused_variants == {"transformer.gelu": "reference"}
+    assert list(tmp_path.rglob("plans/*.json"))
+
+
+def test_tuning_takes_the_kernel_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KERNELFORGE_HOME", str(tmp_path))
+    out = fake_target.FakeOutput(registry(theirs=[BETTER]))
+    out.kernels = ["rms_norm=plain"]
+    with output.use(out):
+        data = tune_verb.tune(op="rms_norm", shape="2x64,64")
+    assert [p["best"]["variant"] for p in data["problems"]] == ["plain"]
+    assert {r.variant for r in RecordStore.default().records} == {"plain"}

@@ -2,8 +2,8 @@
 
 The first of these rules that applies decides. A kernel that the user named, of the whole or of a part. A whole that nothing runs
 but the target's fallback is taken apart. Where the whole and all parts were measured on exactly these problems, the quicker way
-is taken. A whole that the target's own kernel would run is taken apart where a plugin's kernel was chosen for a part: who brings
-a better kernel for an op need not know what fuses that op. Else it stays whole.
+is taken. A whole that the target's own kernel would run is taken apart where a plugin's kernel was chosen for a part, and no part
+is left to the fallback: who brings a better kernel for an op need not know what fuses that op. Else it stays whole.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _weigh(
     elif took < math.inf and sum_of_parts < math.inf:
         apart = sum_of_parts < took
         reason = f"measured {took * 1e6:.1f} us whole, {sum_of_parts * 1e6:.1f} us in parts"
-    elif theirs is not None and not foreign(whole[0]):
+    elif theirs is not None and not foreign(whole[0]) and not any(registry.is_fallback(s.variant) for s in parts):
         apart = True
         reason = f"{theirs.variant.name} of {theirs.variant.provenance} was chosen for {theirs.problem.op}"
     else:

@@ -64,6 +64,8 @@ class Session:
         self._plugins_failed = False
         self._functions: dict[str, Function] = {}
         self._told: set[str] = set()
+        self._sought: set[str] = set()
+        """Ops that a kernel was looked for."""
 
     @cached_property
     def pipeline(self) -> Pipeline:
@@ -88,6 +90,16 @@ class Session:
 
         return device_roofline(self.device, self.registry, again=again)
 
+    def named(self, op: str) -> str | None:
+        """The variant of `variants` to run an op by."""
+        self._sought.add(op)
+        return self.variants.get(op)
+
+    @property
+    def unused_variants(self) -> dict[str, str]:
+        """Those of `variants` whose ops nothing had so far."""
+        return {op: name for op, name in self.variants.items() if op not in self._sought}
+
     def select(self, problem: Problem) -> Selection:
         """The kernel for `problem` on this session's device, with the reasons. Raises UsageError when there is none."""
         problem = problem.canonical()
@@ -97,7 +109,7 @@ class Session:
                 self.registry.variants(problem.op, self.target),
                 self.device.info,
                 self.records,
-                variant=self.variants.get(problem.op),
+                variant=self.named(problem.op),
             )
             self._plugins_failed |= any(d.failed for d in self._selections[problem].decisions)
         return self._selections[problem]
@@ -139,6 +151,7 @@ class Session:
         key = self._plan_key(module, dims, max_dims) if isinstance(module, str) else None
         if key is not None and (kept := cached_plan(key)) is not None:
             self._tell(kept.fusions)
+            self._sought.update(step.problem.op for step in kept.steps)
             return kept
         from kernelforge.layouts import share_layouts  # a start that finds its plans needs neither
         from kernelforge.planning import make_plan
@@ -223,7 +236,7 @@ class Session:
         that has gaps or another order of axes the input is the memory that it lies in: see `memory_of`.
         """
         problem = problem.canonical()
-        forced = variant if variant is not None else self.variants.get(problem.op)
+        forced = variant if variant is not None else self.named(problem.op)
         selection = select(
             problem,
             self.registry.variants(problem.op, self.target),

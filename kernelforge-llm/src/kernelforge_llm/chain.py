@@ -40,7 +40,7 @@ class Chain:
     ) -> None:
         """`executable`: with the inputs and outputs of `Model.module`, for one token and one row; those of `Model.sampled` where
         there is a `sampler`."""
-        self._ahead = 2 if ASYNCHRONOUS in device.info.features else 1
+        self._ahead = AHEAD if ASYNCHRONOUS in device.info.features else 1
         self._position, self._slot = np.full(1, -1, np.int32), np.zeros(1, np.int32)
         self._sampler, self._uniform = sampler, np.zeros(1, np.float32)
         turns = self._ahead + 1 if self._ahead > 1 else 1

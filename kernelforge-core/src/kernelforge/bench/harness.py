@@ -98,7 +98,7 @@ def prepare(session: Session, problem: Problem, *, variant: str | None = None, c
     problem = problem.canonical()
     workload = Workload(session, problem)
     candidates = session.registry.variants(problem.op, session.target)
-    named = variant or session.variants.get(problem.op)
+    named = variant or session.named(problem.op)
     selection = select(problem, candidates, session.device.info, session.records, variant=named)
     executable = session.compile_problem(
         problem, constants=workload.constants, variant=selection.variant.name, config=selection.config

@@ -160,7 +160,20 @@ def _run(given: Sequence[str], out: Output) -> int:
     with _only_plugins(options["--plugin"]):
         if options["--plugin"] and words[:1] != ["plugins"]:
             _ = out.registry  # one that was asked for by name must load, also where the verb needs none
-        return _dispatch(words, out)
+        code = _dispatch(words, out)
+        _tell_unused(out)
+        return code
+
+
+def _tell_unused(out: Output) -> None:
+    """Warn of kernels and passes that were named in vain."""
+    if out.session is not None:
+        for op, name in out.session.unused_variants.items():
+            hint = "--without-pass leaves out a pass that makes it part of another op"
+            out.warn(f"--kernel {op}={name}: nothing ran {op}; {hint}")
+    elif out.kernels or out.without_passes:
+        option = "--kernel" if out.kernels else "--without-pass"
+        out.warn(f"{option} has no effect on '{out.command}'")
 
 
 def _dispatch(words: Sequence[str], out: Output) -> int:

@@ -44,14 +44,22 @@ def open_session(pipeline: str | None = None) -> Session:
     """A session of what the global options say, with the default pipeline of passes or another one; to be closed. Raises
     UsageError for a kernel or a pass that is not there."""
     out = output.current()
-    return Session(
+    variants: dict[str, str] = {}
+    for text in out.kernels:
+        op, name = _named_kernel(text, out)
+        if variants.setdefault(op, name) != name:
+            raise UsageError(
+                f"two kernels to run {op} by: '{variants[op]}' and '{name}'", hint="give one --kernel for an op"
+            )
+    out.session = Session(
         out.target,
         device=out.device,
         threads=out.threads,
         registry=out.registry,
-        variants=dict(_named_kernel(text, out) for text in out.kernels),
+        variants=variants,
         pipeline=_without_passes(pipeline, out) if out.without_passes else pipeline,
     )
+    return out.session
 
 
 def _named_kernel(text: str, out: output.Output) -> tuple[str, str]:
@@ -60,7 +68,7 @@ def _named_kernel(text: str, out: output.Output) -> tuple[str, str]:
 
     op, equals, name = text.partition("=")
     if not (op and equals and name):
-        raise UsageError(f"--kernel {text}: not an op and a variant", hint="written as --kernel attention=split")
+        raise UsageError(f"--kernel {text}: not an op and a variant", hint="written as --kernel attention=vectorized")
     full_name = find_op(out.registry, op).full_name
     return full_name, out.registry.variant(out.target, full_name, name).name
 
@@ -70,8 +78,10 @@ def _without_passes(pipeline: str | None, out: output.Output) -> str:
     from kernelforge.registry import lookup
 
     unwanted = {lookup("pass", out.registry.passes, name).name for name in out.without_passes}
-    passes = Pipeline.parse(DEFAULT if pipeline is None else pipeline, out.registry).passes
-    return str(Pipeline(tuple(step for step in passes if step.name not in unwanted)))
+    given = Pipeline.parse(DEFAULT if pipeline is None else pipeline, out.registry)
+    if absent := unwanted - {step.name for step in given.passes}:
+        raise UsageError(f"the pipeline has no pass '{min(absent)}'", hint=f"it is {given}")
+    return str(Pipeline(tuple(step for step in given.passes if step.name not in unwanted)))
 
 
 def write_file(path: Path, text: str) -> None:

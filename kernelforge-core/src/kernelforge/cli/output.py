@@ -45,6 +45,7 @@ from kernelforge.errors import KernelForgeError
 
 if TYPE_CHECKING:
     from kernelforge.registry import Registry
+    from kernelforge.session import Session
 
 SCHEMA = 1
 """Version of the JSON envelope; it changes when a field is removed or changes its meaning."""
@@ -85,6 +86,8 @@ class Output:
         """What `--kernel` was given, each "op=variant"."""
         self.without_passes: list[str] = []
         """What `--without-pass` was given."""
+        self.session: Session | None = None
+        """The one that `open_session` opened."""
         self.data: dict[str, Any] = {}
         """`data` of the envelope; what the verb returns replaces it."""
         self.warnings: list[str] = []

@@ -65,7 +65,8 @@ def tune(
         store = RecordStore.default()
         end = time.monotonic() + (budget_s if budget_s is not None else BUDGET_S * len(asked))
         out.data = {"problems": [], "records": str(store.path)}
-        planned = sum(planned_trials(session, a.static, tunable(session, a.static, variant or ())) for a in asked)
+        names = {op: variant or _named(session, op) for op in {each.problem.op for each in asked}}
+        planned = sum(planned_trials(session, a.static, tunable(session, a.static, names[a.problem.op])) for a in asked)
         with out.progress("tuning", planned) as bar:
 
             def advance(record: Record) -> None:
@@ -77,7 +78,7 @@ def tune(
                     each.static,
                     store=store,
                     tuner=tuner,
-                    variants=variant or (),
+                    variants=names[each.problem.op],
                     budget_s=max(end - time.monotonic(), 0.0) / (len(asked) - i),
                     progress=advance,
                 )
@@ -85,6 +86,11 @@ def tune(
                 if result.interrupted:
                     _stop(len(out.data["problems"]), store)
     return out.data
+
+
+def _named(session: Session, op: str) -> list[str]:
+    name = session.named(op)
+    return [] if name is None else [name]
 
 
 def _show(session: Session, asked: Asked, result: TuneResult) -> None:

@@ -63,13 +63,12 @@ def why(
     with closing(open_session()) as session:
         asked = request.resolve(session)
         selections = [_select(session, each, variant) for each in asked]
-        fused = session.registry.ops[asked[0].problem.op].parts_of(asked[0].problem)
-        fusions = (
-            list(session.fusions.values()) if model is not None else [session.fusion(asked[0].problem)] * bool(fused)
-        )
         if model is None:
+            given = asked[0].problem
+            fusions = [session.fusion(given)] if session.registry.ops[given.op].parts_of(given) else []
             _explain(selections[0])
         else:
+            fusions = list(session.fusions.values())
             out.table(
                 ["steps", "programs", "problem", "variant", "plugin", "config", "source", "reason"],
                 [
