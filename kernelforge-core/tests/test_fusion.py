@@ -161,6 +161,20 @@ def test_a_plan_on_disk_keeps_what_became_of_it() -> None:
         assert plan_from_json(plan_to_json(made)) == made
 
 
+def test_a_kernel_of_the_whole_that_fails_is_told_at_each_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(problem: Problem, device: DeviceInfo) -> Reject:
+        raise RuntimeError("broken")
+
+    monkeypatch.setenv("KERNELFORGE_HOME", str(tmp_path))
+    monkeypatch.setattr("kernelforge.session.code_stamp", lambda _: "the same")  # plugins given as objects have none
+    for _ in range(2):
+        with pytest.warns(KernelForgeWarning, match="broken"):
+            made = plan((replace(HOME[0], supports=fails), *HOME[1:]))
+        assert kernels(made) == ["plain", "product"]
+
+
 def run(verb: Any, using: Registry, **arguments: Any) -> Any:
     with output.use(fake_target.FakeOutput(using)):
         return verb(**arguments)

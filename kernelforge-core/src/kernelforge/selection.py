@@ -70,6 +70,13 @@ class Decision:
     """It was rejected because the variant's own functions failed, which must be said each time."""
 
 
+class NoKernelError(UsageError):
+    """No variant accepts a problem."""
+
+    plugin_failed = False
+    """Whether one refuses because its own functions failed, which must be said each time."""
+
+
 @dataclass(frozen=True)
 class Selection:
     problem: Problem
@@ -127,9 +134,11 @@ def select(
         winner, reason = forced, "asked for by name"
     elif not accepted:
         reasons = "; ".join(f"{d.variant.name}: {d.verdict.reason}" for d in rejected if isinstance(d.verdict, Reject))
-        raise UsageError(
+        none = NoKernelError(
             f"no kernel on target '{device.target}' can run {problem}", hint=reasons or "no variant is registered"
         )
+        none.plugin_failed = any(d.failed for d in rejected)
+        raise none
     else:
         winner, reason = _rank(accepted)
     if config is not None:

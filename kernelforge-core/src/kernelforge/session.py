@@ -15,7 +15,7 @@ from kernelforge.passes import DEFAULT, Pipeline
 from kernelforge.plan import Fusion, Plan, Step, Value
 from kernelforge.plan_cache import cached_plan, code_stamp, keep_plan, plan_key
 from kernelforge.problem import Problem, TensorType
-from kernelforge.selection import Lookup, Selection, select
+from kernelforge.selection import Lookup, NoKernelError, Selection, select
 from kernelforge.tune.records import RecordStore
 
 if TYPE_CHECKING:
@@ -104,13 +104,17 @@ class Session:
         """The kernel for `problem` on this session's device, with the reasons. Raises UsageError when there is none."""
         problem = problem.canonical()
         if problem not in self._selections:
-            self._selections[problem] = select(
-                problem,
-                self.registry.variants(problem.op, self.target),
-                self.device.info,
-                self.records,
-                variant=self.named(problem.op),
-            )
+            try:
+                self._selections[problem] = select(
+                    problem,
+                    self.registry.variants(problem.op, self.target),
+                    self.device.info,
+                    self.records,
+                    variant=self.named(problem.op),
+                )
+            except NoKernelError as error:
+                self._plugins_failed |= error.plugin_failed
+                raise
             self._plugins_failed |= any(d.failed for d in self._selections[problem].decisions)
         return self._selections[problem]
 
