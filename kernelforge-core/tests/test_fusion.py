@@ -46,13 +46,14 @@ def text() -> str:
 
 
 class Reader:
-    """Reads one model, the norm."""
+    """Reads two models: one norm, or with one of any number of tokens."""
 
     def claims(self, source: str) -> bool:
-        return source == "norm"
+        return source in ("norm", "norms")
 
     def load(self, source: str, **options: object) -> ImportedModel:
-        return ImportedModel(source, (Program("decode", text(), dims={"tokens": 1}),), ArraySource({}))
+        programs = Program("decode", text(), dims={"tokens": 1}), Program("prefill", text(), max_dims={"tokens": 8})
+        return ImportedModel(source, programs[: 1 + source.endswith("s")], ArraySource({}))
 
 
 class WithReader(fake_target.FakePlugin):
@@ -203,13 +204,22 @@ def test_tuning_a_model_times_whole_and_parts_where_a_plugin_has_a_part(
 ) -> None:
     monkeypatch.setenv("KERNELFORGE_HOME", str(tmp_path))
 
-    def tuned(using: Registry) -> set[str]:
-        return {p["problem"].partition("(")[0] for p in run(tune_verb.tune, using, model="norm")["problems"]}
+    def tuned(using: Registry) -> set[tuple[str, bool]]:
+        problems = [p["problem"] for p in run(tune_verb.tune, using, model="norms")["problems"]]
+        return {(key.partition("(")[0], "f32[1," in key) for key in problems}
 
-    assert tuned(registry()) == {WHOLE}
-    assert tuned(registry(theirs=[BETTER])) == {WHOLE, NORM, MATMUL}
+    assert tuned(registry()) == {(WHOLE, True), (WHOLE, False)}
+    # Times at one size decide nothing for a step of every size, which goes to the plugin's kernel.
+    assert tuned(registry(theirs=[BETTER])) == {
+        (WHOLE, True),
+        (NORM, True),
+        (MATMUL, True),
+        (NORM, False),
+        (MATMUL, False),
+    }
     opened = Session("fake", registry=registry(theirs=[BETTER]))
     assert "us whole" in reason(opened.plan(text(), dims={"tokens": 1}))
+    assert "was chosen for" in reason(opened.plan(text(), max_dims={"tokens": 8}))
 
 
 def test_options_name_a_kernel_and_leave_passes_out() -> None:

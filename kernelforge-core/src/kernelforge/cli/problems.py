@@ -173,8 +173,9 @@ def model_problems(session: Session, model: ImportedModel) -> list[Asked]:
             shared = step.config if step.config_source == "shared-layout" else before.shared
             found[step.problem, static] = Asked(step.problem, static, programs, before.steps + 1, shared)
         for fusion in plan.fusions:
-            sizes = _sizes(fusion.dims, {**program.max_dims, **program.dims}, program.name)
-            for problem in _rivals(session, fusion.problem.with_dims(sizes)):
+            if fusion.dims:
+                continue  # times at one size decide nothing for a step of every size
+            for problem in _rivals(session, fusion.problem):
                 found.setdefault((problem, problem), Asked(problem, problem, (program.name,), steps=0))
     return list(found.values())
 
