@@ -357,6 +357,48 @@ def test_donated_buffers_stay_on_the_device_and_donated_arrays_are_left_alone(se
     np.testing.assert_array_equal(buffer.numpy(), want)
 
 
+def test_operands_are_read_only_unless_a_result_is_in_their_buffer(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = session.device.gpu  # type: ignore[attr-defined]  # of a GPU
+    bound: list[tuple[bool, ...]] = []
+    bind_group, layouts = gpu.bind_group, gpu._layouts
+
+    def spy(layout: object, regions: Sequence[object]) -> object:
+        bound.extend(read_only for read_only, made in layouts.items() if made is layout)
+        return bind_group(layout, regions)
+
+    monkeypatch.setattr(gpu, "bind_group", spy)
+    g = Graph()
+    x = g.input("x", (8, 16), "f32")
+    halves = [g.slice(x, starts=(start, 0), sizes=(4, 16)) for start in (0, 4)]
+    g.output(g.silu(g.silu(g.add(*halves))), "out")
+    held = numbers(8, 16)
+    executable = session.compile(g.text())
+    want = silu(silu(held[:4] + held[4:]))
+    np.testing.assert_allclose(one(executable.run({"x": held})), want, rtol=1e-5, atol=1e-6)
+    assert bound == [
+        (True, True, False),
+        (False, False),
+        (True, False),
+    ]  # from the input, within the arena, to the output
+
+
+def test_one_buffer_may_be_read_as_one_input_and_written_as_another(session: Session) -> None:
+    g = Graph()
+    cache = g.input("cache", (2, 8, 3, 4), "f32", donated=True)
+    source = g.input("source", (2, 8, 3, 4), "f32")
+    positions, slots = (g.input(name, (1,), "i32") for name in ("positions", "slots"))
+    new = g.reshape(g.slice(source, starts=(0, 2, 0, 0), sizes=(1, 1, 3, 4)), (1, 3, 4))
+    g.output(g.kv_cache_update(cache, new, positions, slots), "updated")
+    buffer, held = session.device.allocate((2, 8, 3, 4), "f32"), numbers(2, 8, 3, 4)
+    buffer.write(held)
+    place = {"positions": np.array([7], np.int32), "slots": np.array([1], np.int32)}
+    session.compile(g.text()).run({"cache": buffer, "source": buffer, **place})
+    held[1, 7] = held[0, 2]
+    np.testing.assert_array_equal(buffer.numpy(), held)
+
+
 @pytest.mark.parametrize("start", [0, 1, 3, 8])
 def test_views_that_start_between_vectors_are_moved(session: Session, start: int) -> None:
     g = Graph()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,7 +41,7 @@ class GpuDevice:
 
     def __init__(self, info: DeviceInfo, gpu: Gpu) -> None:
         self._info, self._gpu = info, gpu
-        self._kernels: dict[tuple[str, str, str, tuple[tuple[int, int], ...]], CompiledKernel] = {}
+        self._kernels: dict[tuple[object, ...], CompiledKernel] = {}
         self._stores: dict[int, ConstantStore] = {}
         self._on_host: set[str] = set()
 
@@ -103,13 +103,16 @@ class GpuDevice:
     def _compiled(self, step: Step, plan: Plan, catalog: Catalog) -> CompiledKernel:
         values = enumerate((*step.operands, *step.results))
         starts = {k: plan.values[v].offset for k, v in values if v is not None and plan.values[v].offset}
-        key = step.variant, str(step.problem), config_key(step.config), tuple(starts.items())
+        apart = _apart(step, plan)
+        key = step.variant, str(step.problem), config_key(step.config), tuple(starts.items()), apart
         if key not in self._kernels:
-            self._kernels[key] = self._compile(step, starts, catalog)
+            self._kernels[key] = self._compile(step, starts, apart, catalog)
         return self._kernels[key]
 
-    def _compile(self, step: Step, starts: Mapping[int, int], catalog: Catalog) -> CompiledKernel:
-        """`starts`: where operands and results that are views start, in elements."""
+    def _compile(
+        self, step: Step, starts: Mapping[int, int], apart: Collection[int], catalog: Catalog
+    ) -> CompiledKernel:
+        """`starts`: where operands and results that are views start, in elements. `apart`: see `is_read_only`."""
         variant = catalog.variant(self._info.target, step.problem.op, step.variant)
         kernel = variant.build_kernel(step.problem, step.config, self._info)
         if isinstance(kernel, HostKernel):
@@ -124,10 +127,10 @@ class GpuDevice:
         pipelines = []
         for dispatch in kernel.dispatches:
             fixed = fixed_parameters(step.problem, dispatch, starts)
-            code = shader(step.problem, kernel, dispatch, immediates=self._gpu.immediates, fixed=fixed)
+            code = shader(step.problem, kernel, dispatch, immediates=self._gpu.immediates, fixed=fixed, apart=apart)
             if SOFTWARE in self._info.features:
                 code = rolled(code)
-            read_only = [is_read_only(step.problem, kernel, b.index) for b in dispatch.bindings]
+            read_only = [is_read_only(step.problem, kernel, b.index, apart) for b in dispatch.bindings]
             nbytes = 4 * len(parameter_names(step.problem, dispatch)) if fixed is None else 0
             try:
                 what = f"'{variant.name}' of {step.problem.op}"
@@ -148,3 +151,14 @@ class GpuDevice:
     def close(self) -> None:
         """Executables keep what they need."""
         self._kernels.clear()
+
+
+def _apart(step: Step, plan: Plan) -> tuple[int, ...]:
+    """The operands of a step in whose buffers there is no result: intermediate values, inputs and outputs have buffers of their
+    own. Inputs count as one: a caller may give one buffer as two of them."""
+    written = {plan.values[plan.root(v)].place for v in step.results}
+    return tuple(
+        k
+        for k, v in enumerate(step.operands)
+        if v is not None and plan.values[plan.root(v)].place not in (*written, "constant")
+    )

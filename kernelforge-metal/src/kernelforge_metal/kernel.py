@@ -3,8 +3,9 @@
 A `Dispatch` is WGSL text that defines `main`, without declarations of buffers and parameters: those are written by
 `shader`, from the bindings, so that one text serves devices with and without immediates.
 
-- Every buffer is a runtime-sized array under its binding's name in group 0, in the order of the bindings. Constants, tables and
-  nothing else are read-only; the rest is read_write, for values share one arena.
+- Every buffer is a runtime-sized array under its binding's name in group 0, in the order of the bindings. Constants and tables
+  are read-only, and so are operands in whose buffer there is no result: WebGPU allows no dispatch to have both in one buffer, and
+  intermediate values share one. The rest is read_write.
 - `p.<name>_at` is where the value of binding `<name>` starts in its array, in elements of the value's dtype (bf16 counts as
   16 bits, whatever the array's elements are). Constants, tables and scratch start at 0 and have none.
 - `p.d0`, `p.d1`, ... are the sizes of the problem's dynamic dimensions, then come the dispatch's own parameters; all are u32.
@@ -13,7 +14,7 @@ A `Dispatch` is WGSL text that defines `main`, without declarations of buffers a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -129,12 +130,13 @@ def size_of(size: Size, dims: Sequence[int]) -> int:
     return size(dims) if callable(size) else size
 
 
-def is_read_only(problem: Problem, kernel: GpuKernel, index: int) -> bool:
-    """Whether the buffer of a binding's `index` is a constant or a table."""
+def is_read_only(problem: Problem, kernel: GpuKernel, index: int, apart: Collection[int] = ()) -> bool:
+    """Whether the buffer of a binding's `index` is a constant, a table, or one of the operands `apart`, in whose buffers there
+    is no result."""
     operands, values = len(problem.operands), len(problem.operands) + len(problem.results)
     if index < operands:
         operand = problem.operands[index]
-        return operand is not None and operand.constant
+        return operand is not None and (operand.constant or index in apart)
     return values <= index < values + len(kernel.tables)
 
 
@@ -167,9 +169,16 @@ def fixed_parameters(problem: Problem, dispatch: Dispatch, starts: Mapping[int, 
 
 
 def shader(
-    problem: Problem, kernel: GpuKernel, dispatch: Dispatch, *, immediates: bool, fixed: Sequence[int] | None = None
+    problem: Problem,
+    kernel: GpuKernel,
+    dispatch: Dispatch,
+    *,
+    immediates: bool,
+    fixed: Sequence[int] | None = None,
+    apart: Collection[int] = (),
 ) -> str:
-    """The whole text of a dispatch's shader. `fixed`: its parameters, which are then no parameters but constants."""
+    """The whole text of a dispatch's shader. `fixed`: its parameters, which are then no parameters but constants. `apart`: see
+    `is_read_only`."""
     lines = extensions(dispatch.code, _elements(dispatch))
     if names := parameter_names(problem, dispatch):
         fields = ", ".join(f"{name}: u32" for name in names)
@@ -179,7 +188,7 @@ def shader(
             declared = f"const p = Parameters({', '.join(f'{value}u' for value in fixed)});"
         lines += [f"struct Parameters {{ {fields} }}", declared]
     for i, b in enumerate(dispatch.bindings):
-        access = "read" if is_read_only(problem, kernel, b.index) else "read_write"
+        access = "read" if is_read_only(problem, kernel, b.index, apart) else "read_write"
         lines.append(f"@group(0) @binding({i}) var<storage, {access}> {b.name}: array<{b.element}>;")
     return "\n".join([*lines, dispatch.code])
 
