@@ -90,6 +90,10 @@ def gemm_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
                 lambda c: int(c["block"]) == 4 or by_lines,
             ),
             ("there are not so many steps", lambda c: int(c["unroll"]) <= int(c["steps"])),
+            (
+                "where two slabs take turns, all steps are written out",
+                lambda c: int(c["prefetch"]) != 3 or c["unroll"] == c["steps"],
+            ),
         ),
     )
 
@@ -146,15 +150,21 @@ class Gemm(Tiled):
         down = g.static_rows is None or g.static_rows % tile.rows != 0
         right = not piece.whole or g.columns % tile.columns != 0
         plain = g.bias is None and g.residual is None and g.activation == "none" and count == 1
+        times = ""
+        if plain and tile.to_and_fro:
+            # Sums that are stored as they are must lie in the registers as the factors' vectors do, so that a product reads both
+            # from one bank, in twice the time. Sums times a 1 that only the GPU knows leave the compiler free.
+            yield "let one = select(0.0, 1.0, ids.groups.x > 0u);"
+            times = " * one"
         for i in range(tile.thread_rows):
             yield f"{{ let row = row0 + ty * 4u + {i // 4 * tile.down * 4 + i % 4}u;"
             yield "if (row < rows) {" if down else "{"
             for j in range(tile.thread_columns // 4):
                 yield f"{{ let own = column0 + tx * 4u + {j * tile.across * 4}u; let column = first + own;"
-                parts = [[f"c{n}_{i}_{j}.{lane}" for n in range(count)] for lane in "xyzw"]
+                parts = [[f"c{n}_{i}_{j}.{lane}" for n in range(count)] for lane in tile.lanes(i)]
                 values = [result.finished(part, "row", f"column + {e}u") for e, part in enumerate(parts)]
                 if result.vector == 4:
-                    value = f"c0_{i}_{j}" if plain else f"vec4<f32>({', '.join(values)})"
+                    value = f"c0_{i}_{j}.{tile.lanes(i)}{times}" if plain else f"vec4<f32>({', '.join(values)})"
                     text = f"store(batch, row, column, {value});"
                     yield f"if (own < columns) {{ {text} }}" if right else text
                 else:

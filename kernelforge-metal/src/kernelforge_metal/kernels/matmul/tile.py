@@ -62,8 +62,9 @@ class Tile(Division):
     """Steps that are written out; the others are a loop around them."""
     prefetch: int
     """0: a slab is loaded when the one before is done with; 1: into registers before that one is multiplied; 2: the same without
-    a branch around the loads, so that they may be moved among the products: the last slab is loaded twice; 3: as 1, but
-    then into a second slab, so that the threads wait for each other once a slab and not twice."""
+    a branch around the loads, so that they may be moved among the products: the last slab is loaded twice; 3: as 2, but
+    then into a second slab, so that the threads wait for each other once a slab and not twice, and a step's numbers are read
+    from workgroup memory while the step before is multiplied."""
     block: int
     """See `lines`."""
 
@@ -74,6 +75,16 @@ class Tile(Division):
     @property
     def slabs(self) -> int:
         return 2 if self.prefetch == 3 else 1
+
+    @property
+    def to_and_fro(self) -> bool:
+        """Whether every second row of a thread's is multiplied from its last column to its first: each product shares a factor
+        with the one before, which stays in a cache of the registers."""
+        return self.slabs == 2
+
+    def lanes(self, row: int) -> str:
+        """Where the columns of a vector of sums are, in a thread's row."""
+        return "wzyx" if self.to_and_fro and row % 2 else "xyzw"
 
     @property
     def across(self) -> int:
@@ -159,6 +170,12 @@ class Slab:
         for n in self.blocks:
             yield from self.source.load(n, f"({slab} * {self.tile.depth}u + {n}_k)")
 
+    def load_next(self, slabs: str) -> Iterator[str]:
+        """From `<n>_next` on, which then moves by so many slabs."""
+        for n in self.blocks:
+            yield from self.source.load(n, f"{n}_next")
+            yield f"{n}_next += {slabs} * {self.tile.depth}u;"
+
     def store(self, slab: int = 0) -> Iterator[str]:
         """Into that one of the slabs in workgroup memory."""
         for n in self.blocks:
@@ -176,7 +193,7 @@ class Slab:
 
 
 def sums(tile: Tile, left: Slab, rights: Sequence[Slab], slabs: int) -> Iterator[str]:
-    """c<n>_<i>_<j>: with right-hand side n, row i of the thread's and vector j of its columns."""
+    """c<n>_<i>_<j>: with right-hand side n, row i of the thread's and vector j of its columns, in the order of `Tile.lanes`."""
     sides = (left, *rights)
 
     def all_sides(slab: str) -> Iterator[str]:
@@ -208,61 +225,89 @@ def sums(tile: Tile, left: Slab, rights: Sequence[Slab], slabs: int) -> Iterator
     elif tile.prefetch == 2:
         yield f"let next = min(slab + 1u, {slabs - 1}u);"
         yield from all_sides("next")
-    yield from _slab_products(tile, left, rights, 0)
+    yield from _slab_products(tile, left, rights)
     yield "}"
 
 
 def _in_turns(tile: Tile, left: Slab, rights: Sequence[Slab], pairs: int) -> Iterator[str]:
-    """Two slabs take turns: both are in the text, so that their places are constants."""
+    """Two slabs take turns: both are in the text, so that their places are constants. `next<name>`: what is multiplied next."""
     sides = (left, *rights)
+
+    def load(slabs: str) -> Iterator[str]:
+        yield "{"
+        for side in sides:
+            yield from side.load_next(slabs)
+        yield "}"
+
+    def read(step: int, slab: int, declared: str = "") -> Iterator[str]:
+        for name, number in _numbers(tile, left, rights, step, slab):
+            yield f"{declared}next{name} = {number};"
+
     for side in sides:
-        yield from side.load("0u")
+        yield _begin(side, None)
+        for n in side.blocks:
+            yield f"var {n}_next = {n}_k;"
+    yield from load("1u")
     for side in sides:
         yield from side.store(0)
     yield "workgroupBarrier();"
+    yield from read(0, 0, "var ")
     yield f"for (var pair = 0u; pair < {pairs}u; pair++) {{"
     for slab in range(2):
-        if slab == 1:
-            yield f"if (pair + 1u < {pairs}u) {{"
-        for side in sides:
-            yield from side.load(f"(2u * pair + {slab + 1}u)")
-        yield "}" if slab == 1 else ""
-        yield "{"
-        yield from _slab_products(tile, left, rights, slab)
-        yield "}"
+        yield from load("1u" if slab else f"select(0u, 1u, pair + 1u < {pairs}u)")
+        for step in range(tile.steps):
+            yield "{"
+            for name, _ in _numbers(tile, left, rights, step, slab):
+                yield f"let {name} = next{name};"
+            if step + 1 < tile.steps:
+                yield from read(step + 1, slab)
+            yield from _products(tile, len(rights))
+            yield "}"
         for side in sides:
             yield from side.store(1 - slab)
         yield "workgroupBarrier();"
+        yield from read(0, 1 - slab)
     yield "}"
 
 
-def _slab_products(tile: Tile, left: Slab, rights: Sequence[Slab], slab: int) -> Iterator[str]:
-    """All steps of that one of the slabs in workgroup memory."""
+def _slab_products(tile: Tile, left: Slab, rights: Sequence[Slab]) -> Iterator[str]:
+    """All steps of a slab in workgroup memory."""
     looped = tile.unroll < tile.steps
     if looped:
         yield f"for (var part = 0u; part < {tile.depth}u; part += {tile.unroll // BLOCK}u) {{"
     for side in (left, *rights):
-        yield _begin(tile, side, "part" if looped else None)
+        yield _begin(side, "part" if looped else None)
     for step in range(min(tile.unroll, tile.steps)):
         yield "{"
-        yield from _products(tile, left, rights, step, slab)
+        for name, number in _numbers(tile, left, rights, step):
+            yield f"let {name} = {number};"
+        yield from _products(tile, len(rights))
         yield "}"
     if looped:
         yield "}"
 
 
-def _products(tile: Tile, left: Slab, rights: Sequence[Slab], step: int, slab: int) -> Iterator[str]:
+def _numbers(tile: Tile, left: Slab, rights: Sequence[Slab], step: int, slab: int = 0) -> Iterator[tuple[str, str]]:
+    """Names and texts of what a thread multiplies in one step: vectors a<i> of its rows, b<n>_<j> of its columns."""
+    for v in range(tile.thread_rows // 4):
+        yield f"a{v}", _read(tile, left, step, v, slab)
+    for n, right in enumerate(rights):
+        for j in range(tile.thread_columns // 4):
+            yield f"b{n}_{j}", _read(tile, right, step, j, slab)
+
+
+def _products(tile: Tile, rights: int) -> Iterator[str]:
     """One step of a slab: every row of the thread's times every column."""
     vectors = range(tile.thread_columns // 4)
-    for v in range(tile.thread_rows // 4):
-        yield f"let a{v} = {_read(tile, left, step, v, slab)};"
-    for n, right in enumerate(rights):
-        for j in vectors:
-            yield f"let b{n}_{j} = {_read(tile, right, step, j, slab)};"
+    for n in range(rights):
+        if tile.to_and_fro:
+            for j in vectors:
+                yield f"let r{n}_{j} = b{n}_{j}.wzyx;"
         for i in range(tile.thread_rows):
-            for j in reversed(vectors) if tile.slabs == 2 and i % 2 else vectors:
-                c = f"c{n}_{i}_{j}"
-                yield f"{c} = fma(vec4<f32>(a{i // 4}.{'xyzw'[i % 4]}), b{n}_{j}, {c});"
+            back = tile.to_and_fro and i % 2
+            for j in reversed(vectors) if back else vectors:
+                c, b = f"c{n}_{i}_{j}", f"{'r' if back else 'b'}{n}_{j}"
+                yield f"{c} = fma(vec4<f32>(a{i // 4}.{'xyzw'[i % 4]}), {b}, {c});"
 
 
 def _read(tile: Tile, side: Slab, step: int, vector: int, slab: int) -> str:
@@ -273,7 +318,7 @@ def _read(tile: Tile, side: Slab, step: int, vector: int, slab: int) -> str:
     return f"{side.name}_slab[from_{side.name} + {row * side.stride + vector * threads + slab * side.vectors}u]"
 
 
-def _begin(tile: Tile, slab: Slab, block: str | None) -> str:
+def _begin(slab: Slab, block: str | None) -> str:
     """Where a thread reads from block `block` of steps on."""
     place = "ty" if slab.name == LEFT else "tx"
     return f"let from_{slab.name} = {place}{'' if block is None else f' + {block} * {slab.stride}u'};"
