@@ -110,7 +110,7 @@ def small_variance(problem: Problem, arrays: Arrays, rng: Generator) -> Arrays:
     """Rows so small that eps decides."""
     for i, t in enumerate(problem.operands):
         a = arrays[i]
-        if a is not None and t is not None and t.shape == problem.operand(0).shape:
+        if a is not None and t is not None and t.shape == problem.operand(0).shape and not t.quantised:
             a[...] = a * 1e-3
     return arrays
 
