@@ -30,7 +30,7 @@ from kernelforge.registry import Registry
 from kernelforge.selection import RecordMatch
 from kernelforge.session import Session
 from kernelforge.tune.records import RecordStore
-from kernelforge.variant import DeviceInfo, KernelVariant, Reject
+from kernelforge.variant import Accept, DeviceInfo, KernelVariant, Reject
 
 WHOLE, NORM, MATMUL = (f"transformer.{op}" for op in ("rms_norm_matmul", "rms_norm", "matmul"))
 THEIRS = Provenance("norms", "theirs", "1")
@@ -145,6 +145,20 @@ def test_a_kernel_that_is_asked_for_decides() -> None:
     assert kernels(made) == ["plain", "product"]
     made = plan(theirs=[BETTER], variants={WHOLE: "whole"})
     assert (kernels(made), reason(made)) == (["whole"], "'whole' was asked for")
+
+
+def test_a_kernel_that_is_asked_for_gives_way_where_it_refuses() -> None:
+    def one_row(problem: Problem, device: DeviceInfo) -> Accept | Reject:
+        return Accept() if problem.operand(0).shape[0] == 1 else Reject("takes one row")
+
+    few = replace(HOME[1], name="few", supports=one_row)
+    opened = Session("fake", registry=registry((*HOME, few)), records=Known(), variants={NORM: "few"}, pipeline="")
+    with pytest.warns(
+        KernelForgeWarning, match=r"another kernel takes its place: variant 'few' cannot run .*: takes one row"
+    ):
+        assert kernels(opened.plan(text(), dims={"tokens": 8})) == ["whole"]
+    with pytest.warns(KernelForgeWarning, match="is run in parts: 'few' was asked for"):
+        assert kernels(opened.plan(text(), dims={"tokens": 1})) == ["few", "product"]
 
 
 def test_what_has_no_kernel_is_not_chosen() -> None:

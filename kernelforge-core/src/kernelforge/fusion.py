@@ -56,14 +56,18 @@ def _weigh(
         whole: tuple[Selection, ...] = (select(problem),)
     except UsageError:
         whole = ()
-    ops = [*(p.op for p in inner), *(s.problem.op for s in parts)]
-    asked = next((op for op in ops if op in named), None)
+
+    def as_named(selection: Selection) -> bool:
+        return named.get(selection.problem.op) == selection.variant.name
+
+    asked = next(filter(as_named, parts), None)
+    kept = bool(whole) and as_named(whole[0])
     theirs = next((s for s in parts if foreign(s)), None)
     took, sum_of_parts = _seconds(whole), _seconds(parts)
-    if problem.op in named:
-        apart, reason = False, f"'{named[problem.op]}' was asked for"
+    if kept:
+        apart, reason = False, f"'{whole[0].variant.name}' was asked for"
     elif asked is not None:
-        apart, reason = True, f"'{named[asked]}' was asked for to run {asked}"
+        apart, reason = True, f"'{asked.variant.name}' was asked for to run {asked.problem.op}"
     elif not whole or registry.is_fallback(whole[0].variant):
         apart, reason = True, "no kernel for the whole"
     elif lacking:
@@ -77,7 +81,7 @@ def _weigh(
     else:
         apart, reason = False, "one kernel in place of several"
     kernels = tuple(PartKernel(str(s.problem), s.variant.name, str(s.variant.provenance)) for s in parts)
-    forced = problem.op in named or asked is not None
+    forced = kept or asked is not None
     return Fusion(problem.canonical(), problem.dims, apart, reason, forced, kernels), parts if apart else whole
 
 

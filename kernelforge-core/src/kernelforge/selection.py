@@ -77,6 +77,10 @@ class NoKernelError(UsageError):
     """Whether one refuses because its own functions failed, which must be said each time."""
 
 
+class RefusedError(UsageError):
+    """The variant that was asked for by name does not take a problem."""
+
+
 @dataclass(frozen=True)
 class Selection:
     problem: Problem
@@ -130,7 +134,7 @@ def select(
     if variant is not None:
         forced = next(d for d in judged if d.variant.name == variant)
         if isinstance(forced.verdict, Reject):
-            raise UsageError(f"variant '{variant}' cannot run {problem}: {forced.verdict.reason}")
+            raise RefusedError(f"variant '{variant}' cannot run {problem}: {forced.verdict.reason}")
         winner, reason = forced, "asked for by name"
     elif not accepted:
         reasons = "; ".join(f"{d.variant.name}: {d.verdict.reason}" for d in rejected if isinstance(d.verdict, Reject))

@@ -15,7 +15,7 @@ from kernelforge.passes import DEFAULT, Pipeline
 from kernelforge.plan import Fusion, Plan, Step, Value
 from kernelforge.plan_cache import cached_plan, code_stamp, keep_plan, plan_key
 from kernelforge.problem import Problem, TensorType
-from kernelforge.selection import Lookup, NoKernelError, Selection, select
+from kernelforge.selection import Lookup, NoKernelError, RefusedError, Selection, select
 from kernelforge.tune.records import RecordStore
 
 if TYPE_CHECKING:
@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 class Session:
     """An opened device of a target, with the plugins and records that decide what runs on it.
 
-    `variants` forces variants by op name (`{"transformer.matmul": "blocked"}`); `pipeline` is a pass pipeline's text,
-    the default one when None; `records` answers for measurements, by default the user's own file.
+    `variants` names kernels by op (`{"transformer.matmul": "blocked"}`); what one of them refuses another runs, with a warning.
+    `pipeline` is a pass pipeline's text, the default one when None; `records` answers for measurements, by default the user's
+    own file.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Session:
         """What became of each fused problem, canonical, of all plans so far."""
         self._plugins_failed = False
         self._functions: dict[str, Function] = {}
-        self._told: set[str] = set()
+        self._told: set[tuple[str, str]] = set()
         self._sought: set[str] = set()
         """Ops that a kernel was looked for."""
 
@@ -101,22 +102,32 @@ class Session:
         return {op: name for op, name in self.variants.items() if op not in self._sought}
 
     def select(self, problem: Problem) -> Selection:
-        """The kernel for `problem` on this session's device, with the reasons. Raises UsageError when there is none."""
+        """The kernel for `problem` on this session's device, with the reasons: the one of `variants`, or another where that
+        refuses the problem, with a warning. Raises UsageError when there is none."""
         problem = problem.canonical()
         if problem not in self._selections:
+            named = self.named(problem.op)
             try:
-                self._selections[problem] = select(
-                    problem,
-                    self.registry.variants(problem.op, self.target),
-                    self.device.info,
-                    self.records,
-                    variant=self.named(problem.op),
-                )
-            except NoKernelError as error:
-                self._plugins_failed |= error.plugin_failed
-                raise
-            self._plugins_failed |= any(d.failed for d in self._selections[problem].decisions)
+                found = self._select(problem, named)
+            except RefusedError as refused:
+                found = self._select(problem, None)
+                self._tell_refused(problem.op, str(refused))
+            self._plugins_failed |= any(d.failed for d in found.decisions)
+            self._selections[problem] = found
         return self._selections[problem]
+
+    def _select(self, problem: Problem, variant: str | None) -> Selection:
+        candidates = self.registry.variants(problem.op, self.target)
+        try:
+            return select(problem, candidates, self.device.info, self.records, variant=variant)
+        except NoKernelError as error:
+            self._plugins_failed |= error.plugin_failed
+            raise
+
+    def _tell_refused(self, op: str, reason: str) -> None:
+        if (op, "refused") not in self._told:
+            self._told.add((op, "refused"))
+            warnings.warn(KernelForgeWarning(f"another kernel takes its place: {reason}"), stacklevel=4)
 
     def fusion(self, problem: Problem) -> Fusion:
         """Whether a problem of an op that stands for others runs whole, and why."""
@@ -156,6 +167,10 @@ class Session:
         if key is not None and (kept := cached_plan(key)) is not None:
             self._tell(kept.fusions)
             self._sought.update(step.problem.op for step in kept.steps)
+            for step in kept.steps:
+                if self.variants.get(step.problem.op, step.variant) != step.variant:
+                    name = self.variants[step.problem.op]
+                    self._tell_refused(step.problem.op, f"variant '{name}' cannot run {step.problem}")
             return kept
         from kernelforge.layouts import share_layouts  # a start that finds its plans needs neither
         from kernelforge.planning import make_plan
@@ -187,8 +202,8 @@ class Session:
         for fusion in fusions:
             self.fusions[fusion.problem] = fusion
             op = fusion.problem.op
-            if fusion.apart and fusion.forced and op not in self._told:
-                self._told.add(op)
+            if fusion.apart and fusion.forced and (op, "parts") not in self._told:
+                self._told.add((op, "parts"))
                 warnings.warn(KernelForgeWarning(f"{op} is run in parts: {fusion.reason}"), stacklevel=3)
 
     def _plan_key(self, text: str, dims: Mapping[str, int] | None, max_dims: Mapping[str, int] | None) -> str | None:

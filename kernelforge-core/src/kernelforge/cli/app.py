@@ -40,7 +40,7 @@ global options, before or after the verb:
   --target NAME        where to run: cpu, gpu, reference, or what a plugin adds (default: cpu)
   --device NAME        which of the target's devices: a name that doctor lists, or for GPUs a part of it
   --threads N          how many threads the target may use
-  --kernel OP=VARIANT  run an op by this kernel, and no fused op in its place (may be repeated)
+  --kernel OP=VARIANT  run an op by this kernel where it can, and no fused op in its place (may be repeated)
   --without-pass NAME  leave this pass out, such as fuse-rope-attention (may be repeated)
   --json               print one JSON document on stdout, and nothing else
   --plugin NAME        load only this plugin besides core (may be repeated)
