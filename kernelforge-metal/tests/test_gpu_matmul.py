@@ -89,7 +89,7 @@ def test_gemv_of_one_tile_has_no_code_for_several() -> None:
         kernel = made.build_kernel(problem, config, device)
         assert isinstance(kernel, GpuKernel)
         (dispatch,) = kernel.dispatches
-        assert ("turn == 0u" in dispatch.code) == more
+        assert dispatch.code.count("if (turn == 0u)") == 2 * more  # SwiftShader does not get through one for each sum
         assert ("for (var tile" in dispatch.code) == (tiles > 1)
 
 

@@ -133,7 +133,11 @@ class Sums:
             yield f"parts[ids.subgroup * {n}u + {place}] = {name};"
         yield f"}} }} else {{ for (var turn = 0u; turn * {parts}u < ids.subgroups; turn++) {{"
         yield f"if ({who} && ids.subgroup / {parts}u == turn) {{"
-        for place, name in zip(places, names, strict=True):
-            at = f"parts[ids.subgroup % {parts}u * {n}u + {place}]"
-            yield f"if (turn == 0u) {{ {at} = {name}; }} else {{ {at} += {name}; }}"
-        yield "} workgroupBarrier(); } }"
+        for begin, sign in (
+            ("if (turn == 0u) {", "="),
+            ("} else {", "+="),
+        ):  # a branch for each sum takes drivers minutes
+            yield begin
+            for place, name in zip(places, names, strict=True):
+                yield f"parts[ids.subgroup % {parts}u * {n}u + {place}] {sign} {name};"
+        yield "} } workgroupBarrier(); } }"
