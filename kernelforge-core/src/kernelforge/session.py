@@ -172,6 +172,19 @@ class Session:
                     name = self.variants[step.problem.op]
                     self._tell_refused(step.problem.op, f"variant '{name}' cannot run {step.problem}")
             return kept
+        plan = self.plan_function(self._function(module), dims=dims, max_dims=max_dims)
+        if key is not None and not self._plugins_failed:
+            keep_plan(key, plan)
+        return plan
+
+    def plan_function(
+        self,
+        function: Function,
+        *,
+        dims: Mapping[str, int] | None = None,
+        max_dims: Mapping[str, int] | None = None,
+    ) -> Plan:
+        """Plan the function of a lowered module; nothing is read from or kept on disk."""
         from kernelforge.layouts import share_layouts  # a start that finds its plans needs neither
         from kernelforge.planning import make_plan
 
@@ -182,7 +195,7 @@ class Session:
             return not found.apart
 
         plan = make_plan(
-            self._function(module),
+            function,
             self.registry.ops,
             self.select,
             target=self.target,
@@ -191,11 +204,9 @@ class Session:
             keep_whole=keep_whole,
         )
         plan, sound = share_layouts(plan, self.registry, self.device.info)
-        plan = replace(plan, fusions=tuple(fusions.values()))
-        self._tell(plan.fusions)
-        if key is not None and sound and not self._plugins_failed:
-            keep_plan(key, plan)
-        return plan
+        self._plugins_failed |= not sound
+        self._tell(fusions.values())
+        return replace(plan, fusions=tuple(fusions.values()))
 
     def _tell(self, fusions: Iterable[Fusion]) -> None:
         """Warn, once for each op, of fused ops that give way to a kernel that was asked for by name."""

@@ -15,11 +15,9 @@ from kernelforge.cli.options import Activations, Weights, open_session
 from kernelforge.cli.problems import check_model_options, load_model
 from kernelforge.errors import UsageError
 from kernelforge.importer import Program
-from kernelforge.layouts import share_layouts
 from kernelforge.module import Function, Module
 from kernelforge.passes import Pipeline
 from kernelforge.plan import Plan, Step
-from kernelforge.planning import make_plan
 from kernelforge.registry import lookup
 from kernelforge.session import Session
 from kernelforge.syntax import string_text
@@ -96,33 +94,18 @@ def _at(session: Session, program: Program, stage: Stage) -> str:
     if stage is Stage.FUSED:
         return str(module)
     function = module.function()
-    plan = _numbered_plan(session, program, function)
+    numbered = replace(function, nodes=tuple(replace(node, location=f"#{i}") for i, node in enumerate(function.nodes)))
+    plan = session.plan_function(numbered, dims=program.dims, max_dims=program.max_dims)
     if stage is Stage.LLVM:
         return session.device.emit_llvm(plan, session.registry)
     annotate(module, function, plan)
     return str(module)
 
 
-def _numbered_plan(session: Session, program: Program, function: Function) -> Plan:
-    """A plan whose steps are located at the numbers of their ops."""
-    nodes = tuple(replace(node, location=f"#{i}") for i, node in enumerate(function.nodes))
-    numbered = replace(function, nodes=nodes)
-    plan = make_plan(
-        numbered,
-        session.registry.ops,
-        session.select,
-        target=session.target,
-        dims=program.dims,
-        max_dims=program.max_dims,
-        keep_whole=lambda problem: not session.fusion(problem).apart,
-    )
-    return share_layouts(plan, session.registry, session.device.info)[0]
-
-
 def annotate(module: Module, function: Function, plan: Plan) -> None:
-    """Give each op of the module the attribute `kernelforge.kernel`: its variant and config, or those of its parts;
-    "constant" for one that is computed when compiling, "view" for one that only sees its operand's memory otherwise. The
-    text still parses back."""
+    """Give each op of the module the attribute `kernelforge.kernel`: its variant and config, or those of its parts, by the
+    steps whose location is the op's number, as `#3`; "constant" for one that is computed when compiling, "view" for one that
+    only sees its operand's memory otherwise. The text still parses back."""
     from kernelforge.mlir import ir
 
     steps: dict[str, list[Step]] = {}
