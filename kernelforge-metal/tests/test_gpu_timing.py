@@ -129,8 +129,24 @@ def test_a_cold_device_is_warmed_up_and_a_warm_one_is_not(clock: Clock, rise: fl
 def test_a_software_device_is_not_warmed_up(clock: Clock) -> None:
     gpu = Rising(clock, 0.4)
     gpu.software = True
-    timing.measure(gpu, [], None, 1)  # type: ignore[arg-type]
+    command: Any = None
+    timing.measure(gpu, [command], None, 1)  # type: ignore[arg-type]
     assert gpu.worked < 0.01
+
+
+def test_what_the_host_does_alone_warms_nothing_up(clock: Clock) -> None:
+    gpu = Rising(clock, 0.4)
+    command: Any = None
+
+    def host() -> None:
+        clock.now += 0.001
+
+    assert timing.step_seconds(gpu, [host, host], None, 1) == pytest.approx([0.001, 0.001])  # type: ignore[arg-type]
+    timing.measure_on_host(gpu, host, [], None, 1)  # type: ignore[arg-type]
+    assert gpu.worked == 0
+    found = timing.measure_on_host(gpu, host, [command], None, 2)  # type: ignore[arg-type]
+    assert found.samples == pytest.approx((0.001,) * 2)
+    assert gpu.worked > timing.LEAST_WARM_S
 
 
 def test_what_cannot_be_told_from_noise_is_an_error(clock: Clock) -> None:

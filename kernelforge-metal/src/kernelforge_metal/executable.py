@@ -127,10 +127,10 @@ class GpuExecutable:
             given = self._take(inputs)
             self._send(given)
             segments = self._commands(given).segments
+            commands = [c for s in segments if isinstance(s, Stream) for c in s.commands]
             if all(isinstance(s, Stream) for s in segments):
-                commands = [c for s in segments if isinstance(s, Stream) for c in s.commands]
                 return measure(self._gpu, commands, self._uniform_group, repeats)
-            return measure_on_host(lambda: self._execute(given), self._gpu.queue.wait, repeats)
+            return measure_on_host(self._gpu, lambda: self._execute(given), commands, self._uniform_group, repeats)
 
     def explain(self, inputs: Mapping[str, Array | Buffer] | None = None, *, repeats: int = 9) -> Explanation:
         if inputs is None:

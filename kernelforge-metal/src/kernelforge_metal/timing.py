@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -49,18 +50,27 @@ def plausible(pairs: Array, wall: float) -> bool:
 
 def measure(gpu: Gpu, commands: Sequence[Command], uniforms: Any, repeats: int) -> Timing:
     """Times of `repeats` runs of these dispatches, after one that does not count, of a GPU that is warm."""
-    warm_up(gpu, commands, uniforms)
-    found = _measure(gpu, commands, uniforms, repeats)
-    gpu.timed_at = time.perf_counter()
-    return found
+    with _warm(gpu, commands, uniforms):
+        return _measure(gpu, commands, uniforms, repeats)
 
 
-def warm_up(gpu: Gpu, commands: Sequence[Command], uniforms: Any) -> None:
-    """Run them until the clock of an idle GPU has risen, which it does only while the GPU works: for a while, then as long as
-    runs still get faster. A software GPU has no clock of its own."""
-    now = start = time.perf_counter()
-    if gpu.software or now - gpu.timed_at < IDLE_S:
+@contextmanager
+def _warm(gpu: Gpu, commands: Sequence[Command], uniforms: Any) -> Iterator[None]:
+    """For timing these dispatches: the clock of an idle GPU has risen. A software GPU has no clock of its own, and where there
+    are no dispatches the host does it all."""
+    if gpu.software or not commands:
+        yield
         return
+    if time.perf_counter() - gpu.timed_at >= IDLE_S:
+        _warm_up(gpu, commands, uniforms)
+    yield
+    gpu.timed_at = time.perf_counter()
+
+
+def _warm_up(gpu: Gpu, commands: Sequence[Command], uniforms: Any) -> None:
+    """Run them until the clock has risen, which it does only while the GPU works: for a while, then as long as runs still get
+    faster."""
+    now = start = time.perf_counter()
     n, best, settled = 1, math.inf, 0
     while now - start < LEAST_WARM_S or (settled < 3 and now - start < MOST_WARM_S):
         spent = seconds(partial(_batch, gpu, list(commands) * n, uniforms))
@@ -142,14 +152,17 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure_on_host(run: Callable[[], None], wait: Callable[[], None], repeats: int) -> Timing:
-    """By the host's clock: runs of which a part is done by the host."""
+def measure_on_host(
+    gpu: Gpu, run: Callable[[], None], commands: Sequence[Command], uniforms: Any, repeats: int
+) -> Timing:
+    """By the host's clock: runs of which the host does a part, and the GPU these dispatches."""
 
     def whole() -> None:
         run()
-        wait()
+        gpu.queue.wait()
 
-    return Timing(tuple([seconds(whole) for _ in range(repeats + 1)][1:]), "host-clock")
+    with _warm(gpu, commands, uniforms):
+        return Timing(tuple([seconds(whole) for _ in range(repeats + 1)][1:]), "host-clock")
 
 
 def step_seconds(
@@ -157,12 +170,11 @@ def step_seconds(
 ) -> list[float]:
     """The median time of each step within whole runs, after one that does not count, of a GPU that is warm; a callable runs on
     the host."""
-    warm_up(gpu, [command for step in steps if not callable(step) for command in step], uniforms)
     times: list[list[float]] = [[] for _ in steps]
-    for _ in range(repeats + 1):
-        for i, found in enumerate(_step_times(gpu, steps, uniforms)):
-            times[i].append(found)
-    gpu.timed_at = time.perf_counter()
+    with _warm(gpu, [command for step in steps if not callable(step) for command in step], uniforms):
+        for _ in range(repeats + 1):
+            for i, found in enumerate(_step_times(gpu, steps, uniforms)):
+                times[i].append(found)
     return [median(found[1:]) for found in times]
 
 
