@@ -357,6 +357,22 @@ def test_closed_pipe_is_quiet() -> None:
         assert ran.stderr.read() == b""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+@pytest.mark.parametrize("more", ["", "--json"])
+def test_full_disk_is_told_once(more: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        line = [sys.executable, "-m", "kernelforge", "--version", *more.split()]
+        ran = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (1, "error: standard output cannot be written: No space left on device\n")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_as_if_null(closed: str) -> None:
+    line = f"{sys.executable} -m kernelforge --version {closed}"
+    ran = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
 def test_no_garbage_is_looked_for_at_the_end() -> None:
     code = (
         "import atexit, gc, sys; from kernelforge.cli.app import console_script; sys.argv = ['kernelforge', '--version'];"

@@ -95,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code, errors = _run_reported(given, out)
         if out.json:
             out.write_envelope(errors)
+    except KernelForgeError as error:
+        return _failed(error, out)[0]
     except BrokenPipeError:
         # The reader of stdout is gone (`| head`): nothing more can be said there, not even by the interpreter's exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -104,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def console_script() -> None:
     """The entry point of the `kernelforge` script."""
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         # Generated text may hold characters that a console's code page lacks.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a TextIOWrapper in a started process
@@ -116,6 +119,14 @@ def console_script() -> None:
         sys.stdout = sys.stderr  # the document is out: what code of plugins prints at exit is none of it
     gc.freeze()  # the interpreter would look through all of it for garbage on its way out, for a fifth of a start's time
     sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """A process may be started without standard streams (`>&-`, services): the null device takes their places, so that
+    no file of ours does."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
 
 
 def _reserve_stdout() -> None:

@@ -113,8 +113,7 @@ class Output:
     def stream(self, piece: str) -> None:
         """Print a piece of the result at once, without a newline."""
         if not self.json:
-            self._stdout.write(piece)
-            self._stdout.flush()
+            self._write(piece)
 
     def table(self, headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Print aligned columns; columns of numbers are right-aligned."""
@@ -160,8 +159,19 @@ class Output:
         return json.dumps(_plain(document), ensure_ascii=True, allow_nan=False)
 
     def write_envelope(self, errors: Sequence[Mapping[str, Any]]) -> None:
-        self._stdout.write(self.envelope(errors) + "\n")
-        self._stdout.flush()
+        self._write(self.envelope(errors) + "\n")
+
+    def _write(self, text: str) -> None:
+        """Raises BrokenPipeError where the reader is gone, KernelForgeError where stdout takes no more, as on a full disk."""
+        try:
+            self._stdout.write(text)
+            self._stdout.flush()
+        except OSError as error:
+            # What is left in the buffer cannot be written either, not even by the interpreter's exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stdout.fileno())
+            if isinstance(error, BrokenPipeError):
+                raise
+            raise KernelForgeError(f"standard output cannot be written: {error.strerror}") from None
 
 
 def aligned(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
