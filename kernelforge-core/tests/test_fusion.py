@@ -208,6 +208,11 @@ def test_why_says_what_was_fused_and_what_was_not_asked(capsys: pytest.CaptureFi
     with pytest.raises(UsageError, match=f"no step of the model 'norm' is a {NORM}") as caught:
         run(why_verb.why, registry(), op="rms_norm", model="norm")
     assert caught.value.hint == f"it is a part of {WHOLE}"
+    with pytest.raises(UsageError, match=f"no step of the model 'norm' is a {WHOLE} on target 'fake'") as caught:
+        run(why_verb.why, registry(HOME[1:]), op="rms_norm_matmul", model="norm")
+    assert caught.value.hint == (
+        f"the passes make it, but it runs there in parts (no kernel for the whole): {NORM}, {MATMUL}"
+    )
     data = run(why_verb.why, registry(), problem=data["problems"][0]["problem"])
     assert [f["apart"] for f in data["fusions"]] == [False]
     assert json.dumps(data)
@@ -233,7 +238,8 @@ def test_tuning_a_model_times_whole_and_parts_where_a_plugin_has_a_part(
     }
     opened = Session("fake", registry=registry(theirs=[BETTER]))
     assert "us whole" in reason(opened.plan(text(), dims={"tokens": 1}))
-    assert "was chosen for" in reason(opened.plan(text(), max_dims={"tokens": 8}))
+    dynamic = reason(opened.plan(text(), max_dims={"tokens": 8}))
+    assert f"was chosen for {NORM}, and of no fixed size it is not decided by times" in dynamic
 
 
 def test_options_name_a_kernel_and_leave_passes_out() -> None:

@@ -2,8 +2,9 @@
 
 The first of these rules that applies decides. A kernel that the user named, of the whole or of a part. A whole that nothing runs
 but the target's fallback is taken apart. Where the whole and all parts were measured on exactly these problems, the quicker way
-is taken. A whole that the target's own kernel would run is taken apart where a plugin's kernel was chosen for a part, and no part
-is left to the fallback: who brings a better kernel for an op need not know what fuses that op. Else it stays whole.
+is taken; one of no fixed size never was: who wins at one size may lose at another. A whole that the target's own kernel would run
+is taken apart where a plugin's kernel was chosen for a part, and no part is left to the fallback: who brings a better kernel for
+an op need not know what fuses that op. Else it stays whole.
 """
 
 from __future__ import annotations
@@ -78,6 +79,8 @@ def _weigh(
     elif theirs is not None and not foreign(whole[0]) and not any(registry.is_fallback(s.variant) for s in parts):
         apart = True
         reason = f"{theirs.variant.name} of {theirs.variant.provenance} was chosen for {theirs.problem.op}"
+        if problem.dims:
+            reason += ", and of no fixed size it is not decided by times"
     else:
         apart, reason = False, "one kernel in place of several"
     kernels = tuple(PartKernel(str(s.problem), s.variant.name, str(s.variant.provenance)) for s in parts)

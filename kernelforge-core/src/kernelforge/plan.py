@@ -64,6 +64,10 @@ class PartKernel:
     variant: str
     plugin: str
 
+    @property
+    def op(self) -> str:
+        return self.problem.partition("(")[0]
+
 
 @dataclass(frozen=True)
 class Fusion:

@@ -92,11 +92,20 @@ class Request:
         found = model_problems(session, load_model(session, source, self.weights, self.activations))
         kept = [asked for asked in found if op in (None, asked.problem.op)]
         if not kept:
-            within = {f.problem.op for f in session.fusions.values() for p in f.parts if p.problem.startswith(f"{op}(")}
             there = ", ".join(sorted({asked.problem.op for asked in found}))
-            hint = f"it is a part of {', '.join(sorted(within))}" if within else f"it has: {there}"
-            raise UsageError(f"no step of the model '{source}' is a {op}", hint=hint)
+            hint = _in_fusions(op or "", session) or f"it has: {there}"
+            raise UsageError(f"no step of the model '{source}' is a {op} on target '{session.target}'", hint=hint)
         return kept
+
+
+def _in_fusions(op: str, session: Session) -> str:
+    """Where an op that no step runs went: into parts, or into a whole; empty when the passes met none."""
+    for fusion in session.fusions.values():
+        if fusion.problem.op == op:
+            parts = ", ".join(dict.fromkeys(part.op for part in fusion.parts))
+            return f"the passes make it, but it runs there in parts ({fusion.reason}): {parts}"
+    whole = sorted({f.problem.op for f in session.fusions.values() if op in [part.op for part in f.parts]})
+    return f"it is a part of {', '.join(whole)}" if whole else ""
 
 
 def find_op(registry: Registry, name: str) -> OpDef:

@@ -68,7 +68,10 @@ def why(
             fusions = [session.fusion(given)] if session.registry.ops[given.op].parts_of(given) else []
             _explain(selections[0])
         else:
-            fusions = list(session.fusions.values())
+            ops = {each.problem.op for each in asked}
+            fusions = [
+                f for f in session.fusions.values() if not ops.isdisjoint((f.problem.op, *(p.op for p in f.parts)))
+            ]
             out.table(
                 ["steps", "programs", "problem", "variant", "plugin", "config", "source", "reason"],
                 [
@@ -129,7 +132,7 @@ def _explain_fusions(fusions: Sequence[Fusion]) -> None:
     out.print()
     rows = []
     for fusion in fusions:
-        parts = "; ".join(f"{part.problem.partition('(')[0]}: {part.variant} of {part.plugin}" for part in fusion.parts)
+        parts = "; ".join(f"{part.op}: {part.variant} of {part.plugin}" for part in fusion.parts)
         rows.append(["in parts" if fusion.apart else "whole", fusion.reason, parts, str(fusion.problem)])
     out.table(["runs", "reason", "kernels of its parts", "fused problem"], rows)
 
