@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from kernelforge.variant import Accept, ConfigSpace, Reject
@@ -174,7 +175,7 @@ def _float_default(problem: Problem, space: ConfigSpace) -> Config:
         for u in (4, 2, 1)
         if u <= most
     ]
-    return next((c for c in chosen if c in space), next(iter(space)))
+    return next(chain((c for c in chosen if c in space), space))
 
 
 def integers_default(problem: Problem, device: DeviceInfo) -> Config:
