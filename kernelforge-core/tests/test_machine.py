@@ -140,3 +140,27 @@ def test_the_fingerprint_is_stable_and_tells_machines_apart() -> None:
         replace(host, features=frozenset()),
     ]
     assert len({host.fingerprint, *(m.fingerprint for m in others)}) == 5
+
+
+def test_a_thread_whose_stack_is_too_small_is_told_so_instead_of_crashing() -> None:
+    child = """
+import threading
+from kernelforge.errors import KernelForgeError
+from kernelforge.machine import stack_bytes
+
+def parse():
+    print(stack_bytes() // 65536)
+    try:
+        from kernelforge.mlir import parse_module
+    except KernelForgeError as error:
+        print(error, error.hint)
+
+assert stack_bytes() > 256 * 1024
+threading.stack_size(256 * 1024)
+thread = threading.Thread(target=parse)
+thread.start()
+thread.join()
+"""
+    told = subprocess.run([sys.executable, "-c", child], check=True, capture_output=True, text=True, timeout=60).stdout
+    assert told.startswith(("3\nthis thread has 2", "4\nthis thread has 2"))
+    assert "KiB of stack, and MLIR needs 768 ulimit -s 8192 gives the process more" in told

@@ -12,7 +12,7 @@ import pytest
 
 from kernelforge.errors import UsageError
 from kernelforge_cpu.emit import F32, I64, Builder, KernelBuilder, Pointer, Value, module_text, vec
-from kernelforge_cpu.isa import CpuTarget, host_targets
+from kernelforge_cpu.isa import CpuTarget, host_target, host_targets
 from kernelforge_cpu.jit import KERNEL, assembly, compile_object, load
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -290,6 +290,13 @@ def test_branches_loops_calls_and_scratch(target: CpuTarget) -> None:
     while len(want) < 16:
         want.append(want[-1] // 2 if want[-1] % 2 == 0 else want[-1] * 3 + 1)
     assert got.tolist() == [0, 0, *want[2:]]
+
+
+def test_a_kernel_that_wants_more_stack_than_there_is_is_refused() -> None:
+    k = KernelBuilder("greedy", host_target())
+    k.alloca("f32", 1)
+    with pytest.raises(UsageError, match="a kernel may have 655360 bytes of stack, not 655424"):
+        k.alloca("f32", 640 * 1024 // 4)
 
 
 @each_target

@@ -19,10 +19,11 @@ import pytest
 
 from kernelforge.errors import UsageError
 from kernelforge.machine import probe
-from kernelforge_cpu.driver import StepTable, driver_text
+from kernelforge_cpu.driver import StepTable, driver, driver_text
 from kernelforge_cpu.emit import KernelBuilder, module_text
 from kernelforge_cpu.isa import LEVELS, host_target
 from kernelforge_cpu.jit import KERNEL, Library, compile_llvm, compile_object, load
+from kernelforge_cpu.stack import KERNEL_BYTES
 from kernelforge_cpu.team import IDLE_SPIN_S, Team, default_threads, get_team
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -366,3 +367,50 @@ def test_wrong_tables_and_ranges_are_refused() -> None:
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_driver_compiles_for_every_level(level: str) -> None:
     assert compile_llvm(driver_text(LEVELS[level].arch), LEVELS[level])
+
+
+SMALL_STACKS = """
+import sys, threading
+import numpy as np
+from kernelforge.machine import stack_bytes
+from kernelforge_cpu.emit import KernelBuilder, module_text
+from kernelforge_cpu.isa import host_target
+from kernelforge_cpu.jit import compile_object, load
+from kernelforge_cpu.driver import StepTable
+from kernelforge_cpu.stack import KERNEL_BYTES
+from kernelforge_cpu.team import get_team
+
+k = KernelBuilder("deep", host_target())
+n = KERNEL_BYTES // 8
+memory, out = k.alloca("i64", n), k.buffer(0, "i64")
+with k.for_(0, n) as loop:
+    memory.store(loop.i + k.part, loop.i)
+with k.for_(0, n, init=[k.i64(0)]) as loop:
+    loop.yield_(loop.values[0] + memory.load(loop.i))
+out.store(loop.results[0], k.part)
+library = load([compile_object(module_text(k))])
+out = np.zeros(64, np.int64)
+table = StepTable([library.address("deep")], [0], np.array([out.ctypes.data], np.uint64), [0], np.zeros(1, np.int64), [True])
+table.set_parts(0, 64)
+threading.stack_size(128 * 1024)
+
+def run():
+    assert stack_bytes() < 256 * 1024, stack_bytes()
+    get_team(int(sys.argv[1])).run(table, repeats=20)
+
+thread = threading.Thread(target=run)
+thread.start()
+thread.join()
+assert threading.stack_size() == 128 * 1024
+assert out.tolist() == [n * (n - 1) // 2 + n * part for part in range(64)]
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_kernels_have_room_on_the_stack_whatever_threads_have(threads: int) -> None:
+    subprocess.run([sys.executable, "-c", SMALL_STACKS, str(threads)], check=True, timeout=60)
+
+
+def test_touching_the_stack_harms_nothing() -> None:
+    driver().touch(KERNEL_BYTES)
+    driver().touch(0)

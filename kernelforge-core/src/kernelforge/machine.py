@@ -237,3 +237,24 @@ def _sysconf(name: str) -> int:
         return max(0, os.sysconf(name)) if sys.platform != "win32" else 0
     except (ValueError, OSError):
         return 0
+
+
+def stack_bytes() -> int | None:
+    """Size of this thread's stack; None where the system does not tell. It takes tens of microseconds."""
+    if sys.platform == "win32":
+        low, high = ctypes.c_size_t(), ctypes.c_size_t()
+        ctypes.WinDLL("kernel32").GetCurrentThreadStackLimits(ctypes.byref(low), ctypes.byref(high))
+        return high.value - low.value
+    library = ctypes.CDLL(None)
+    library.pthread_self.restype = ctypes.c_void_p
+    thread = ctypes.c_void_p(library.pthread_self())
+    if sys.platform == "darwin":
+        library.pthread_get_stacksize_np.restype = ctypes.c_size_t
+        return int(library.pthread_get_stacksize_np(thread))
+    attributes = ctypes.create_string_buffer(256)  # a pthread_attr_t, of 56 bytes with glibc on x86-64
+    if not hasattr(library, "pthread_getattr_np") or library.pthread_getattr_np(thread, attributes):
+        return None
+    start, size = ctypes.c_void_p(), ctypes.c_size_t()
+    told = library.pthread_attr_getstack(attributes, ctypes.byref(start), ctypes.byref(size))
+    library.pthread_attr_destroy(attributes)
+    return None if told else size.value

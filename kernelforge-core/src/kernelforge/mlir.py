@@ -10,9 +10,24 @@ import threading
 from collections.abc import Sequence
 from types import ModuleType
 
-from kernelforge.errors import UsageError
+from kernelforge.errors import KernelForgeError, UsageError
 from kernelforge.interruption import held_back
+from kernelforge.machine import stack_bytes
 
+STACK_BYTES = 768 * 1024
+"""MLIR crashes on a thread with less than about 448 KiB of stack, already while it is loaded."""
+
+
+def _check_stack() -> None:
+    have = stack_bytes()
+    if have is not None and have < STACK_BYTES:
+        raise KernelForgeError(
+            f"this thread has {have // 1024} KiB of stack, and MLIR needs {STACK_BYTES // 1024}",
+            hint="ulimit -s 8192 gives the process more, threading.stack_size(8 << 20) the threads that it starts",
+        )
+
+
+_check_stack()
 with held_back():  # Ctrl-C while the bindings' library initialises itself crashes the process
     from torch_mlir import ir, rewrite
     from torch_mlir.dialects.ext import Dialect, Operand, Pure, Result
@@ -60,7 +75,9 @@ def load_dialects(context: ir.Context, dialects: Sequence[type[Dialect]]) -> Non
 
 
 def parse_module(text: str, context: ir.Context) -> ir.Module:
-    """Parses and verifies a module. Raises UsageError with MLIR's diagnostics."""
+    """Parses and verifies a module. Raises UsageError with MLIR's diagnostics, and KernelForgeError on a thread whose stack is
+    too small for MLIR."""
+    _check_stack()
     with context:
         try:
             return ir.Module.parse(text)

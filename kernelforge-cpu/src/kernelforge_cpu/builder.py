@@ -6,8 +6,10 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from kernelforge.errors import UsageError
 from kernelforge_cpu.control import Branch, Loop
 from kernelforge_cpu.ssa import BITS, I64, PTR, Function, Number, Pointer, Type, Value, vec
+from kernelforge_cpu.stack import KERNEL_BYTES
 
 if TYPE_CHECKING:
     from kernelforge_cpu.isa import CpuTarget
@@ -46,7 +48,7 @@ class Builder:
         self.entry: list[str] = []  # constants and base pointers, at the top of the function: they dominate all uses
         self.lines: list[str] = []
         self.cache: dict[str, Value] = {}
-        self.count = 0
+        self.count = self.stack_bytes = 0
         self.params = [Value(self, f"%arg{i}", t) for i, t in enumerate(params)]
 
     # --- writing ---
@@ -415,8 +417,11 @@ class Builder:
 
     def alloca(self, element: str, count: int, *, align: int = 64) -> Pointer:
         """Stack scratch of `count` elements, uninitialised; one per call of this method and kernel call, also inside
-        loops.
+        loops. Raises UsageError when all of the function's take more than `stack.KERNEL_BYTES`.
         """
+        self.stack_bytes += -(-Type(element).bits * count // (8 * align)) * align
+        if self.stack_bytes > KERNEL_BYTES:
+            raise UsageError(f"a kernel may have {KERNEL_BYTES} bytes of stack, not {self.stack_bytes}")
         size, name = self.i64(count), self.fresh()
         self.entry.append(
             f"{name} = llvm.alloca {size.name} x {Type(element)} {{alignment = {align} : i64}} : (i64) -> !llvm.ptr"

@@ -429,3 +429,22 @@ body:
 out:
   ret void
 }
+
+; Touches so many bytes of stack from the top down, a page at a time: Windows makes them memory only in this order, and
+; kernels do not ask for theirs.
+define void @kf_touch(i64 %bytes) {
+entry:
+  %stack = alloca i8, i64 %bytes
+  br label %test
+test:
+  %at = phi i64 [ %bytes, %entry ], [ %lower, %body ]
+  %lower = sub i64 %at, 4096
+  %more = icmp sge i64 %lower, 0
+  br i1 %more, label %body, label %out
+body:
+  %p = getelementptr i8, ptr %stack, i64 %lower
+  store volatile i8 0, ptr %p
+  br label %test
+out:
+  ret void
+}

@@ -96,6 +96,7 @@ class Driver:
         self.finish = function("kf_finish", None, pointer)
         self.work = function("kf_work", word, pointer, word)
         self.spin = function("kf_spin", None, word)
+        self.touch = function("kf_touch", None, word)
         self.stamp = library.address("kf_stamp_windows" if sys.platform == "win32" else "kf_stamp_posix")
         """Address of a kernel that notes the time; see `stamps`."""
 
