@@ -138,6 +138,30 @@ def test_a_table_larger_than_a_binding_is_looked_up_in_pieces(gpu: Session) -> N
     assert [(t.start, t.nbytes) for t in tables] == [(0, 131072), (131072, 131072), (262144, 19456)]
 
 
+@pytest.mark.parametrize("table", ["f32[700,64]", *(f"{t}[700,64]@const" for t in ("f32", "f16", "q8", "q4"))])
+def test_an_id_outside_a_table_gives_zeros(gpu: Session, table: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = gpu.device.info
+    row = {"f32": 256, "f16": 128, "q8[": 64, "q4[": 32}[table[:3]]
+    limits = {**dict(known.limits), "max-storage-buffer-binding-size": 300 * row}
+    small = replace(known, limits=tuple(sorted(limits.items())))
+    if "@const" in table:  # in pieces
+        monkeypatch.setattr(gpu.device, "_info", small)
+        monkeypatch.setattr(gpu.device, "_kernels", {})
+    problem = parse_problem(f'transformer.embedding({table}, i32[9]) -> (f32[9,64]) {{dtype="f32"}}')
+    work = Workload(gpu, problem)
+    executable = gpu.compile_problem(problem, constants=work.constants)
+    ids = np.array([-1, 0, 700, 7, -(2**31), 699, 2**31 - 1, 400, 2**30], np.int32)
+    inputs = {"ids": np.clip(ids, 0, 699)}
+    if "@const" not in table:
+        inputs["table"] = np.random.default_rng(0).standard_normal((700, 64)).astype(np.float32)
+    wanted = np.asarray(executable.run(inputs)[0])
+    out = np.asarray(executable.run({**inputs, "ids": ids})[0])
+    outside = (ids < 0) | (ids >= 700)
+    assert not out[outside].any()
+    np.testing.assert_array_equal(out[~outside], wanted[~outside])
+    assert wanted[~outside].any(axis=-1).all()
+
+
 def test_a_window_without_causality_sees_all_later_keys(gpu: Session) -> None:
     attrs = "{causal=false, scale=0.0, softcap=0.0, window=1}"
     shapes = "f32[2,2,16], f32[2,300,1,16], f32[2,300,1,16], i32[2], i32[2], i32[2]"

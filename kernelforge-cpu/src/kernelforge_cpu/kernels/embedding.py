@@ -1,4 +1,4 @@
-"""embedding: rows of a table by index. The result of an index outside the table stays as it is."""
+"""embedding: rows of a table by index."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from kernelforge.dtype import GROUP
 from kernelforge.variant import Accept, ConfigSpace, Reject
+from kernelforge_cpu.emit import vec
 from kernelforge_cpu.kernel import NativeKernel, Phase
 from kernelforge_cpu.kernels.axes import emit_inside, emit_size, shared, size_of
 from kernelforge_cpu.kernels.common import new_kernel
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from kernelforge.problem import Problem
     from kernelforge.variant import Config, DeviceInfo, Verdict
-    from kernelforge_cpu.emit import Value
+    from kernelforge_cpu.emit import Builder, Pointer, Value
 
 GRAIN = 32768
 """Elements below which another thread costs more than it saves."""
@@ -38,6 +39,11 @@ def table_layout(problem: Problem, config: Config, device: DeviceInfo) -> Mappin
     return {} if config["layout"] == ROWS else {0: str(config["layout"])}
 
 
+def emit_zeros(k: Builder, row: Pointer, width: Value) -> None:
+    """What an index outside the table gives."""
+    k.vectorize(0, width, lambda i, valid: row.store(k.const(0.0, vec(k.lanes)), i, valid=valid))
+
+
 def build_packed(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
     """From a table as products read it."""
     k = new_kernel(problem, config, device)
@@ -49,8 +55,11 @@ def build_packed(problem: Problem, config: Config, device: DeviceInfo) -> Native
         steps = [emit_size(k, problem, t.strides[0]) for t in (ids, out)]
         with k.for_(*k.share(emit_size(k, problem, size_of(shape[0])))) as token:
             row = k.convert(ids.pointer.load(token.i * steps[0]), "i64")
-            with k.if_(emit_inside(row, emit_size(k, problem, size_of(table.shape[0])))):
-                emit_row(k, layout, k.buffer(0, "i8"), row, int(table.shape[1]), out.pointer.at(token.i * steps[1]))
+            result = out.pointer.at(token.i * steps[1])
+            with k.if_(emit_inside(row, emit_size(k, problem, size_of(table.shape[0])))) as found:
+                emit_row(k, layout, k.buffer(0, "i8"), row, int(table.shape[1]), result)
+            with found.else_():
+                emit_zeros(k, result, k.i64(int(table.shape[1])))
         return k.text()
 
     parts = shared(problem, size_of(*shape), GRAIN)
@@ -73,8 +82,11 @@ def build_embedding(problem: Problem, config: Config, device: DeviceInfo) -> Nat
             def step(i: Value, valid: Value | None) -> None:
                 result.store(source.load(i, k.lanes, valid=valid), i, valid=valid)
 
-            with k.if_(emit_inside(row, emit_size(k, problem, size_of(problem.operand(0).shape[0])))):
-                k.vectorize(0, emit_size(k, problem, size_of(shape[1])), step)
+            width = emit_size(k, problem, size_of(shape[1]))
+            with k.if_(emit_inside(row, emit_size(k, problem, size_of(problem.operand(0).shape[0])))) as found:
+                k.vectorize(0, width, step)
+            with found.else_():
+                emit_zeros(k, result, width)
         return k.text()
 
     return NativeKernel((Phase(k.name, shared(problem, size_of(*shape), GRAIN)),), text)
@@ -104,10 +116,8 @@ def build_quantised(problem: Problem, config: Config, device: DeviceInfo) -> Nat
         with k.for_(*k.share(emit_size(k, problem, size_of(shape[0])))) as token:
             row = k.convert(ids.pointer.load(token.i * steps[0]), "i64")
             source, result = k.buffer(0, "i8").at(row * table.bytes_of(columns)), out.pointer.at(token.i * steps[1])
-            groups = k.select(
-                emit_inside(row, emit_size(k, problem, size_of(table.shape[0]))), k.i64(columns // GROUP), 0
-            )
-            with k.for_(0, groups) as group:
+            inside = emit_inside(row, emit_size(k, problem, size_of(table.shape[0])))
+            with k.if_(inside) as found, k.for_(0, columns // GROUP) as group:
                 at = source.at(group.i * table.bytes_of(GROUP))
                 scale = k.broadcast(k.convert(at.of("f16").load(align=1), "f32"), lanes)
                 values, made = at.at(2), result.at(group.i * GROUP)
@@ -118,6 +128,8 @@ def build_quantised(problem: Problem, config: Config, device: DeviceInfo) -> Nat
                         continue
                     for at_half, nibbles in ((0, packed & 15), (half, k.shift_right_logical(packed, 4))):
                         made.store((k.convert(nibbles, "f32") - 8.0) * scale, at_half + first)
+            with found.else_():
+                emit_zeros(k, result, k.i64(columns))
         return k.text()
 
     return NativeKernel((Phase(k.name, shared(problem, size_of(*shape), GRAIN)),), text)

@@ -30,7 +30,8 @@ def takes_embedding(problem: Problem, device: DeviceInfo) -> Verdict:
 
 
 def build_embedding(problem: Problem, config: Config, device: DeviceInfo) -> GpuKernel:
-    """One thread an element; a table larger than a binding may be is looked up in pieces, each by a dispatch of its own."""
+    """One thread an element; a table larger than a binding may be is looked up in pieces, each by a dispatch of its own, of which
+    the first also gives zeros for ids that are no row."""
     table, ids, out = (tensor(problem, i, name, device) for i, name in enumerate(("table", "ids_", "out")))
     rows, width = table.type.shape
     assert isinstance(width, int)
@@ -41,7 +42,9 @@ fn main(ids: Ids) {{
   let i = {wgsl.FLAT} * {THREADS}u + ids.thread;
   if (i >= {product_text(problem, out.type.shape)}) {{ return; }}
   let token = i / {width}u;
-  let row = u32({ids.load(f"token * {ids.type.element_strides()[0]}u")}) - p.first;
+  let id = u32({ids.load(f"token * {ids.type.element_strides()[0]}u")});
+  if (id >= {dim_text(problem, rows)} && p.first == 0u) {{ {out.store("i", "0.0")} }}
+  let row = id - p.first;
   if (row >= p.rows) {{ return; }}
   {out.store("i", table.load(f"row * {row_step}u + (i % {width}u) * {step}u"))}
 }}

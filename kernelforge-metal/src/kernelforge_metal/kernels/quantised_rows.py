@@ -36,7 +36,8 @@ def _layout(problem: Problem) -> Quads:
 
 
 def build_quantised(problem: Problem, config: Config, device: DeviceInfo) -> GpuKernel:
-    """One thread an element; a table larger than a binding may be is looked up in pieces, each by a dispatch of its own."""
+    """One thread an element; a table larger than a binding may be is looked up in pieces, each by a dispatch of its own, of which
+    the first also gives zeros for ids that are no row."""
     layout = _layout(problem)
     ids, out = tensor(problem, 1, "ids_", device), tensor(problem, 2, "out", device)
     code = f"""{wgsl.IDS}{wgsl.HALVES}{layout.functions("table")}
@@ -45,7 +46,9 @@ fn main(ids: Ids) {{
   let i = {wgsl.FLAT} * {THREADS}u + ids.thread;
   if (i >= {product_text(problem, out.type.shape)}) {{ return; }}
   let token = i / {layout.inner}u;
-  let row = u32({ids.load(f"token * {ids.type.element_strides()[0]}u")}) - p.first;
+  let id = u32({ids.load(f"token * {ids.type.element_strides()[0]}u")});
+  if (id >= {layout.columns}u && p.first == 0u) {{ {out.store("i", "0.0")} }}
+  let row = id - p.first;
   if (row >= p.rows) {{ return; }}
   {out.store("i", f"table_at(row, i % {layout.inner}u)")}
 }}

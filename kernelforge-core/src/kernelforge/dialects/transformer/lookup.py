@@ -144,7 +144,7 @@ def infer_embedding(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, .
 
 
 def embedding_reference(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
-    """table[ids]. Raises UsageError for an id that is not a row of the table. Kernels give something undefined
+    """table[ids]. Raises UsageError for an id that is not a row of the table. Kernels give a row of zeros
     for such an id, and read nothing outside. A table of one row is that row for every id where it becomes a view."""
     from kernelforge.dtype import from_numpy
     from kernelforge.quant import dequantize
