@@ -138,9 +138,9 @@ def test_max_tokens(oracle: Decoder) -> None:
 def test_the_step_for_one_token_is_compiled_only_for_a_second_token(numpy_session: Session, folder: Path) -> None:
     decoder = open_decoder(open_source(folder), numpy_session)
     assert len(list(decoder.generate([1, 2, 3], 1, ignore_eos=True))) == 1
-    assert "_one" not in vars(decoder)
+    assert "one" not in vars(decoder._steps)
     assert len(list(decoder.generate([1, 2, 3], 2, ignore_eos=True))) == 2
-    assert "_one" in vars(decoder)
+    assert "one" in vars(decoder._steps)
 
 
 def test_a_full_context_ends_generation(oracle: Decoder) -> None:

@@ -12,8 +12,9 @@ from kernelforge.errors import WrongResultError
 from kernelforge_llm.sampling import greedy
 
 if TYPE_CHECKING:
-    from kernelforge_llm.decoder import Decoder, Logits
+    from kernelforge_llm.decoder import Decoder
     from kernelforge_llm.peers import DecoderPeer
+    from kernelforge_llm.steps import Logits
 
 DIFFERENT = 0.25
 """Logits of two implementations that differ by more than this (norm of the difference over the norm) are not of one model: f16

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import operator
 import os
-import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, TypeGuard
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -17,7 +15,6 @@ from numpy.typing import NDArray
 
 from kernelforge.backend import Buffer, Executable, Timing
 from kernelforge.errors import AssetError, KernelForgeWarning, UsageError
-from kernelforge.importer import Program
 from kernelforge.session import Session
 from kernelforge.variant import ASYNCHRONOUS
 from kernelforge_llm.cache import CacheFormat, KVCache
@@ -26,13 +23,12 @@ from kernelforge_llm.config import ModelConfig
 from kernelforge_llm.model import PREFILL_TOKENS, Model
 from kernelforge_llm.sampling import RandomSampler, Sampler, greedy
 from kernelforge_llm.source import Source, open_source
+from kernelforge_llm.steps import Logits, Steps, step_inputs
 from kernelforge_llm.stream import StopStrings, TextStream, Token, with_text
 from kernelforge_llm.weights import ActivationFormat, WeightFormat
 
 if TYPE_CHECKING:
     from kernelforge.explanation import Explanation
-
-Logits = NDArray[np.float32]
 
 
 def load(
@@ -93,32 +89,6 @@ def open_decoder(
     return Decoder(model, session)
 
 
-class _Step(NamedTuple):
-    executable: Executable
-    logits: int
-    """Which of its outputs they are."""
-
-
-class _Bound(NamedTuple):
-    """The step for one token on the memory of one cache: what each call reads is written into these arrays."""
-
-    token: NDArray[np.int32]
-    position: NDArray[np.int32]
-    slot: NDArray[np.int32]
-    call: Callable[[], tuple[NDArray[Any] | Buffer, ...]]
-
-
-Numbers = Sequence[int] | NDArray[np.int32]
-
-
-def _inputs(
-    cache: KVCache, tokens: Numbers, positions: Numbers, slots: Numbers, rows: Numbers
-) -> dict[str, NDArray[Any] | Buffer]:
-    """Of a step: for each token its id, position and slot of the cache; the rows whose logits are wanted."""
-    numbers = {"tokens": tokens, "positions": positions, "slots": slots, "rows": rows}
-    return {**{name: np.asarray(values, np.int32) for name, values in numbers.items()}, **cache.buffers}
-
-
 class Decoder:
     """A model on a device. Not for concurrent use by several threads."""
 
@@ -127,39 +97,17 @@ class Decoder:
         self.config: ModelConfig = model.config
         self.context: int = model.context
         self.tokenizer = model.source.tokenizer
-        self.compile_s = 0.0
-        """Seconds spent compiling so far; each of the steps is compiled when it is first needed."""
-        self._bound: WeakKeyDictionary[KVCache, _Bound] = WeakKeyDictionary()
+        self._steps = Steps(model, session)
         self._chains: WeakKeyDictionary[KVCache, Chain] = WeakKeyDictionary()
 
-    @cached_property
-    def _one(self) -> _Step:
-        """The step for one token of one sequence."""
-        return self._compile(self.model.programs[0])
-
-    @cached_property
-    def _sampled(self) -> _Step:
-        """The step for one token of one sequence that draws the next."""
-        return self._compile(self.model.sampled)
-
-    @cached_property
-    def _many(self) -> _Step:
-        """The step for any number of tokens and rows."""
-        return self._compile(self.model.programs[1])
-
-    def _compile(self, program: Program) -> _Step:
-        start = time.perf_counter()
-        tensors = self.model.source.tensors
-        executable = self.session.compile(
-            program.module, constants=tensors, dims=program.dims, max_dims=program.max_dims
-        )
-        names = [executable.plan.values[value].name for value in executable.plan.outputs]
-        self.compile_s += time.perf_counter() - start
-        return _Step(executable, names.index("logits"))
+    @property
+    def compile_s(self) -> float:
+        """Seconds spent compiling so far; each of the steps is compiled when it is first needed."""
+        return self._steps.compile_s
 
     def prepare(self) -> None:
         """Compile both steps now, rather than when each is first needed."""
-        _ = self._one, self._many
+        _ = self._steps.one, self._steps.many
 
     def new_cache(self) -> KVCache:
         """An empty cache for this model's number of sequences."""
@@ -207,33 +155,9 @@ class Decoder:
                 slots += [slot] * padding
         if not rows:
             raise UsageError("there are no tokens to run", hint="give at least one")
-        logits = self._run(cache, tokens, positions, slots, rows)
+        logits = self._steps.run(cache, tokens, positions, slots, rows)
         cache.lengths = list(map(operator.add, cache.lengths, counts))
         return logits
-
-    def _run(
-        self,
-        cache: KVCache,
-        tokens: Sequence[int],
-        positions: Sequence[int],
-        slots: Sequence[int],
-        rows: Sequence[int],
-    ) -> Logits:
-        if len(tokens) == 1:
-            return self._run_one(cache, tokens[0], positions[0], slots[0])
-        compiled = self._many
-        inputs = _inputs(cache, tokens, positions, slots, rows)
-        return cast("Logits", compiled.executable.run(inputs)[compiled.logits])
-
-    def _run_one(self, cache: KVCache, token: int, position: int, slot: int) -> Logits:
-        compiled, bound = self._one, self._bound.get(cache)
-        if bound is None:
-            # A target may run what it binds: it then writes what this step is to write.
-            tokens, positions, slots = (np.array([n], np.int32) for n in (token, position, slot))
-            call = compiled.executable.bind(_inputs(cache, tokens, positions, slots, (0,)))
-            bound = self._bound[cache] = _Bound(tokens, positions, slots, call)
-        bound.token[0], bound.position[0], bound.slot[0] = token, position, slot
-        return cast("Logits", bound.call()[compiled.logits]).copy()  # the next call overwrites them
 
     def explain(self, tokens: int = 1, depth: int = 0, *, sampler: Sampler = greedy, repeats: int = 9) -> Explanation:
         """What runs a step of `tokens` tokens with `depth` positions in the cache, and its share of the step's time; for one
@@ -259,11 +183,11 @@ class Decoder:
         cache = self.new_cache()
         cache.require_room(0, depth + tokens)
         ids = [i % self.config.vocab_size for i in range(tokens)]
-        inputs = _inputs(cache, ids, range(depth, depth + tokens), [0] * tokens, (tokens - 1,))
+        inputs = step_inputs(cache, ids, range(depth, depth + tokens), [0] * tokens, (tokens - 1,))
         if tokens == 1 and self._draws_on_device(sampler):
             choice = {**sampler.sampling.arrays(), "uniform": np.full(1, 0.5, np.float32)}
-            return self._sampled.executable, inputs | choice
-        return (self._one if tokens == 1 else self._many).executable, inputs
+            return self._steps.sampled.executable, inputs | choice
+        return (self._steps.one if tokens == 1 else self._steps.many).executable, inputs
 
     def feed(self, cache: KVCache, ids: Sequence[int], sequence: int = 0) -> Logits:
         """Append any number of tokens to one sequence; the logits [vocab] after the last. Raises as `step`."""
@@ -276,7 +200,7 @@ class Decoder:
         for start in range(0, count, PREFILL_TOKENS):
             part = ids[start : start + PREFILL_TOKENS]
             end = len(part)
-            scores = self._run(cache, part, range(length, length + end), [sequence] * end, (end - 1,))
+            scores = self._steps.run(cache, part, range(length, length + end), [sequence] * end, (end - 1,))
             cache.lengths[sequence] = length = length + end
         last: Logits = scores[0]
         return last
@@ -291,7 +215,7 @@ class Decoder:
         self._check_next(cache, token, count, sequence)
         chain = self._chains.pop(cache, None)  # serves one at a time
         if chain is None:
-            chain = Chain(self._one.executable, self.session.device, cache.buffers, self.config.vocab_size)
+            chain = Chain(self._steps.one.executable, self.session.device, cache.buffers, self.config.vocab_size)
         try:
             yield from self._run_chain(chain, cache, token, count, sequence)
         finally:
@@ -305,7 +229,9 @@ class Decoder:
         if sampler.needs_history:
             raise UsageError("a repetition penalty needs the tokens before, which are not on the device")
         self._check_next(cache, token, count, sequence)
-        chain = Chain(self._sampled.executable, self.session.device, cache.buffers, self.config.vocab_size, sampler)
+        chain = Chain(
+            self._steps.sampled.executable, self.session.device, cache.buffers, self.config.vocab_size, sampler
+        )
         yield from self._run_chain(chain, cache, token, count, sequence)
 
     def _check_next(self, cache: KVCache, token: int, count: int, sequence: int) -> None:
