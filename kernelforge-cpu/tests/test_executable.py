@@ -199,16 +199,33 @@ def test_bound_call_outlives_memory_that_was_too_small(session: Session) -> None
     call = executable.bind({"x": small})
     np.testing.assert_allclose(one(call()), expected(small), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(one(executable.run({"x": large})), expected(large), rtol=1e-4, atol=1e-5)
-    held = executable._arena  # type: ignore[attr-defined]  # a use of what was freed need not show in the result
-    places = executable._places  # type: ignore[attr-defined]
+    layout = executable._layout  # type: ignore[attr-defined]  # a use of what was freed need not show in the result
+    held, places = layout.arena, layout.places
     gc.collect()
     np.testing.assert_allclose(one(call()), expected(small), rtol=1e-4, atol=1e-5)
     start, end = address(held), address(held) + held.nbytes
-    assert executable._arena is held  # type: ignore[attr-defined]
+    assert layout.arena is held
     for value, place in places.items():
         if executable.plan.values[value].place == "arena":
             assert start <= place < end
     np.testing.assert_allclose(one(executable.run({"x": large})), expected(large), rtol=1e-4, atol=1e-5)
+
+
+def test_memory_that_ran_out_for_a_size_is_asked_for_again(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    executable = session.compile(two_layers(), constants={"w": W})
+    small, large = numbers(3, 64), numbers(500, 64, seed=2)
+    executable.run({"x": small})
+
+    def none_left(nbytes: int) -> Array:
+        raise MemoryError
+
+    monkeypatch.setattr("kernelforge_cpu.layout.aligned_empty", none_left)
+    for _ in range(2):
+        with pytest.raises(MemoryError):
+            executable.run({"x": large})
+    monkeypatch.undo()
+    for x in (large, small):
+        np.testing.assert_allclose(one(executable.run({"x": x})), expected(x), rtol=1e-4, atol=1e-5)
 
 
 def test_dispatch_costs_microseconds(session: Session) -> None:

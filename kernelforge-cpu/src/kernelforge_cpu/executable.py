@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,15 +10,15 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
 from kernelforge.backend import Buffer, Timing
 from kernelforge.dtype import to_numpy
 from kernelforge.reference import HostBuffer, bind_inputs, check_out, output_array
 from kernelforge_cpu.driver import StepTable
 from kernelforge_cpu.kernel import NativeKernel, PythonKernel
+from kernelforge_cpu.layout import Layout
 from kernelforge_cpu.stamps import StampedTable
-from kernelforge_cpu.store import ALIGNMENT, address, aligned_empty, quick_address
+from kernelforge_cpu.store import quick_address
 
 if TYPE_CHECKING:
     from kernelforge.backend import Catalog
@@ -69,17 +68,13 @@ class CpuExecutable:
         self._plan, self._kernels, self._team, self._catalog = plan, kernels, team, catalog
         self._constants = dict(constants)
         self._rows = self._make_rows()
-        self._lay_out_pointers()
-        self._dims: dict[str, int] = {}
-        self._laid_out = False
-        self._bounds = dict(plan.max_dims)
-        self._arena = self._scratch = aligned_empty(0)
+        self._layout = layout = Layout(plan, [linked.kernel for linked in kernels], self._constants, team.threads)
         self._table = StepTable(
             functions=[self._kernels[r.step].addresses[r.phase] for r in self._rows],
-            buffers=[self._starts[r.step] for r in self._rows],
-            pointers=self._pointers,
-            dims=[self._dim_starts[r.step] for r in self._rows],
-            dim_values=self._dim_values,
+            buffers=[layout.starts[r.step] for r in self._rows],
+            pointers=layout.pointers,
+            dims=[layout.dim_starts[r.step] for r in self._rows],
+            dim_values=layout.dim_values,
             barriers=[r.barrier for r in self._rows],
         )
         self._segments = self._make_segments()
@@ -116,54 +111,11 @@ class CpuExecutable:
             segments.append((first, row))
         return segments
 
-    def _lay_out_pointers(self) -> None:
-        """One flat array with every step's buffer pointers, and where each root value's address must be written."""
-        patches: dict[int, list[tuple[int, int]]] = {}
-        pointers: list[int] = []
-        dims: list[str] = []
-        self._starts: list[int] = []
-        self._dim_starts: list[int] = []
-        self._scratch_slots: list[tuple[int, int]] = []
-        for i, (step, linked) in enumerate(zip(self._plan.steps, self._kernels, strict=True)):
-            self._starts.append(len(pointers))
-            self._dim_starts.append(len(dims))
-            dims.extend(step.dims)
-            for position, value in enumerate((*step.operands, *step.results)):
-                constant = self._constants.get((i, position))
-                if constant is not None:
-                    pointers.append(address(constant) if constant.size else 0)
-                    continue
-                if value is not None:
-                    root, offset = self._plan.root(value), self._plan.values[value].offset
-                    offset = self._plan.values[value].type.bytes_of(offset)
-                    patches.setdefault(root, []).append((len(pointers), offset))
-                pointers.append(0)
-            if isinstance(linked.kernel, NativeKernel):
-                pointers.extend(address(table) for table in linked.kernel.tables)
-                self._scratch_slots.append((len(pointers), i))
-                pointers.append(0)
-        self._pointers = np.array(pointers, np.uint64)
-        # Takes a number ten times faster than the array; made from its address, for the typing of numpy says no buffer.
-        self._words = (ctypes.c_uint64 * len(pointers)).from_address(address(self._pointers))
-        self._dim_values = np.zeros(max(1, len(dims)), np.int64)
-        self._dim_slots = {d: np.array([k for k, name in enumerate(dims) if name == d]) for d in set(dims)}
-        self._patches = patches
-        self._places: dict[int, int] = {}  # where each root value is, as the pointers say
-        self._changes = 0  # of the pointers and sizes, so far
-
     # --- sizes, when they change ---
 
-    def _bind_dims(self, dims: dict[str, int]) -> None:
-        if self._laid_out and dims == self._dims:
+    def _resize(self, dims: dict[str, int]) -> None:
+        if not self._layout.resize(dims):
             return
-        self._changes += 1
-        grown = {d: max(n, self._bounds.get(d, 0)) for d, n in dims.items()}
-        if grown != self._bounds or not self._laid_out:
-            self._bounds = grown
-            layout = self._plan.pack(grown)
-            self._arena = aligned_empty(layout.nbytes)
-            for value, offset in layout.offsets.items():
-                self._place(value, address(self._arena) + offset)
         self._input_specs = [
             (i, v.name, to_numpy(v.type.dtype), v.type.array_shape(dims), v.donated)
             for i, v in ((i, self._plan.values[i]) for i in self._plan.inputs)
@@ -178,44 +130,11 @@ class CpuExecutable:
             )
             for i, v in ((i, self._plan.values[i]) for i in self._plan.outputs)
         ]
-        for name, slots in self._dim_slots.items():
-            self._dim_values[slots] = dims[name]
-        self._dims, self._laid_out = dict(dims), True
         for row_index, row in enumerate(self._rows):
             kernel = self._kernels[row.step].kernel
             assert isinstance(kernel, NativeKernel)
-            parts = kernel.phases[row.phase].parts(self._step_dims(row.step), self._team.threads)
-            self._table.set_parts(row_index, max(1, parts))
-        self._bind_scratch()
-
-    def _step_dims(self, step: int) -> tuple[int, ...]:
-        return tuple(self._dims[d] for d in self._plan.steps[step].dims)
-
-    def _bind_scratch(self) -> None:
-        """Steps of one group run at the same time: each has scratch of its own; groups reuse the memory."""
-        offsets: list[int] = []
-        group, used, needed = -1, 0, 0
-        for _, i in self._scratch_slots:
-            kernel = self._kernels[i].kernel
-            assert isinstance(kernel, NativeKernel)
-            if self._plan.steps[i].group != group:
-                group, used = self._plan.steps[i].group, 0
-            offsets.append(used)
-            nbytes = kernel.scratch(self._step_dims(i), self._team.threads)
-            used += -(-nbytes // ALIGNMENT) * ALIGNMENT
-            needed = max(needed, used)
-        if needed > self._scratch.nbytes:
-            self._scratch = aligned_empty(needed)
-        for (slot, _), offset in zip(self._scratch_slots, offsets, strict=True):
-            self._pointers[slot] = address(self._scratch) + offset
-
-    def _place(self, root: int, start: int) -> None:
-        """Say where a value is."""
-        if self._places.get(root) != start:
-            self._changes += 1
-            self._places[root] = start
-            for slot, offset in self._patches.get(root, ()):
-                self._words[slot] = start + offset
+            sizes = [dims[d] for d in self._plan.steps[row.step].dims]
+            self._table.set_parts(row_index, max(1, kernel.phases[row.phase].parts(sizes, self._team.threads)))
 
     # --- running ---
 
@@ -230,15 +149,16 @@ class CpuExecutable:
         self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array | Buffer] | None = None
     ) -> Callable[[], tuple[Array | Buffer, ...]]:
         memory, outputs = self._bind(inputs, out)
-        dims, changes = dict(self._dims), self._changes
+        layout = self._layout
+        dims, changes = layout.dims or {}, layout.changes
 
         def call() -> tuple[Array | Buffer, ...]:
             nonlocal changes
-            if self._changes != changes:  # something else was run meanwhile
-                self._bind_dims(dims)
+            if layout.changes != changes:  # something else was run meanwhile
+                self._resize(dims)
                 for root, array in memory.items():
-                    self._place(root, quick_address(array))
-                changes = self._changes
+                    layout.place(root, quick_address(array))
+                changes = layout.changes
             self._execute(memory)
             return outputs
 
@@ -271,7 +191,7 @@ class CpuExecutable:
         tables = [None if isinstance(s, int) else StampedTable(self._table, self._spans(*s)) for s in self._segments]
         samples = [self._step_seconds(memory, tables) for _ in range(repeats + 1)][1:]
         seconds = [median(times[i] for times in samples) for i in range(len(self._kernels))]
-        return explain_plan(self._plan, self._catalog, self._dims, seconds, memory)
+        return explain_plan(self._plan, self._catalog, self._layout.dims, seconds, memory)
 
     def _spans(self, first: int, last: int) -> list[tuple[int, int]]:
         """The rows of each step between two rows of the table."""
@@ -299,7 +219,7 @@ class CpuExecutable:
         if memory is None:
             memory = self._checked_inputs(inputs)
         for i, array in memory.items():
-            self._place(i, quick_address(array))
+            self._layout.place(i, quick_address(array))
         if out:
             check_out(out, inputs, {spec[2] for spec in self._output_specs})
         returned: list[Array | Buffer] = []
@@ -310,7 +230,7 @@ class CpuExecutable:
                     given = out[name]
                     array = output_array(given, name, array)
                 memory[i] = array
-                self._place(i, quick_address(array))
+                self._layout.place(i, quick_address(array))
                 returned.append(given if isinstance(given, HostBuffer) else array)
             else:
                 given = inputs[self._plan.values[root].name]
@@ -319,7 +239,7 @@ class CpuExecutable:
 
     def _plain_inputs(self, inputs: Mapping[str, Array | Buffer]) -> dict[int, Array] | None:
         """The arrays when nothing has to be checked, copied or sized, which is what happens in a loop; otherwise None."""
-        if not self._laid_out or len(inputs) != len(self._input_specs):
+        if self._layout.dims is None or len(inputs) != len(self._input_specs):
             return None
         memory: dict[int, Array] = {}
         for i, name, dtype, shape, donated in self._input_specs:
@@ -341,7 +261,7 @@ class CpuExecutable:
                 arrays[i] = array.copy(order="C")
             elif not array.flags.c_contiguous or not array.flags.aligned:
                 arrays[i] = np.array(array, order="C")
-        self._bind_dims(dims)
+        self._resize(dims)
         return arrays
 
     def _execute(self, memory: Mapping[int, Array]) -> None:
@@ -363,25 +283,12 @@ class CpuExecutable:
         step, kernel = self._plan.steps[index], self._kernels[index].kernel
         assert isinstance(kernel, PythonKernel)
         operands = [
-            None if v is None else self._constants[index, k] if (index, k) in self._constants else self._view(v, memory)
+            None
+            if v is None
+            else self._constants[index, k]
+            if (index, k) in self._constants
+            else self._layout.view(v, memory)
             for k, v in enumerate(step.operands)
         ]
-        results = [self._view(v, memory) for v in step.results]
+        results = [self._layout.view(v, memory) for v in step.results]
         kernel.call(operands, results)
-
-    def _view(self, value: int, memory: Mapping[int, Array]) -> Array:
-        """The value's memory as an array."""
-        found, root = self._plan.values[value], self._plan.root(value)
-        dtype = to_numpy(found.type.dtype)
-        shape = found.type.array_shape(self._dims)
-        if root in memory:
-            flat = memory[root].reshape(-1)
-        else:
-            start = self._places[root] - address(self._arena)
-            flat = self._arena[start:].view(np.uint8)
-            nbytes = self._plan.values[root].type.nbytes(self._dims)
-            flat = flat[:nbytes].view(dtype)
-        strides = tuple(s * dtype.itemsize for s in found.type.element_strides()) if found.type.strides else None
-        if strides is None:
-            return flat[found.offset : found.offset + found.type.size(self._dims)].reshape(shape)
-        return as_strided(flat[found.offset :], shape, strides)
