@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from kernelforge.errors import PluginError, UsageError, WrongResultError
 from kernelforge.hookspecs import hookimpl, hookspec
 from kernelforge.lazy import Ref
 from kernelforge.plugins import load_registry
+from kernelforge.problem import Problem
 from kernelforge.provenance import BUILTIN, Provenance
 from kernelforge.registry import Registry
 from kernelforge.testing import assert_conformant
@@ -29,6 +31,7 @@ from kernelforge.testing.case import Case, Outcome, run_case
 from kernelforge.testing.collect import Scope, collect, expectations, plugin_status, variants_of
 from kernelforge.testing.report import as_data, html_text, json_text, junit_text, summary
 from kernelforge.testing.runner import Report, Request, run_plugin
+from kernelforge.variant import DeviceInfo, Verdict
 
 
 def half_wrong(call: Call) -> None:
@@ -198,6 +201,19 @@ def test_kernels_without_a_device_are_not_claimed() -> None:
     assert not report.ok
     with pytest.raises(UsageError, match="unknown target 'nowhere'"):
         run_plugin(given, Request("Plugin", 1, target="nowhere", isolate=False))
+
+
+def test_a_kernel_that_cannot_tell_what_it_takes_fails() -> None:
+    def broken(problem: Problem, device: DeviceInfo) -> Verdict:
+        raise KeyError("key")
+
+    plugin = Plugin([replace(WRONG, supports=broken)])
+    found = run_plugin(registry(plugin), Request("Plugin", 1, op="silu", variant="half", isolate=False))
+    assert found.failures
+    for outcome in found.failures:
+        assert re.search(
+            r"'mutant/transformer.silu/half' of plugin Plugin \(.*\) fails: KeyError: 'key'", outcome.message
+        )
 
 
 def test_a_kernel_of_no_op_fails() -> None:

@@ -29,7 +29,10 @@ BROKEN = {
         "returned 7 among its descriptors, wants PassSpec",
     ),
     "wrong-field": ("@hookimpl\ndef kernelforge_commands(): return [CommandSpec('x', 'a:b', 3)]", "wants str"),
-    "misspelt": ("@hookimpl\ndef kernelforge_kernel(): return []", "no hook kernelforge_kernel: did you mean kernels"),
+    "misspelt": (
+        "@hookimpl\ndef kernelforge_kernel(): return []",
+        "no hook kernelforge_kernel: did you mean kernelforge_kernels",
+    ),
     "twice": (
         "@hookimpl\ndef kernelforge_tuners(): return [TunerSpec('grid', 'a:b')]",
         "'grid' is already registered by core",

@@ -79,7 +79,7 @@ def test_plugins_are_loaded_core_first_and_then_by_name(site: Site, load: Callab
         ("import no_such_package", "ModuleNotFoundError: No module named 'no_such_package'"),
         ("import sys\nsys.exit(3)", "it called sys.exit(3)"),
         ("x = = 1", "SyntaxError: invalid syntax"),
-        ("@hookimpl\ndef kernelforge_tuner(): return []", "no hook kernelforge_tuner: did you mean tuners"),
+        ("@hookimpl\ndef kernelforge_tuner(): return []", "no hook kernelforge_tuner: did you mean kernelforge_tuners"),
         (
             "@hookimpl\ndef kernelforge_flavours(): return []",
             "no hook kernelforge_flavours: the plugin that defines it",

@@ -238,6 +238,47 @@ def test_numpy_result_of_another_shape(session: Session) -> None:
         call([np.zeros((3, 4), np.float32)], [np.zeros((3, 4), np.float32)])
 
 
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (lambda x: None, "returned NoneType, its result has float32 numbers"),
+        (lambda x: "no numbers", "its result has float32 numbers"),
+        (lambda x: x * 1j, "returned complex64, its result has float32 numbers"),
+        (lambda x: (x, x), "returned 2 results, it has 1"),
+    ],
+)
+def test_what_cannot_be_a_result(made: Callable[[Any], Any], told: str) -> None:
+    call = kernel(op=SILU, dtypes=("f32",))(made).build_kernel(silu("3"), {}, DEVICE).call
+    with pytest.raises(PluginError, match=told):
+        call([np.zeros(3, np.float32)], [np.zeros(3, np.float32)])
+
+
+def test_a_kernel_that_fails_is_named_and_cannot_write_to_its_operands() -> None:
+    @kernel(op=SILU, dtypes=("f32",))
+    def raises(x: Any) -> Any:
+        raise ValueError("not today")
+
+    @kernel(op=SILU, dtypes=("f32",))
+    def writes(x: Any) -> Any:
+        x *= 2
+        return x
+
+    class Faulty:
+        @staticmethod
+        @hookimpl
+        def kernelforge_kernels() -> list[KernelVariant]:
+            return [raises, writes]
+
+    x = np.ones(3, np.float32)
+    with Session("cpu", registry=load_registry(extra_plugins=[Faulty()])) as session:
+        for variant, reason in (("raises", "not today"), ("writes", "output array is read-only")):
+            executable = session.compile_problem(silu("3"), variant=variant)
+            told = rf"'cpu/transformer.silu/{variant}' of plugin Faulty .*: ValueError: {reason}"
+            with pytest.raises(PluginError, match=told):
+                executable.run({"x": x})
+    assert (x == 1).all()
+
+
 def test_numba_function_with_other_parameters() -> None:
     @kernel(op="transformer.gelu", dtypes=("f32",), language="numba")
     def lacks(x: Any, out: Any, part: int, parts: int) -> None:
@@ -254,6 +295,10 @@ def test_what_cannot_be_decorated() -> None:
         kernel(op=SILU, dtypes=("f32",), language="c")  # type: ignore[arg-type]
     with pytest.raises(PluginError, match="numba kernels take f64, f32, i64, i32, i8, not f32, bf16"):
         kernel(op=SILU, dtypes=("f32", "bf16"), language="numba")
+    with pytest.raises(PluginError, match=r"dtypes of a kernel are some of f64, f32, .*, not float32"):
+        kernel(op=SILU, dtypes=("f32", "float32"))
+    with pytest.raises(PluginError, match="not 'f32', which is one word"):
+        kernel(op=SILU, dtypes="f32")
     with pytest.raises(PluginError, match=r"is not of the form dialect\.op"):
         kernel(op="silu", dtypes=("f32",))(lambda x: x)
 

@@ -251,8 +251,9 @@ class _Loader:
         )
 
     def _unknown_hook(self, name: str) -> PluginError:
-        known = [hook.partition("_")[2] for hook, caller in vars(self._manager.hook).items() if caller.has_spec()]
-        if guess := did_you_mean(name.partition("_")[2], known):
+        prefix = "kernelforge_"  # it would make all names alike
+        known = [hook.removeprefix(prefix) for hook, caller in vars(self._manager.hook).items() if caller.has_spec()]
+        if guess := did_you_mean(name.removeprefix(prefix), known, prefix):
             return PluginError(f"there is no hook {name}: {guess}")
         return PluginError(
             f"there is no hook {name}: the plugin that defines it is not loaded",

@@ -224,11 +224,11 @@ def lookup(kind: str, there: Mapping[str, T], name: str, *, where: str = "") -> 
     raise UsageError(f"unknown {kind} '{name}'{where}", hint=did_you_mean(name, there) or names)
 
 
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """The question after a name that is none of `names`, "" when none of them is near."""
+def did_you_mean(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """The question after a name that is none of `names`, "" when none of them is near. Names are shown behind `prefix`."""
     from difflib import get_close_matches  # only errors need it
 
-    near = get_close_matches(name, list(names))
+    near = [prefix + found for found in get_close_matches(name, list(names))]
     return f"did you mean {' or '.join(near)}?" if near else ""
 
 

@@ -32,6 +32,7 @@ from collections.abc import Callable, Mapping
 from functools import update_wrapper
 from typing import TYPE_CHECKING, Any, Literal
 
+from kernelforge.dtype import DTYPES
 from kernelforge.errors import PluginError
 from kernelforge.lazy import Ref, resolve
 from kernelforge.variant import ConfigSpace, KernelVariant, Reject, accept_all
@@ -52,6 +53,9 @@ Function = Callable[..., Any]
 
 NUMBA_DTYPES = ("f64", "f32", "i64", "i32", "i8")
 """What numba can compute with on a CPU."""
+
+_NUMBERS = "biufV"
+"""Kinds of numpy dtypes that become a result; those of ml_dtypes and of quantised groups are V."""
 
 
 def kernel(
@@ -78,6 +82,9 @@ def kernel(
     fixed = dict(attrs or {})
     if language not in _BUILDERS:
         raise PluginError(f"kernel language '{language}' is unknown", hint=f"one of: {', '.join(_BUILDERS)}")
+    if isinstance(dtypes, str) or (unknown := [name for name in dtypes if name not in DTYPES]):
+        told = f"{dtypes!r}, which is one word" if isinstance(dtypes, str) else ", ".join(unknown)
+        raise PluginError(f"dtypes of a kernel are some of {', '.join(DTYPES)}, not {told}")
     if language == "numba" and not set(dtypes) <= set(NUMBA_DTYPES):
         raise PluginError(f"numba kernels take {', '.join(NUMBA_DTYPES)}, not {', '.join(dtypes)}")
 
@@ -149,12 +156,16 @@ def _numpy(
 
         with np.errstate(all="ignore"):
             made = function(*operands, **attrs, **config)
-            for result, value in zip(results, made if isinstance(made, tuple) else (made,), strict=True):
-                if np.shape(value) != result.shape:
-                    raise PluginError(
-                        f"kernel '{function.__name__}' of {problem.op} returned shape {list(np.shape(value))}, "
-                        f"its result has {list(result.shape)}"
-                    )
+            values = [np.asarray(value) for value in (made if isinstance(made, tuple) else (made,))]
+            who = f"kernel '{function.__name__}' of {problem.op} returned"
+            if len(values) != len(results):
+                raise PluginError(f"{who} {len(values)} results, it has {len(results)}")
+            for result, value in zip(results, values, strict=True):
+                if value.dtype.kind not in _NUMBERS:
+                    what = type(made).__name__ if value.dtype == object else value.dtype
+                    raise PluginError(f"{who} {what}, its result has {result.dtype} numbers")
+                if value.shape != result.shape:
+                    raise PluginError(f"{who} shape {list(value.shape)}, its result has {list(result.shape)}")
                 result[...] = value
 
     return PythonKernel(call)

@@ -15,7 +15,7 @@ from kernelforge.reference import HostBuffer
 from kernelforge.registry import Registry
 from kernelforge.variant import DeviceInfo, config_key
 from kernelforge_cpu.executable import CpuExecutable, LinkedKernel
-from kernelforge_cpu.kernel import NativeKernel, PythonKernel
+from kernelforge_cpu.kernel import NativeKernel, PythonKernel, guarded
 from kernelforge_cpu.store import ConstantStore, aligned_zeros
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class CpuDevice:
             )
         if variant.layouts is not None:
             self._check_layouts(variant, step, kernel)
-        return kernel
+        return kernel if isinstance(kernel, NativeKernel) else guarded(kernel, variant, step.problem)
 
     def _check_layouts(self, variant: KernelVariant, step: Step, kernel: NativeKernel | PythonKernel) -> None:
         """Raises PluginError when the kernel packs otherwise than its variant told the plan."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from textwrap import shorten
 from typing import Annotated, Any
 
 import typer
@@ -124,7 +125,7 @@ def _show(session: Session, asked: Asked, result: TuneResult) -> None:
     ended = "" if result.complete else ", not all configs"
     out.print(f"  {len(result.records)} trials ({len(failed)} failed), {result.known} already known{ended}")
     for record in failed[:3]:
-        out.note(f"  {record.variant} {config_key(record.config)}: {record.message.splitlines()[0]}")
+        out.note(f"  {record.variant} {config_key(record.config)}: {shorten(record.message, 300, placeholder=' ...')}")
     out.data["problems"].append(report)
 
 

@@ -19,7 +19,7 @@ from kernelforge.testing.families import Choice, Family, dtype_label, family_of
 from kernelforge.testing.kernels import ARRANGEMENTS, KernelRun, check_arrangement, check_kernel, check_plain
 from kernelforge.testing.pairwise import pairwise
 from kernelforge.testing.values import value_names
-from kernelforge.variant import Config, ConfigSpace, DeviceInfo, KernelVariant, Reject
+from kernelforge.variant import Accept, Config, ConfigSpace, DeviceInfo, KernelVariant, Reject
 
 DYNAMIC_SIZES = 3
 """Sizes that a problem with a dynamic dimension is run at."""
@@ -49,9 +49,12 @@ class KernelCases:
         return KernelRun(self.variant.target, self.variant.name, problem, tuple(sizes), values)
 
     def refusal(self, problem: Problem) -> str:
-        """Why the variant does not claim a problem; empty when it does."""
+        """Why the variant does not claim a problem; empty when it does, or fails to tell: its case then fails as well."""
         if problem not in self._refused:
-            verdict = self.variant.judge(problem, self.info)
+            try:
+                verdict = self.variant.judge(problem, self.info)
+            except Exception:
+                verdict = Accept()
             self._refused[problem] = verdict.reason or "no reason given" if isinstance(verdict, Reject) else ""
         return self._refused[problem]
 
