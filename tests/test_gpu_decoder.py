@@ -132,6 +132,26 @@ def test_narrow_weights_give_what_the_reference_gives(gpu: Session, weights: Wei
     assert error(found, want) < 1e-2
 
 
+def test_a_cache_in_q8_gives_what_it_gives_on_the_cpu(gpu: Session) -> None:
+    """Heads of 32 elements, whose odd groups share words; prefill, and steps of one token. No op runs on the host."""
+    folder = DATA / "oracles" / "llama3-rope"
+    source = open_source(folder)
+    ids = np.load(folder / "golden.npz")["long_ids"].tolist()[:24]
+
+    def logits(session: Session) -> Array:
+        decoder = open_decoder(source, session, weights="f32", kv_dtype="q8")
+        cache = decoder.new_cache()
+        assert {b.dtype for b in cache.buffers.values()} == {"q8"}
+        return np.stack([decoder.feed(cache, ids[:20]), *(decoder.feed(cache, [i]) for i in ids[20:])])
+
+    with Session("cpu") as cpu:
+        want = logits(cpu)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", KernelForgeWarning)
+        found = logits(gpu)
+    assert error(found, want) < TOLERANCE
+
+
 def test_all_ops_of_a_model_have_kernels(gpu: Session) -> None:
     decoder = open_decoder(open_source(TINYPY), gpu, weights="q4")
     explanation = decoder.explain(1, 8, repeats=1)

@@ -40,6 +40,8 @@ def load(name: str, dtype: str, device: DeviceInfo, index: str) -> str:
         return f"{name}[{index}]"
     if dtype == "f16" and F16 in device.features:
         return f"f32({name}[{index}])"
+    if dtype == "q8":
+        return f"{load_quad(name, dtype, f'({index}) >> 2u')}[({index}) & 3u]"
     half = f"(({name}[({index}) >> 1u] >> ((({index}) & 1u) << 4u)) & 0xffffu)"
     return f"bitcast<f32>({half} << 16u)" if dtype == "bf16" else f"unpack2x16float({half}).x"
 
@@ -199,19 +201,27 @@ def activation(name: str) -> str:
 
 
 def quad_element(dtype: str) -> str:
-    """The element of an array that holds four numbers of a float dtype; needs no feature."""
-    return "vec4<f32>" if dtype == "f32" else "vec2<u32>"
+    """The element of an array that holds four numbers of a float dtype, or of q8 words of them; needs no feature."""
+    return {"f32": "vec4<f32>", "q8": "u32"}.get(dtype, "vec2<u32>")
+
+
+def quad(name: str, dtype: str, index: str) -> str:
+    """What `quad_numbers` takes, of element `index` of an array declared with `quad_element`: of q8 by the function that
+    `kernelforge_metal.kernels.quantised_cache.reader` writes."""
+    return f"{name}_quad({index})" if dtype == "q8" else f"{name}[{index}]"
 
 
 def load_quad(name: str, dtype: str, index: str) -> str:
     """A vec4<f32> expression: the four numbers in element `index` of an array declared with `quad_element`."""
-    return quad_numbers(f"{name}[{index}]", dtype)
+    return quad_numbers(quad(name, dtype, index), dtype)
 
 
 def quad_numbers(value: str, dtype: str) -> str:
-    """A vec4<f32> expression: the four numbers of an element that `quad_element` declares."""
+    """A vec4<f32> expression: the four numbers of what `quad` gives."""
     if dtype == "f32":
         return value
+    if dtype == "q8":
+        return f"q8_numbers({value})"
     unpacked = "unpack2x16float({})" if dtype == "f16" else "bf16_pair({})"
     return f"vec4<f32>({unpacked.format(value + '.x')}, {unpacked.format(value + '.y')})"
 

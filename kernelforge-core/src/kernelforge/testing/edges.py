@@ -24,6 +24,11 @@ def _present(arrays: Arrays, index: int) -> Array:
     return found
 
 
+def _unwritten(a: Array) -> Array:
+    """An element of `a` as memory that was never written may be: NaN."""
+    return np.array((np.nan, -1) if a.dtype.names else np.nan, a.dtype)
+
+
 def hidden(problem: Problem, arrays: Arrays, rng: Generator) -> Arrays:
     """Attention: keys and values that no query may see are NaN, as memory that was never written may be."""
     k, v = _present(arrays, 1), _present(arrays, 2)
@@ -32,11 +37,11 @@ def hidden(problem: Problem, arrays: Arrays, rng: Generator) -> Arrays:
         for slot in range(len(k)):
             mine = positions[(slots == slot) & (positions >= 0)]
             last = int(mine.max(initial=-1)) + 1 if lengths is None else int(lengths[slot])
-            k[slot, last:] = v[slot, last:] = np.nan
+            k[slot, last:] = v[slot, last:] = _unwritten(k)
     elif lengths is not None:
         for b, last in enumerate(lengths):
             for a in (k, v):
-                (a[b] if a.ndim == 4 else a)[int(last) :] = np.nan
+                (a[b] if a.ndim == 4 else a)[int(last) :] = _unwritten(a)
     return arrays
 
 
@@ -47,7 +52,7 @@ def hidden_caches(problem: Problem, arrays: Arrays, rng: Generator) -> Arrays:
     for slot in range(len(caches[0])):
         mine = positions[(slots == slot) & (positions >= 0)]
         for cache in caches:
-            cache[slot, int(mine.min(initial=cache.shape[1])) :] = np.nan
+            cache[slot, int(mine.min(initial=cache.shape[1])) :] = _unwritten(cache)
     return arrays
 
 

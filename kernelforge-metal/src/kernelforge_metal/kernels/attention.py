@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 from kernelforge.variant import Accept, Reject
 from kernelforge_metal import wgsl
+from kernelforge_metal.dtypes import CACHE_DTYPES
 from kernelforge_metal.kernel import Dispatch, GpuKernel, Size
 from kernelforge_metal.kernels.norms import FUNCTIONS
+from kernelforge_metal.kernels.quantised_cache import NUMBERS, reader
 from kernelforge_metal.kernels.tensors import Tensor, count, dim_text, product_text, takes, tensor
 
 if TYPE_CHECKING:
@@ -132,6 +134,11 @@ class Attention:
             text += SOFTCAP.replace("{cap}", repr(cap)).replace("{factor}", repr(2.0 / cap))
         return text
 
+    @property
+    def readers(self) -> str:
+        """The functions that loads of keys and values call."""
+        return NUMBERS + reader("k") + reader("v") if self.problem.operand(1).quantised else ""
+
     def score(self, dot: str) -> str:
         """The score of a query's product with a key."""
         scaled = f"({dot}) * {self.scale!r}"
@@ -150,7 +157,7 @@ def takes_attention(problem: Problem, device: DeviceInfo) -> Verdict:
         return Reject("takes heads and a head size that are known when it is built")
     if isinstance(q.shape[-1], int) and q.shape[-1] > MAX_HEAD_SIZE:
         return Reject(f"takes heads of up to {MAX_HEAD_SIZE} elements, not {q.shape[-1]}")
-    verdict = takes(problem, device)
+    verdict = takes(problem, device, CACHE_DTYPES)
     return verdict if isinstance(verdict, Reject) else Accept()
 
 
@@ -167,7 +174,7 @@ def build_attention(problem: Problem, config: Config, device: DeviceInfo) -> Gpu
     weighted = f"acc[n] += weights[j] * {v.load(f'from_v + (block + j) * {v_step}u + d * {d_v}u')};"
     stored = out.store(f"to + d * {d_o}u", "select(0.0, acc[n] / total, total > 0.0 || is_nan(total))")
     dot = f"dot = fma(query[d], {k.load(f'from_k + key * {k_step}u + d * {d_k}u')}, dot);"
-    code = f"""{wgsl.SUBGROUP_IDS if subgroups else wgsl.IDS}{wgsl.HALVES}{FUNCTIONS}{reductions}{a.functions}
+    code = f"""{wgsl.SUBGROUP_IDS if subgroups else wgsl.IDS}{wgsl.HALVES}{FUNCTIONS}{reductions}{a.functions}{a.readers}
 var<workgroup> query: array<f32, {max(1, size)}>;
 var<workgroup> weights: array<f32, {THREADS}>;
 @compute @workgroup_size({THREADS})

@@ -17,6 +17,7 @@ from kernelforge_metal.kernel import Below, Binding, Dispatch, GpuKernel
 from kernelforge_metal.kernels.attention import Attention
 from kernelforge_metal.kernels.attention_tile import takes_quads
 from kernelforge_metal.kernels.norms import FUNCTIONS
+from kernelforge_metal.kernels.quantised_cache import RUN, run_quad, run_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -142,25 +143,27 @@ def split_kernel(a: Attention, config: Config, new: NewRow | None = None) -> Gpu
         summed = f"var acc = vec4<f32>(); for (var n = 0u; n < {lanes}u; n++) {{ acc += {parts[0]}; }}"
     load_q = wgsl.load_quad("q", q.type.dtype, f"({q.at} + {a.query_place('q', 'token', 'head')}) / 4u + d")
 
+    runs = k.type.dtype == "q8" and 4 * depth == RUN
+    """Whether a thread reads its key as whole words: each once."""
+    step = "d + " if depth < quads else ""
+
     def key(n: int) -> str:
         """Quad `n` of a thread's key, of `depth` that it has in registers."""
-        found = wgsl.quad_numbers(f"k{n}", k.type.dtype)
-        return found if new is None else f"select({found}, fresh[{n}u], ids.thread == old && here)"
+        found = wgsl.quad_numbers(run_quad(n) if runs else f"k{n}", k.type.dtype)
+        return found if new is None else f"select({found}, fresh[{step}{n}u], ids.thread == old && here)"
 
     # Threads past the last key seen read that one again: those behind it may be anything.
-    keys = " ".join(f"let k{n} = k[keys_at + {n}u];" for n in range(depth))
+    keys = " ".join(f"let k{n} = {wgsl.quad('k', k.type.dtype, f'keys_at + {step}{n}u')};" for n in range(depth))
+    if runs:
+        keys = run_words("k", f"({step}keys_at)")
     dots = " ".join(
-        f"s{head(r)} += dot(query[{r * quads + n}u], {key(n)});" for n in range(depth) for r in range(repeat)
+        f"s{head(r)} += dot(query[{step}{r * quads + n}u], {key(n)});" for n in range(depth) for r in range(repeat)
     )
     if depth < quads:
-        dots = dots.replace("query[", "query[d + ").replace("fresh[", "fresh[d + ")
-        dots = (
-            f"for (var d = 0u; d < {quads}u; d += {depth}u) {{ {keys.replace('keys_at +', 'keys_at + d +')} {dots} }}"
-        )
-        keys = ""
+        keys, dots = "", f"for (var d = 0u; d < {quads}u; d += {depth}u) {{ {keys} {dots} }}"
 
     def value(j: str) -> str:
-        return f"v[values_at + min({j}, last) * {a.key_stride('v') // 4}u]"
+        return wgsl.quad("v", v.type.dtype, f"values_at + min({j}, last) * {a.key_stride('v') // 4}u")
 
     first_values = [f"(lane + {n * lanes}u)" for n in early]
     first_products = products(first_values, [wgsl.quad_numbers(f"v{n}", v.type.dtype) for n in early])
@@ -183,7 +186,7 @@ def split_kernel(a: Attention, config: Config, new: NewRow | None = None) -> Gpu
         more_functions = f"{new.functions}\nvar<workgroup> fresh: array<vec4<f32>, {2 * quads}>;"
         sums = " ".join(f"o{r} += weights[{r * chunk}u + old] * fresh[{quads}u + d];" for r in range(repeat))
         new_value = f"if (here && lane == 0u) {{ {sums} }}"
-    first = f"""{ids}{wgsl.HALVES}{FUNCTIONS}{functions}{a.functions}{more_functions}
+    first = f"""{ids}{wgsl.HALVES}{FUNCTIONS}{functions}{a.functions}{a.readers}{more_functions}
 var<workgroup> query: array<vec4<f32>, {repeat * quads}>;
 var<workgroup> weights: array<f32, {repeat * chunk}>;
 var<workgroup> partial: array<vec4<f32>, {lanes * quads * repeat}>;

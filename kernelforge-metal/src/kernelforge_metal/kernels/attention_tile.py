@@ -148,7 +148,7 @@ def build_tile(problem: Problem, config: Config, device: DeviceInfo) -> GpuKerne
     )
     run = load_k.replace("seen.sequence", "sequence"), load_v.replace("seen.sequence", "sequence")
     shared = "" if parts == 1 else f"var<workgroup> partial: array<f32, {parts * keys * rows}>;\n"
-    code = f"""{wgsl.IDS}{wgsl.HALVES}{FUNCTIONS}{a.functions}
+    code = f"""{wgsl.IDS}{wgsl.HALVES}{FUNCTIONS}{a.functions}{a.readers}
 var<workgroup> keys: array<vec4<f32>, {keys * quads}>;
 var<workgroup> values: array<vec4<f32>, {keys * quads}>;
 var<workgroup> ranges: array<vec3<u32>, {rows}>;

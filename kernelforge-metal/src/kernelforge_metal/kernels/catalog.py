@@ -37,7 +37,12 @@ VARIANTS = (
         f"{HERE}.quantised_rows:takes_quantised",
         priority=10,
     ),
-    _wgsl("kv_cache_update", "lookup:build_kv_cache_update", summary="writes the new rows only"),
+    _wgsl(
+        "kv_cache_update",
+        "lookup:build_kv_cache_update",
+        f"{HERE}.lookup:takes_kv_cache_update",
+        summary="writes the new rows only",
+    ),
     _wgsl(
         "rope_cache_update",
         "rope_cache:build_rope_cache_update",

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from kernelforge.variant import Accept, Reject
 from kernelforge_metal import wgsl
-from kernelforge_metal.dtypes import DTYPES
+from kernelforge_metal.dtypes import CACHE_DTYPES, DTYPES
 from kernelforge_metal.kernel import Binding, Dispatch, GpuKernel
+from kernelforge_metal.kernels.quantised_cache import Move, store_groups
 from kernelforge_metal.kernels.rows import Rows
 from kernelforge_metal.kernels.tensors import count, dim_text, product_text, takes, tensor
 
@@ -70,11 +71,18 @@ def pieces(problem: Problem, device: DeviceInfo) -> list[tuple[int, int | None, 
     return [(r, min(each, rows - r), r * nbytes, min(each, rows - r) * nbytes) for r in range(0, rows, each)]
 
 
+def takes_kv_cache_update(problem: Problem, device: DeviceInfo) -> Verdict:
+    return takes(problem, device, CACHE_DTYPES)
+
+
 def build_kv_cache_update(problem: Problem, config: Config, device: DeviceInfo) -> GpuKernel:
-    """One thread an element of the new rows."""
+    """One thread an element of the new rows, or a group of a cache in q8."""
     names = ("cache", "fresh", "positions", "slots")
     cache, new, positions, slots = (tensor(problem, i, name, device) for i, name in enumerate(names))
     out = tensor(problem, 4, "out", device)
+    if out.type.quantised:
+        move = Move(new, out, new.load(f"at + e * {new.type.element_strides()[-1]}u"))
+        return GpuKernel((store_groups(problem, (move,), positions, slots),))
     tokens, groups, size = new.type.shape
     (nt, ng, nd), (cs, cp, cg, cd) = new.type.element_strides(), out.type.element_strides()
     slot_count, capacity = (dim_text(problem, d) for d in cache.type.shape[:2])

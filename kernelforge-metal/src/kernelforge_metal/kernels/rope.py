@@ -7,7 +7,7 @@ position below 2^20. Sine and cosine are polynomials (drivers may be as far off 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from kernelforge.dialects.transformer.rope import inverse_frequencies, rotated_size
 from kernelforge.variant import Accept, Reject
 from kernelforge_metal import wgsl
+from kernelforge_metal.dtypes import DTYPES
 from kernelforge_metal.kernel import Binding, Dispatch, GpuKernel
 from kernelforge_metal.kernels.tensors import count, product_text, takes, tensor
 
@@ -45,13 +46,13 @@ fn turn_of(place: u32, pair: u32) -> vec2<f32> {
 a pair at a position, from the binding `frequencies`, the table that `frequency_table` makes."""
 
 
-def takes_rope(problem: Problem, device: DeviceInfo) -> Verdict:
+def takes_rope(problem: Problem, device: DeviceInfo, dtypes: Sequence[str] = DTYPES) -> Verdict:
     limit, size = problem.attr("max_position"), problem.operand(0).shape[-1]
     if not isinstance(size, int):
         return Reject("takes a head size that is known when it is built")
     if isinstance(limit, int) and limit > MAX_POSITION:
         return Reject(f"takes positions below {MAX_POSITION}, not {limit}")
-    verdict = takes(problem, device)
+    verdict = takes(problem, device, dtypes)
     return verdict if isinstance(verdict, Reject) else Accept()
 
 

@@ -15,9 +15,11 @@ from kernelforge.dialects.transformer.attention import ATTENTION
 from kernelforge.dialects.transformer.rope import rotated_size
 from kernelforge.variant import ConfigSpace, Reject
 from kernelforge_metal import wgsl
+from kernelforge_metal.dtypes import CACHE_DTYPES
 from kernelforge_metal.kernel import Below, Binding, GpuKernel
 from kernelforge_metal.kernels.attention import Attention
 from kernelforge_metal.kernels.attention_split import NewRow, default_chunk, split_kernel, split_space, takes_split
+from kernelforge_metal.kernels.quantised_cache import FRESH_WORD, RUN, RUN_WORDS, WRITER
 from kernelforge_metal.kernels.rope import SINE_COSINE, frequency_table, takes_rope
 from kernelforge_metal.kernels.tensors import tensor
 
@@ -43,7 +45,7 @@ def attention_of(problem: Problem) -> Problem:
 
 
 def takes_rope_split(problem: Problem, device: DeviceInfo) -> Verdict:
-    verdict = takes_rope(problem, device)
+    verdict = takes_rope(problem, device, CACHE_DTYPES)
     if isinstance(verdict, Reject):
         return verdict
     if any(isinstance(d, str) for i in (Q, NEW_K) for d in problem.operand(i).shape[1:]):
@@ -60,6 +62,8 @@ def takes_rope_split(problem: Problem, device: DeviceInfo) -> Verdict:
         *outer, last = problem.operand(i).element_strides()
         if last != 1 or any(s % 4 for s in outer):
             return Reject(f"takes rows that start at multiples of 4 elements, not {name} of {problem.operand(i)}")
+    if problem.operand(3).quantised and int(problem.operand(Q).shape[2]) % RUN:
+        return Reject(f"takes heads of a multiple of {RUN} elements in q8: others share words with their neighbours")
     limit = device.limit("max-storage-buffers-per-shader-stage", 8)
     if limit < BUFFERS:
         return Reject(f"takes a device that binds {BUFFERS} buffers, not {limit}")
@@ -104,22 +108,33 @@ def _new_row(problem: Problem, a: Attention, chunk: int, device: DeviceInfo) -> 
     k, v = (tensor(problem, i, f"new_{n}", device) for n, i in (("k", NEW_K), ("v", NEW_V)))
     positions = a.tensors["positions"]
     sources = [f"({t.at} + group * {t.type.element_strides()[1]}u) / 4u" for t in (k, v)]
-    targets = [
-        f"{name}[({a.tensors[name].at} + {a.key_place(name, 'group')} + newest * {a.key_stride(name)}u) / 4u + i] = "
-        f"{wgsl.quad_of(number, a.tensors[name].type.dtype)};"
-        for name, number in (("k", "fresh[i]"), ("v", f"fresh[{quads}u + i]"))
+    places = [
+        f"({a.tensors[name].at} + {a.key_place(name, 'group')} + newest * {a.key_stride(name)}u) / 4u" for name in "kv"
     ]
     query = f"({a.tensors['q'].at} + {a.query_place('q', 'token', 'head')}) / 4u"
     each = f"for (var i = ids.thread; i < {quads}u; i += {chunk}u)"
     load_v = wgsl.load_quad("new_v", v.type.dtype, f"{sources[1]} + i")
+    dtype = problem.operand(3).dtype
+    functions = SINE_COSINE + _rotation(problem, "q") + _rotation(problem, "new_k")
+    numbers = ("fresh[i]", f"fresh[{quads}u + i]")
+    targets = [f"{n}[{at} + i] = {wgsl.quad_of(x, dtype)};" for n, at, x in zip("kv", places, numbers, strict=True)]
+    store = f"{each} {{ {' '.join(targets)} }}"
+    if dtype == "q8":
+        functions += WRITER + FRESH_WORD
+        words = a.size // RUN * RUN_WORDS
+        starts = [f"{at} / {RUN // 4}u * {RUN_WORDS}u" for at in places]
+        store = (
+            f"for (var i = ids.thread; i < {2 * words}u; i += {chunk}u) {{ let word = fresh_word(i); "
+            f"if (i < {words}u) {{ k[{starts[0]} + i] = word; }} else {{ v[{starts[1]} + i - {words}u] = word; }} }}"
+        )
     return NewRow(
-        functions=SINE_COSINE + _rotation(problem, "q") + _rotation(problem, "new_k"),
+        functions=functions,
         query=f"rotated_q({query}, d, newest)",
         find=f"let position = {positions.load('0u')}; let newest = u32(max(position, 0)); "
         f"let here = position >= 0 && newest + 1u == seen.end && newest >= begin && newest - begin < {chunk}u; "
         "let old = select(many, newest - begin, here);",
         load=f"if (here) {{ {each} {{ fresh[i] = rotated_new_k({sources[0]}, i, newest); fresh[{quads}u + i] = {load_v}; }} }}",
-        store=f"if (here) {{ {each} {{ {' '.join(targets)} }} }}",
+        store=f"if (here) {{ {store} }}",
     )
 
 

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 from kernelforge.dialects.transformer.rope import rotated_size
 from kernelforge.variant import Accept, Reject
 from kernelforge_metal import wgsl
+from kernelforge_metal.dtypes import CACHE_DTYPES
 from kernelforge_metal.kernel import Binding, Dispatch, GpuKernel
+from kernelforge_metal.kernels.quantised_cache import Move, store_groups
 from kernelforge_metal.kernels.rope import SINE_COSINE, frequency_table, takes_rope
 from kernelforge_metal.kernels.tensors import count, dim_text, product_text, tensor
 
@@ -24,7 +26,7 @@ BUFFERS = 9
 def takes_rope_cache(problem: Problem, device: DeviceInfo) -> Verdict:
     if any(isinstance(problem.operand(i).shape[1], str) for i in (0, 1)):
         return Reject("takes heads that are known when it is built")
-    verdict = takes_rope(problem, device)
+    verdict = takes_rope(problem, device, CACHE_DTYPES)
     return verdict if isinstance(verdict, Reject) else Accept()
 
 
@@ -34,7 +36,43 @@ def build_rope_cache_update(problem: Problem, config: Config, device: DeviceInfo
     whole = device.limit("max-storage-buffers-per-shader-stage", 8) >= BUFFERS
     parts = ("qkv",) if whole else ("q", "kv")
     tables = (frequency_table(size, dict(problem.attrs)),)
+    if problem.operand(3).quantised:
+        return GpuKernel((_dispatch(problem, "q", device), _quantised(problem, device)), tables=tables)
     return GpuKernel(tuple(_dispatch(problem, part, device) for part in parts), tables=tables)
+
+
+def _quantised(problem: Problem, device: DeviceInfo) -> Dispatch:
+    """Of k and v into caches in q8: a thread rotates or moves a group."""
+    k, v, positions, slots, keys, values = (
+        tensor(problem, i, name, device)
+        for i, name in ((1, "k"), (2, "v"), (5, "positions"), (6, "slots"), (8, "keys"), (9, "values"))
+    )
+    size = problem.operand(0).shape[2]
+    assert isinstance(size, int)
+    rotary, step = rotated_size(size, dict(problem.attrs)), k.type.element_strides()[-1]
+    pair, second = (
+        ("e >> 1u", "(e & 1u) == 1u")
+        if problem.attr("interleaved")
+        else (f"select(e, e - {rotary // 2}u, second)", f"e >= {rotary // 2}u")
+    )
+    first, other = ("2u * j", "2u * j + 1u") if problem.attr("interleaved") else ("j", f"j + {rotary // 2}u")
+    rotated = f"""
+fn rotated(at: u32, e: u32, place: u32) -> f32 {{
+  if (e >= {rotary}u) {{ return {k.load(f"at + e * {step}u")}; }}
+  let second = {second};
+  let j = {pair};
+  let turn = turn_of(place, j);
+  let a = {k.load(f"at + ({first}) * {step}u")};
+  let b = {k.load(f"at + ({other}) * {step}u")};
+  return select(a * turn.x - b * turn.y, b * turn.x + a * turn.y, second);
+}}
+"""
+    moves = (
+        Move(k, keys, "rotated(at, e, place)"),
+        Move(v, values, v.load(f"at + e * {v.type.element_strides()[-1]}u")),
+    )
+    table = Binding("frequencies", 10, "vec2<u32>")
+    return store_groups(problem, moves, positions, slots, SINE_COSINE + rotated, (table,))
 
 
 def _dispatch(problem: Problem, part: str, device: DeviceInfo) -> Dispatch:

@@ -30,9 +30,9 @@ class Tensor:
 
     @property
     def packed(self) -> bool:
-        """Whether two elements share a word."""
+        """Whether elements share a word."""
         dtype = self.type.dtype
-        return dtype == "bf16" or (dtype == "f16" and wgsl.F16 not in self.device.features)
+        return dtype in ("bf16", "q8") or (dtype == "f16" and wgsl.F16 not in self.device.features)
 
     @property
     def binding(self) -> Binding:
@@ -66,11 +66,11 @@ def tensor(problem: Problem, index: int, name: str, device: DeviceInfo) -> Tenso
     return Tensor(name, found, index, at, device, index >= operands)
 
 
-def takes(problem: Problem, device: DeviceInfo) -> Verdict:
-    """Of kernels that take any layout of the dtypes that shaders can load."""
+def takes(problem: Problem, device: DeviceInfo, dtypes: Sequence[str] = DTYPES) -> Verdict:
+    """Of kernels that take any layout of `dtypes`."""
     for t in (*problem.operands, *problem.results):
-        if t is not None and t.dtype not in DTYPES:
-            return Reject(f"takes {', '.join(DTYPES)}, not {t.dtype}")
+        if t is not None and t.dtype not in dtypes:
+            return Reject(f"takes {', '.join(dtypes)}, not {t.dtype}")
         if t is not None and t.strides is None and t.row_major_strides() is None:
             return Reject(f"takes strides that are known when it is built, not those of {t}")
         if (

@@ -31,7 +31,7 @@ def _attention(op: OpDef, c: Choice) -> Problem:
 
 ATTENTION = Family(
     {
-        "dtype": WEIGHTED,
+        "dtype": (*WEIGHTED, "f32*q8"),
         "form": ("cache", "dense", "batched"),
         "causal": (True, False),
         "window": (0, 1, 9),
@@ -120,7 +120,7 @@ def _rope_attention(op: OpDef, c: Choice) -> Problem:
 ROPE_ATTENTION = Family(
     {
         **ROPE_CACHE_UPDATE.factors,
-        "dtype": WEIGHTED,
+        "dtype": (*WEIGHTED, "f32*q8"),
         "window": (0, 1, 9),
         "softcap": (0.0, 5.0),
         "scale": (0.0, 0.3),

@@ -1,0 +1,187 @@
+"""KV caches in q8: how shaders read and write groups of 32 elements, an f16 scale and 32 int8 (`kernelforge.quant`).
+
+A group is 17 halves of words. Every other one starts in the middle of a word, whose two halves belong to two groups; 64 elements
+are 17 words. Who writes single groups writes that word atomically.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kernelforge.dtype import GROUP
+from kernelforge_metal import wgsl
+from kernelforge_metal.kernel import Binding, Dispatch
+from kernelforge_metal.kernels.tensors import Tensor, count, dim_text, product_text
+
+if TYPE_CHECKING:
+    from kernelforge.problem import Problem
+
+THREADS = 64
+
+RUN = 2 * GROUP
+"""Elements that take whole words."""
+RUN_WORDS = 17
+
+NUMBERS = """
+fn q8_numbers(quad: vec2<u32>) -> vec4<f32> { return vec4<f32>(unpack4xI8(quad.x)) * unpack2x16float(quad.y).x; }
+"""
+"""The four numbers of a quad: four int8, and an f16 scale in the lower half of a word."""
+
+
+def reader(name: str) -> str:
+    """`NAME_quad(at)`: elements 4 at to 4 at + 3 of the cache `name`, as `q8_numbers` takes them."""
+    return f"""
+fn {name}_quad(at: u32) -> vec2<u32> {{
+  let scale = (at >> 3u) * 17u;
+  let first = scale + 1u + ((at & 7u) << 1u);
+  let low = {name}[first >> 1u];
+  let high = {name}[(first >> 1u) + (first & 1u)];
+  let values = select(low, (low >> 16u) | (high << 16u), (first & 1u) == 1u);
+  return vec2<u32>(values, {name}[scale >> 1u] >> ((scale & 1u) << 4u));
+}}
+"""
+
+
+def run_words(name: str, quad: str) -> str:
+    """Statements that load a run of elements, whose first is in quad `quad` of the cache `name`, into `k0`, `k1`, ..."""
+    return " ".join(f"let k{n} = {name}[{quad} / {RUN // 4}u * {RUN_WORDS}u + {n}u];" for n in range(RUN_WORDS))
+
+
+def run_quad(n: int) -> str:
+    """Quad `n` of a run that `run_words` has loaded, as `q8_numbers` takes it."""
+    if n < GROUP // 4:
+        return f"vec2<u32>((k{n} >> 16u) | (k{n + 1} << 16u), k0)"
+    return f"vec2<u32>(k{n + 1}, k8 >> 16u)"
+
+
+WRITER = """
+fn q8_largest(x: vec4<f32>) -> u32 {
+  let bits = bitcast<vec4<u32>>(x) & vec4<u32>(0x7fffffffu);
+  return max(max(bits.x, bits.y), max(bits.z, bits.w));
+}
+fn q8_scale(largest: u32) -> vec2<u32> {
+  if (largest >= 0x7f800000u) { return vec2<u32>(0x7e00u, 0u); }
+  let exponent = largest >> 23u;
+  if (exponent < 8u) { return vec2<u32>(); }
+  let size = ((largest & 0x7fffffu) | 0x800000u) << 7u;
+  var d = size / 127u;
+  let rest = size - d * 127u;
+  let wide = d >> 24u;
+  let up = select(rest > 63u, (d & 1u) == 1u && (rest > 0u || (d & 2u) == 2u), wide == 1u);
+  d = (d >> wide) + select(0u, 1u, up);
+  let bits = ((exponent - 7u + wide) << 23u) + (d - 0x800000u);
+  let divisor = (bits & 0x7fffffu) | 0x800000u;
+  var inverse = u32(140737488355328.0 / f32(divisor));
+  let off = 0u - inverse * divisor + (divisor << 6u);
+  inverse += off / divisor - 64u;
+  inverse += select(0u, 1u, 2u * (off % divisor) > divisor);
+  let twice = ((254u - (bits >> 23u)) << 23u) + (inverse - 0x800000u);
+  return vec2<u32>(f16_bits(vec2<f32>(bitcast<f32>(bits), 0.0)) & 0xffffu, twice);
+}
+fn q8_values(x: vec4<f32>, twice: u32) -> u32 {
+  let size = (vec4<u32>(abs(x) * bitcast<f32>(twice)) + vec4<u32>(1u)) >> vec4<u32>(1u);
+  let bytes = select(size, vec4<u32>() - size, x < vec4<f32>()) & vec4<u32>(0xffu);
+  return bytes.x | (bytes.y << 8u) | (bytes.z << 16u) | (bytes.w << 24u);
+}
+"""
+"""What `kernelforge.quant.quantize` computes, bit by bit, which float division on a GPU does not give.
+
+`q8_largest`: the largest magnitude of four numbers as bits, those of NaN and infinity above all. `q8_scale`: of the largest of
+a group, its scale d = largest / 127 as an f16, and the bits of 2 / d, both rounded as f32 first; NaN and 0 where the group has
+NaN or infinity, 0 and 0 where d is subnormal. Mantissas are divided as integers; that of 1 / d, 2^47 / mantissa, is a guess that
+is off by a few, then mended by its remainder, of which 32 bits are enough. `q8_values`: four int8, |x| / d rounded with halves
+away from zero: 2 |x| / d, cut and halved, has no sum that a compiler may contract with the product."""
+
+
+FRESH_WORD = """
+fn fresh_half(group: u32, half: u32) -> u32 {
+  var largest = 0u;
+  for (var i = 0u; i < 8u; i++) { largest = max(largest, q8_largest(fresh[group * 8u + i])); }
+  let scale = q8_scale(largest);
+  if (half == 0u) { return scale.x; }
+  return (q8_values(fresh[group * 8u + ((half - 1u) >> 1u)], scale.y) >> (((half - 1u) & 1u) << 4u)) & 0xffffu;
+}
+fn fresh_word(n: u32) -> u32 {
+  let low = fresh_half(2u * n / 17u, 2u * n % 17u);
+  return low | (fresh_half((2u * n + 1u) / 17u, (2u * n + 1u) % 17u) << 16u);
+}
+"""
+"""Word `n` of the quads in `fresh`, whole runs of them: each thread finds the scales that it needs, and owns its word."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """New rows for a cache."""
+
+    new: Tensor
+    cache: Tensor
+    element: str
+    """An f32 expression: element `e` of the row at `at` of `new`, for a token at position `place`."""
+
+
+def store_groups(
+    problem: Problem,
+    moves: Sequence[Move],
+    positions: Tensor,
+    slots: Tensor,
+    functions: str = "",
+    tables: Sequence[Binding] = (),
+) -> Dispatch:
+    """One thread a group of the new rows of `moves`, whose shapes are the same."""
+    slot_count, capacity, heads, size = moves[0].cache.type.shape
+    assert isinstance(heads, int)
+    assert isinstance(size, int)
+    tokens = moves[0].new.type.shape[0]
+    in_head = size // GROUP
+    each = heads * in_head
+    total = max(1, each * len(moves))
+    place, slot = (t.load(f"token * {t.type.element_strides()[0]}u") for t in (positions, slots))
+
+    def written(move: Move) -> str:
+        step, head_step, _ = move.new.type.element_strides()
+        name = move.cache.name
+        return f"""let at = token * {step}u + (group / {in_head}u) * {head_step}u;
+    for (var i = 0u; i < {GROUP}u; i++) {{ let e = (group % {in_head}u) * {GROUP}u + i; x[i >> 2u][i & 3u] = {move.element}; }}
+    var largest = 0u;
+    for (var i = 0u; i < {GROUP // 4}u; i++) {{ largest = max(largest, q8_largest(x[i])); }}
+    let scale = q8_scale(largest);
+    let word = ((row * {each}u + group) * 17u) >> 1u;
+    if (((row * {each}u + group) & 1u) == 0u) {{
+      var half = scale.x;
+      for (var i = 0u; i < {GROUP // 4}u; i++) {{
+        let bytes = q8_values(x[i], scale.y);
+        atomicStore(&{name}[word + i], half | (bytes << 16u));
+        half = bytes >> 16u;
+      }}
+      atomicAnd(&{name}[word + {GROUP // 4}u], 0xffff0000u);
+      atomicOr(&{name}[word + {GROUP // 4}u], half);
+    }} else {{
+      atomicAnd(&{name}[word], 0xffffu);
+      atomicOr(&{name}[word], scale.x << 16u);
+      for (var i = 0u; i < {GROUP // 4}u; i++) {{ atomicStore(&{name}[word + 1u + i], q8_values(x[i], scale.y)); }}
+    }}"""
+
+    branches = "\n  ".join(
+        f"if (number / {each}u == {n}u) {{\n    let group = number % {each}u;\n    {written(move)}\n  }}"
+        for n, move in enumerate(moves)
+    )
+    code = f"""{wgsl.IDS}{wgsl.HALVES}{WRITER}{functions}
+@compute @workgroup_size({THREADS})
+fn main(ids: Ids) {{
+  let i = {wgsl.FLAT} * {THREADS}u + ids.thread;
+  if (i >= {product_text(problem, (tokens, total))}) {{ return; }}
+  let token = i / {total}u;
+  let number = i % {total}u;
+  let place = u32({place});
+  let slot = u32({slot});
+  if (place >= {dim_text(problem, capacity)} || slot >= {dim_text(problem, slot_count)}) {{ return; }}
+  let row = slot * {dim_text(problem, capacity)} + place;
+  var x: array<vec4<f32>, {GROUP // 4}>;
+  {branches}
+}}
+"""
+    tensors = (*(m.new for m in moves), *(m.cache for m in moves), positions, slots)
+    grid = wgsl.grid(wgsl.blocks(count(problem, (tokens, total)), THREADS))
+    return Dispatch(code, (*(t.binding for t in tensors), *tables), grid)
