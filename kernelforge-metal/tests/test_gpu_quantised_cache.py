@@ -48,9 +48,11 @@ def test_groups_are_those_of_the_quantiser(gpu: Session) -> None:
     problem = DEFS["kv_cache_update"].problem([cache, new, tokens(count), tokens(count)], {})
     groups = rng.standard_normal((count, heads, size // GROUP, GROUP), np.float32)
     groups *= np.exp2(rng.uniform(-30, 15, groups.shape[:-1]))[..., None].astype(np.float32)
-    groups[40:80] = np.round(groups[40:80] * 4 / abs(groups[40:80]).max()) / 2
-    groups[80:90, 1], groups[90:100] = 0.0, rng.integers(-127, 128, groups[90:100].shape)
-    groups[100:110] = groups[90:100] * np.float32(1.5)
+    groups[40:80] = rng.integers(-4, 5, groups[40:80].shape) / 2.0
+    groups[80:90, 1] = 0.0
+    halves = rng.integers(-127, 127, groups[120:].shape) + 0.5  # times d: the last bit of 1 / d decides
+    halves[..., 5] = 127
+    groups[120:] = halves * rng.uniform(1, 2, halves.shape[:-1])[..., None]
     old = quantize(rng.standard_normal((2, 200, heads, size), np.float32), "q8")
     want, places = old.copy(), rng.permutation(400)[:count]
     slots, positions = places // 200, np.where(np.arange(count) % 10 == 9, -1, places % 200)
@@ -112,7 +114,7 @@ def test_a_row_that_shares_words_with_others_is_not_written_by_attention() -> No
 def test_a_spoilt_group_reaches_the_rows_that_see_it_and_no_other(gpu: Session, name: str) -> None:
     problem = attention(3, 4, (1, 9, 2, 64))
     rng = np.random.default_rng(0)
-    arrays = {"q": rng.standard_normal((3, 4, 64), np.float32)}
+    arrays: dict[str, Any] = {"q": rng.standard_normal((3, 4, 64), np.float32)}
     arrays |= {n: quantize(rng.standard_normal((1, 9, 2, 64), np.float32), "q8") for n in "kv"}
     arrays |= {"positions": np.array([2, 3, 4], np.int32), "slots": np.zeros(3, np.int32)}
     executable = gpu.compile_problem(problem, variant=name)

@@ -69,7 +69,7 @@ fn q8_scale(largest: u32) -> vec2<u32> {
   var d = size / 127u;
   let rest = size - d * 127u;
   let wide = d >> 24u;
-  let up = select(rest > 63u, (d & 1u) == 1u && (rest > 0u || (d & 2u) == 2u), wide == 1u);
+  let up = select(rest > 63u, (d & 1u) == 1u, wide == 1u);
   d = (d >> wide) + select(0u, 1u, up);
   let bits = ((exponent - 7u + wide) << 23u) + (d - 0x800000u);
   let divisor = (bits & 0x7fffffu) | 0x800000u;
@@ -90,9 +90,10 @@ fn q8_values(x: vec4<f32>, twice: u32) -> u32 {
 
 `q8_largest`: the largest magnitude of four numbers as bits, those of NaN and infinity above all. `q8_scale`: of the largest of
 a group, its scale d = largest / 127 as an f16, and the bits of 2 / d, both rounded as f32 first; NaN and 0 where the group has
-NaN or infinity, 0 and 0 where d is subnormal. Mantissas are divided as integers; that of 1 / d, 2^47 / mantissa, is a guess that
-is off by a few, then mended by its remainder, of which 32 bits are enough. `q8_values`: four int8, |x| / d rounded with halves
-away from zero: 2 |x| / d, cut and halved, has no sum that a compiler may contract with the product."""
+NaN or infinity, 0 and 0 where d is subnormal. Mantissas are divided as integers. That of d has 24 bits or 25; the last of 25 is
+never all that is cut off, so that there are no ties. That of 1 / d, 2^47 / mantissa, is a guess that is off by a few, then
+mended by its remainder, of which 32 bits are enough. `q8_values`: four int8, |x| / d rounded with halves away from zero: 2 |x|
+/ d, cut and halved, has no sum that a compiler may contract with the product."""
 
 
 FRESH_WORD = """
