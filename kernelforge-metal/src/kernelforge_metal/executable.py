@@ -15,8 +15,9 @@ from kernelforge.errors import DeviceError
 from kernelforge.explanation import Explanation, explain_plan
 from kernelforge_metal.encoder import Recorded, Region
 from kernelforge_metal.inputs import Given, check_inputs, take_out
-from kernelforge_metal.kernel import HostKernel, is_value, size_of
+from kernelforge_metal.kernel import HostKernel
 from kernelforge_metal.layout import Layout
+from kernelforge_metal.parameters import Parameters
 from kernelforge_metal.recorder import Command, Stream
 from kernelforge_metal.timing import measure, measure_on_host, step_seconds
 
@@ -74,7 +75,7 @@ class GpuExecutable:
         self._gpu, self._catalog = gpu, catalog
         self._layout = Layout(plan, kernels, gpu)
         self._dims: dict[str, int] | None = None
-        self._words = np.zeros(1, np.uint32)
+        self._parameters = Parameters(plan, kernels, gpu)
         self._bound: dict[tuple[Known, tuple[tuple[int, int], ...]], Bound] = {}
         self._asked = frozenset(
             self._fact(i, below)
@@ -84,7 +85,6 @@ class GpuExecutable:
             for below in (dispatch.only, dispatch.unless)
             if below is not None
         )
-        self._uniforms: tuple[Any, Any] | None = None
 
     @property
     def plan(self) -> Plan:
@@ -129,8 +129,10 @@ class GpuExecutable:
             segments = self._commands(given).segments
             commands = [c for s in segments if isinstance(s, Stream) for c in s.commands]
             if all(isinstance(s, Stream) for s in segments):
-                return measure(self._gpu, commands, self._uniform_group, repeats)
-            return measure_on_host(self._gpu, lambda: self._execute(given), commands, self._uniform_group, repeats)
+                return measure(self._gpu, commands, self._parameters.uniform_group, repeats)
+            return measure_on_host(
+                self._gpu, lambda: self._execute(given), commands, self._parameters.uniform_group, repeats
+            )
 
     def explain(self, inputs: Mapping[str, Array | Buffer] | None = None, *, repeats: int = 9) -> Explanation:
         if inputs is None:
@@ -142,7 +144,7 @@ class GpuExecutable:
             for i, commands in enumerate(self._commands(given).steps):
                 host = isinstance(self._kernels[i].kernel, HostKernel)
                 steps.append(partial(self._run_on_host, i, given) if host else commands)
-            seconds = step_seconds(self._gpu, steps, self._uniform_group, repeats)
+            seconds = step_seconds(self._gpu, steps, self._parameters.uniform_group, repeats)
         return explain_plan(self._plan, self._catalog, given.dims, seconds)
 
     # --- inputs and outputs ---
@@ -192,53 +194,17 @@ class GpuExecutable:
         self._dims = None
         if self._layout.fit(dims):
             self._bound.clear()
-        words: list[int] = []
-        self._starts: list[list[tuple[int, int]]] = []
-        self._grids: list[list[tuple[int, int, int]]] = []
-        for i, (step, compiled) in enumerate(zip(self._plan.steps, self._kernels, strict=True)):
-            self._starts.append([])
-            self._grids.append([])
-            if isinstance(compiled.kernel, HostKernel):
-                continue
-            sizes = [dims[d] for d in step.dims]
-            for dispatch, pipeline in zip(compiled.kernel.dispatches, compiled.pipelines, strict=True):
-                values = [*sizes, *(size_of(size, sizes) for _, size in dispatch.parameters)]
-                for b in dispatch.bindings if pipeline.parameter_bytes else ():
-                    if is_value(step.problem, b.index):
-                        value = (*step.operands, *step.results)[b.index]
-                        assert value is not None
-                        values.append(self._plan.values[value].offset)
-                self._starts[i].append((len(words), 4 * len(values)))
-                words += values + [0] * (-len(values) % (1 if self._gpu.immediates else 64))
-                self._grids[i].append(dispatch.grid(sizes))
-        if len(self._words) == max(1, len(words)):
-            self._words[: len(words)] = words  # commands point into it
-        else:
-            self._words = np.array(words or [0], np.uint32)
+        if self._parameters.resize(dims):
             self._bound.clear()
-        if not self._gpu.immediates and words:
-            self._write_uniforms()
         self._dims = dict(dims)
         for bound in list(self._bound.values()):
             bound.ran, bound.recorded = False, None
             for i, row in enumerate(bound.steps):
                 for command, (k, _) in zip(row, self._dispatches(i, bound.known), strict=True):
-                    command.grid = self._grids[i][k]
+                    command.grid = self._parameters.grids[i][k]
             for segment in bound.segments:
                 if isinstance(segment, Stream):
                     segment.changed()
-
-    @property
-    def _uniform_group(self) -> Any:
-        """The C handle of the bind group of parameters, on devices without immediates."""
-        return None if self._uniforms is None else self._uniforms[1]._internal
-
-    def _write_uniforms(self) -> None:
-        if self._uniforms is None or self._uniforms[0].size < self._words.nbytes:
-            buffer = self._gpu.allocate(self._words.nbytes + 256, "parameters")
-            group = self._gpu.bind_group(self._gpu.uniform_layout, [Region(buffer, 0, 128)])
-            self._uniforms = (buffer, group)
-        self._gpu.queue.upload(self._uniforms[0], 0, self._words)
 
     # --- commands ---
 
@@ -305,16 +271,16 @@ class GpuExecutable:
                     regions.append(self._layout.region(self._plan.root(value), given))
             pipeline = compiled.pipelines[k]
             group = self._gpu.bind_group(pipeline.layout, regions)
-            start, nbytes = self._starts[i][k]
+            address, nbytes, start = self._parameters.of(i, k)
             made.append(
                 Command(
                     pipeline.pipeline._internal,
                     group._internal,
-                    self._grids[i][k],
-                    self._gpu.pointer(self._words[start:]) if nbytes else None,
+                    self._parameters.grids[i][k],
+                    address,
                     nbytes,
-                    4 * start,
-                    (pipeline, group, self._words, self._uniforms),
+                    start,
+                    (pipeline, group, *self._parameters.memory),
                 )
             )
         return made
@@ -371,7 +337,7 @@ class GpuExecutable:
     def _record_ahead(self, stream: Stream, given: Given) -> Callable[[], Recorded]:
         """In a thread of its own where it can be: outputs that are read back are copied by this one."""
         if not self._layout.copies_outputs(given):
-            begun = self._gpu.queue.record(stream, self._uniform_group)
+            begun = self._gpu.queue.record(stream, self._parameters.uniform_group)
             if begun is not None:
                 return begun
         recorded = self._record(stream, given)
@@ -379,7 +345,7 @@ class GpuExecutable:
 
     def _record(self, stream: Stream, given: Given) -> Recorded:
         encoder = self._gpu.queue.encoder()
-        self._gpu.encode(encoder, stream, self._uniform_group)
+        self._gpu.encode(encoder, stream, self._parameters.uniform_group)
         self._layout.copy_outputs(encoder, given)
         return self._gpu.finish(encoder)
 
