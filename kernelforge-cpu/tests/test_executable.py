@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -190,6 +191,27 @@ def test_bound_calls_and_runs_take_turns(session: Session) -> None:
     for i in (0, 1, 0, 2, 2, 1):
         np.testing.assert_array_equal(one(calls[i]()), 2 * arrays[i])
         np.testing.assert_array_equal(one(executable.run({"a": arrays[3], "b": arrays[3]})), 2 * arrays[3])
+
+
+def test_threads_take_turns_with_an_executable(session: Session) -> None:
+    executable = session.compile(two_layers(), constants={"w": W})
+    wrong: list[str] = []
+
+    def work(rows: int) -> None:
+        x = numbers(rows, 64, seed=rows)
+        want = expected(x)
+        call = executable.bind({"x": x})
+        for i in range(200):
+            made = one(call() if i % 2 else executable.run({"x": x}))
+            if made.shape != want.shape or not np.allclose(made, want, rtol=1e-4, atol=1e-5):
+                wrong.append(f"{rows} rows, run {i}")
+
+    threads = [threading.Thread(target=work, args=(rows,)) for rows in (2, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 def test_bound_call_outlives_memory_that_was_too_small(session: Session) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,8 +54,8 @@ class _Row:
 
 
 class CpuExecutable:
-    """See `kernelforge.backend.Executable`. Not for concurrent use by several threads; several executables may share a
-    team."""
+    """See `kernelforge.backend.Executable`. Threads that use one take turns, as its memory is used by one run at a time; several
+    executables may share a team."""
 
     def __init__(
         self,
@@ -67,6 +68,7 @@ class CpuExecutable:
         """`kernels`: one a step. `constants`: the packed array of (step, operand index) for every constant operand."""
         self._plan, self._kernels, self._team, self._catalog = plan, kernels, team, catalog
         self._constants = dict(constants)
+        self._lock = threading.RLock()
         self._rows = self._make_rows()
         self._layout = layout = Layout(plan, [linked.kernel for linked in kernels], self._constants, team.threads)
         self._table = StepTable(
@@ -141,57 +143,66 @@ class CpuExecutable:
     def run(
         self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array | Buffer] | None = None
     ) -> tuple[Array | Buffer, ...]:
-        memory, outputs = self._bind(inputs, out)
-        self._execute(memory)
-        return outputs
+        with self._lock:
+            memory, outputs = self._bind(inputs, out)
+            self._execute(memory)
+            return outputs
 
     def bind(
         self, inputs: Mapping[str, Array | Buffer], out: Mapping[str, Array | Buffer] | None = None
     ) -> Callable[[], tuple[Array | Buffer, ...]]:
-        memory, outputs = self._bind(inputs, out)
         layout = self._layout
-        dims, changes = layout.dims or {}, layout.changes
+        with self._lock:
+            memory, outputs = self._bind(inputs, out)
+            dims, changes = layout.dims or {}, layout.changes
 
         def call() -> tuple[Array | Buffer, ...]:
             nonlocal changes
-            if layout.changes != changes:  # something else was run meanwhile
-                self._resize(dims)
-                for root, array in memory.items():
-                    layout.place(root, quick_address(array))
-                changes = layout.changes
-            self._execute(memory)
+            with self._lock:
+                if layout.changes != changes:  # something else was run meanwhile
+                    self._resize(dims)
+                    for root, array in memory.items():
+                        layout.place(root, quick_address(array))
+                    changes = layout.changes
+                self._execute(memory)
             return outputs
 
         return call
 
     def measure(self, inputs: Mapping[str, Array | Buffer], *, repeats: int) -> Timing:
-        memory, _ = self._bind(inputs, None)
-        once = self._timed(lambda: self._execute(memory))
-        inner = max(1, min(1000, int(SHORT_RUN_S / once)))
-        whole = self._segments[0] if len(self._segments) == 1 else None
+        with self._lock:
+            memory, _ = self._bind(inputs, None)
+            once = self._timed(lambda: self._execute(memory))
+            inner = max(1, min(1000, int(SHORT_RUN_S / once)))
+            whole = self._segments[0] if len(self._segments) == 1 else None
 
-        def call() -> None:
-            if isinstance(whole, tuple):
-                self._team.run(self._table, *whole, repeats=inner)
-            else:
-                for _ in range(inner):
-                    self._execute(memory)
+            def call() -> None:
+                if isinstance(whole, tuple):
+                    self._team.run(self._table, *whole, repeats=inner)
+                else:
+                    for _ in range(inner):
+                        self._execute(memory)
 
-        return Timing(tuple(self._timed(call) / inner for _ in range(repeats)), "host-clock")
+            return Timing(tuple(self._timed(call) / inner for _ in range(repeats)), "host-clock")
 
     def explain(self, inputs: Mapping[str, Array | Buffer] | None = None, *, repeats: int = 9) -> Explanation:
         # What it takes costs every start that explains nothing.
-        from statistics import median
-
         from kernelforge.explanation import explain_plan
 
         if inputs is None:
             return explain_plan(self._plan, self._catalog)
+        with self._lock:
+            memory, seconds = self._stamped(inputs, repeats)
+        return explain_plan(self._plan, self._catalog, self._layout.dims, seconds, memory)
+
+    def _stamped(self, inputs: Mapping[str, Array | Buffer], repeats: int) -> tuple[Mapping[int, Array], list[float]]:
+        """The memory of a run and the time of each of its steps."""
+        from statistics import median
+
         memory, _ = self._bind(inputs, None)
         tables = [None if isinstance(s, int) else StampedTable(self._table, self._spans(*s)) for s in self._segments]
         samples = [self._step_seconds(memory, tables) for _ in range(repeats + 1)][1:]
-        seconds = [median(times[i] for times in samples) for i in range(len(self._kernels))]
-        return explain_plan(self._plan, self._catalog, self._layout.dims, seconds, memory)
+        return memory, [median(times[i] for times in samples) for i in range(len(self._kernels))]
 
     def _spans(self, first: int, last: int) -> list[tuple[int, int]]:
         """The rows of each step between two rows of the table."""

@@ -90,7 +90,7 @@ def open_decoder(
 
 
 class Decoder:
-    """A model on a device. Not for concurrent use by several threads."""
+    """A model on a device. Threads that use one take turns, step by step; a cache is for one at a time."""
 
     def __init__(self, model: Model, session: Session) -> None:
         self.model, self.session = model, session
