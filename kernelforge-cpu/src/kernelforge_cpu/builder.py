@@ -1,4 +1,4 @@
-"""The ops of kernel text: arithmetic, conversions, lanes, memory and control flow of one function."""
+"""The ops of kernel text: arithmetic, conversions, lanes and control flow of one function; `pointer` has those of memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from kernelforge.errors import UsageError
 from kernelforge_cpu.control import Branch, Loop
-from kernelforge_cpu.ssa import BITS, I64, PTR, Function, Number, Pointer, Type, Value, vec
+from kernelforge_cpu.pointer import Pointer
+from kernelforge_cpu.ssa import I64, Function, Number, Type, Value, movable, vec
 from kernelforge_cpu.stack import KERNEL_BYTES
 
 if TYPE_CHECKING:
@@ -346,75 +347,6 @@ class Builder:
         return self.consts(range(lanes), "i32").lt(self.broadcast(self.convert(valid, "i32"), lanes))
 
     # --- memory ---
-    def advance(self, base: Pointer, offset: Value | int) -> Pointer:
-        const = offset.const if isinstance(offset, Value) else offset
-        if const == 0:
-            return base
-        element = Type(base.element)
-        if const is not None:
-            made = self.op(f"llvm.getelementptr {base.name}[{const}] : (!llvm.ptr) -> !llvm.ptr, {element}", PTR)
-        else:
-            at = self.value(offset, I64)
-            made = self.op(f"llvm.getelementptr {base.name}[{at.name}] : (!llvm.ptr, i64) -> !llvm.ptr, {element}", PTR)
-        return Pointer(self, made.name, base.element)
-
-    def load(
-        self, base: Pointer, offset: Value | int, lanes: int, valid: Value | None, fill: Number, align: int | None
-    ) -> Value:
-        at, t = self.advance(base, offset), Type(base.element, lanes)
-        align = align or max(1, BITS[base.element] // 8)
-        if valid is None:
-            moved = movable(t)
-            text = f"llvm.load {at.name} {{alignment = {align} : i64}} : !llvm.ptr -> {moved}"
-        else:
-            mask, other = self.mask(valid, lanes), self.movable(self.const(fill, t))
-            moved = other.type
-            types = f"(!llvm.ptr, {mask.type}, {moved}) -> {moved}"
-            text = f"llvm.intr.masked.load {at.name}, {mask.name}, {other.name} {{alignment = {align} : i32}} : {types}"
-        return self.bitcast(self.op(text, moved), t)
-
-    def store(
-        self, base: Pointer, value: Value | Number, offset: Value | int, valid: Value | None, align: int | None
-    ) -> None:
-        stored = (
-            self.convert(value, base.element) if isinstance(value, Value) else self.const(value, Type(base.element))
-        )
-        stored = self.movable(stored)
-        at, t = self.advance(base, offset), stored.type
-        align = align or max(1, BITS[base.element] // 8)
-        if valid is None:
-            self.lines.append(f"llvm.store {stored.name}, {at.name} {{alignment = {align} : i64}} : {t}, !llvm.ptr")
-            return
-        if isinstance(valid.const, int):
-            self.store_lanes(at.of(t.element), stored, valid.const, align)
-            return
-        if t.bits == 16:
-            # Not masked: see `store_lanes`. LLVM finds out that a mask is constant after us.
-            with self.for_(0, self.min(valid, t.lanes)) as lane:
-                self.store(at.of(t.element), self.extract(stored, lane.i), lane.i, None, align)
-            return
-        mask = self.mask(valid, t.lanes)
-        types = f"{stored.type}, {mask.type} into !llvm.ptr"
-        self.lines.append(
-            f"llvm.intr.masked.store {stored.name}, {at.name}, {mask.name} {{alignment = {align} : i32}} : {types}"
-        )
-
-    def store_lanes(self, at: Pointer, value: Value, count: int, align: int) -> None:
-        """The first `count` lanes, in pieces of powers of two.
-
-        Not masked: LLVM stores too many bytes for a constant mask of one lane of a 16-bit vector that was truncated.
-        """
-        start = 0
-        while start < count:
-            n = min(value.type.lanes, 1 << ((count - start).bit_length() - 1))
-            piece = self.slice(value, start, n) if n > 1 else self.extract(value, start)
-            self.store(at, piece, start, None, align)
-            start += n
-
-    def prefetch(self, at: Pointer, locality: int, write: bool) -> None:
-        attributes = f"cache = 1 : i32, hint = {locality} : i32, rw = {int(write)} : i32"
-        self.lines.append(f'"llvm.intr.prefetch"({at.name}) <{{{attributes}}}> : (!llvm.ptr) -> ()')
-
     def alloca(self, element: str, count: int, *, align: int = 64) -> Pointer:
         """Stack scratch of `count` elements, uninitialised; one per call of this method and kernel call, also inside
         loops. Raises UsageError when all of the function's take more than `stack.KERNEL_BYTES`.
@@ -496,11 +428,6 @@ class Builder:
     def body(self, results: Sequence[Value] = ()) -> str:
         names, types = ", ".join(v.name for v in results), ", ".join(str(v.type) for v in results)
         return "\n".join([*self.entry, *self.lines, f"return {names} : {types}" if results else "return"])
-
-
-def movable(t: Type) -> Type:
-    """16-bit floats as integers: where a target has no such type, LLVM moves their lanes through conversion calls."""
-    return t.of("i16") if t.is_float and t.bits == 16 else t
 
 
 def literal(value: Number, element: str) -> str:

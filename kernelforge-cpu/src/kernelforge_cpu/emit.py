@@ -21,7 +21,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from kernelforge_cpu.builder import Builder
-from kernelforge_cpu.ssa import F32, I1, I32, I64, PTR, Function, Pointer, Type, Value, vec
+from kernelforge_cpu.pointer import Pointer
+from kernelforge_cpu.ssa import F32, I1, I32, I64, PTR, Function, Type, Value, vec
 
 if TYPE_CHECKING:
     from kernelforge_cpu.isa import CpuTarget

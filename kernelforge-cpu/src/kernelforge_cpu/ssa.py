@@ -48,6 +48,11 @@ def spelled(element: str, lanes: int) -> str:
     return f"vector<{lanes}x{name}>" if lanes else name
 
 
+def movable(t: Type) -> Type:
+    """16-bit floats as integers: where a target has no such type, LLVM moves their lanes through conversion calls."""
+    return t.of("i16") if t.is_float and t.bits == 16 else t
+
+
 def vec(lanes: int, element: str = "f32") -> Type:
     return Type(element, lanes)
 
@@ -140,55 +145,6 @@ class Value:
 
     def ge(self, other: Value | Number) -> Value:
         return self.k.compare("ge", self, other)
-
-
-class Pointer(Value):
-    """An address and the element type it counts in. Offsets are elements, never bytes."""
-
-    __slots__ = ("element",)
-
-    def __init__(self, k: Builder, name: str, element: str) -> None:
-        super().__init__(k, name, PTR)
-        self.element = element
-
-    def at(self, offset: Value | int) -> Pointer:
-        """The address of element `offset`."""
-        return self.k.advance(self, offset)
-
-    def of(self, element: str) -> Pointer:
-        """The same address, counted in another element type."""
-        return Pointer(self.k, self.name, element)
-
-    def load(
-        self,
-        offset: Value | int = 0,
-        lanes: int = 0,
-        *,
-        valid: Value | None = None,
-        fill: Number = 0,
-        align: int | None = None,
-    ) -> Value:
-        """`lanes` elements from `offset` (0: one scalar), as they are in memory.
-
-        With `valid` (i64) only that many are read, the other lanes are `fill`. `align` in bytes; default: one element.
-        """
-        return self.k.load(self, offset, lanes, valid, fill, align)
-
-    def load_f32(
-        self, offset: Value | int = 0, lanes: int = 0, *, valid: Value | None = None, align: int | None = None
-    ) -> Value:
-        """As `load`, widened to f32 (f32, f16, bf16 and integer elements). Lanes that are not valid are 0."""
-        return self.k.convert(self.k.load(self, offset, lanes, valid, 0, align), "f32")
-
-    def store(
-        self, value: Value | Number, offset: Value | int = 0, *, valid: Value | None = None, align: int | None = None
-    ) -> None:
-        """Writes a scalar or vector, converted to this pointer's element type (f32 rounds to nearest even)."""
-        self.k.store(self, value, offset, valid, align)
-
-    def prefetch(self, offset: Value | int = 0, *, locality: int = 3, write: bool = False) -> None:
-        """Hints that the line of element `offset` is needed soon; locality 3 keeps it in all levels, 0 in none."""
-        self.k.prefetch(self.at(offset), locality, write)
 
 
 class Function(NamedTuple):
