@@ -10,12 +10,12 @@ from kernelforge.dtype import to_numpy
 from kernelforge.errors import PluginError, UsageError
 from kernelforge.faults import failed
 from kernelforge.plan_cache import code_stamp, plan_key
-from kernelforge.problem import TensorType
+from kernelforge.problem import Problem, TensorType
 from kernelforge.reference import HostBuffer
 from kernelforge.registry import Registry
 from kernelforge.variant import DeviceInfo, config_key
 from kernelforge_cpu.executable import CpuExecutable, LinkedKernel
-from kernelforge_cpu.kernel import NativeKernel, PythonKernel, guarded
+from kernelforge_cpu.kernel import NativeKernel, PythonKernel
 from kernelforge_cpu.store import ConstantStore, aligned_zeros
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class CpuDevice:
             )
         if variant.layouts is not None:
             self._check_layouts(variant, step, kernel)
-        return kernel if isinstance(kernel, NativeKernel) else guarded(kernel, variant, step.problem)
+        return kernel if isinstance(kernel, NativeKernel) else _guarded(kernel, variant, step.problem)
 
     def _check_layouts(self, variant: KernelVariant, step: Step, kernel: NativeKernel | PythonKernel) -> None:
         """Raises PluginError when the kernel packs otherwise than its variant told the plan."""
@@ -156,3 +156,21 @@ class CpuDevice:
                 variant = catalog.variant(self._info.target, step.problem.op, step.variant)
                 what = f"does not compile for {step.problem}"
                 raise failed(f"variant '{variant.key}'", variant.provenance, what, error) from error
+
+
+def _guarded(kernel: PythonKernel, variant: KernelVariant, problem: Problem) -> PythonKernel:
+    """The kernel as it is run: told apart from what calls it when it fails, and kept from writing to its operands."""
+
+    def call(operands: Sequence[Array | None], results: Sequence[Array]) -> None:
+        seen = [None if operand is None else operand.view() for operand in operands]
+        for view in seen:
+            if view is not None:
+                view.flags.writeable = False
+        try:
+            kernel.call(seen, results)
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise failed(f"variant '{variant.key}'", variant.provenance, f"fails on {problem}", error) from error
+
+    return PythonKernel(call)

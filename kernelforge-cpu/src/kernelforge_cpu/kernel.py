@@ -16,13 +16,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from kernelforge.faults import failed
-
 if TYPE_CHECKING:
     import numpy as np
 
-    from kernelforge.problem import Problem, TensorType
-    from kernelforge.variant import KernelVariant
+    from kernelforge.problem import TensorType
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -95,21 +92,3 @@ class PythonKernel:
     Operands cannot be written to. What it raises becomes a PluginError that names the variant's plugin."""
 
     call: Callable[[Sequence[Array | None], Sequence[Array]], None]
-
-
-def guarded(kernel: PythonKernel, variant: KernelVariant, problem: Problem) -> PythonKernel:
-    """The kernel as it is run: told apart from what calls it when it fails, and kept from writing to its operands."""
-
-    def call(operands: Sequence[Array | None], results: Sequence[Array]) -> None:
-        seen = [None if operand is None else operand.view() for operand in operands]
-        for view in seen:
-            if view is not None:
-                view.flags.writeable = False
-        try:
-            kernel.call(seen, results)
-        except MemoryError:
-            raise
-        except Exception as error:
-            raise failed(f"variant '{variant.key}'", variant.provenance, f"fails on {problem}", error) from error
-
-    return PythonKernel(call)
