@@ -38,21 +38,23 @@ HOME = (variant("whole", op=WHOLE), variant("plain", op=NORM, priority=10), vari
 BETTER = variant("better", op=NORM, priority=20)
 
 
-def text() -> str:
+def text(*, silu: bool = False) -> str:
     g = Graph()
     x, weight = g.input("x", ("tokens", 64), "f32"), g.constant("weight", (64,), "f32")
-    g.output(g.rms_norm_matmul(x, weight, g.constant("w", (64, 8), "f32")), "y")
+    y = g.rms_norm_matmul(x, weight, g.constant("w", (64, 8), "f32"))
+    g.output(g.silu(y) if silu else y, "y")
     return g.text()
 
 
 class Reader:
-    """Reads two models: one norm, or with one of any number of tokens."""
+    """Reads three models: one norm, or with one of any number of tokens, or with an activation."""
 
     def claims(self, source: str) -> bool:
-        return source in ("norm", "norms")
+        return source in ("norm", "norms", "silu")
 
     def load(self, source: str, **options: object) -> ImportedModel:
-        programs = Program("decode", text(), dims={"tokens": 1}), Program("prefill", text(), max_dims={"tokens": 8})
+        decode = Program("decode", text(silu=source == "silu"), dims={"tokens": 1})
+        programs = decode, Program("prefill", text(), max_dims={"tokens": 8})
         return ImportedModel(source, programs[: 1 + source.endswith("s")], ArraySource({}))
 
 
@@ -216,6 +218,13 @@ def test_why_says_what_was_fused_and_what_was_not_asked(capsys: pytest.CaptureFi
     data = run(why_verb.why, registry(), problem=data["problems"][0]["problem"])
     assert [f["apart"] for f in data["fusions"]] == [False]
     assert json.dumps(data)
+
+
+def test_why_shows_fusions_of_the_op_that_is_asked_for() -> None:
+    using = registry((*HOME[1:], variant("active", op="transformer.silu")))
+    for op, fused in ((None, [WHOLE]), ("matmul", [WHOLE]), ("silu", [])):
+        found = run(why_verb.why, using, op=op, model="silu")["fusions"]
+        assert [f["problem"].partition("(")[0] for f in found] == fused
 
 
 def test_tuning_a_model_times_whole_and_parts_where_a_plugin_has_a_part(
