@@ -15,8 +15,9 @@ from kernelforge.backend import Timing
 from kernelforge.bench.matmul import matmul_problem
 from kernelforge.errors import UsageError, WrongResultError
 from kernelforge.problem import Problem, TensorType, parse_problem, parse_tensor_type
+from kernelforge.problem_plan import memory_of
 from kernelforge.registry import Registry
-from kernelforge.session import Session, memory_of
+from kernelforge.session import Session
 from kernelforge.tolerance import tolerance
 from kernelforge.tune.measure import Subject, measure_in_turn
 from kernelforge.tune.records import RecordStore

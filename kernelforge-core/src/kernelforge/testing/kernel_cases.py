@@ -13,7 +13,7 @@ from typing import Any
 from kernelforge.errors import UsageError
 from kernelforge.op import OpDef
 from kernelforge.problem import Problem, TensorType
-from kernelforge.session import memory_of
+from kernelforge.problem_plan import memory_of
 from kernelforge.testing.case import Case
 from kernelforge.testing.families import Choice, Family, dtype_label, family_of
 from kernelforge.testing.kernels import ARRANGEMENTS, KernelRun, check_arrangement, check_kernel, check_plain

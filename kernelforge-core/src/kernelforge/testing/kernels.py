@@ -12,8 +12,8 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from kernelforge.problem import Problem
+from kernelforge.problem_plan import memory_of, operand_names
 from kernelforge.reference import HostBuffer
-from kernelforge.session import memory_of, operand_names
 from kernelforge.testing.case import Failure
 from kernelforge.testing.memory import POISONS, Guarded
 from kernelforge.testing.values import fill

@@ -13,8 +13,8 @@ from kernelforge import tolerance
 from kernelforge.dtype import FLOATS, from_numpy, to_numpy
 from kernelforge.errors import UsageError
 from kernelforge.problem import Problem, TensorType
+from kernelforge.problem_plan import memory_of, operand_names
 from kernelforge.quant import dequantize
-from kernelforge.session import memory_of, operand_names
 
 if TYPE_CHECKING:
     from kernelforge.backend import Buffer, Device, Executable
