@@ -85,17 +85,40 @@ def test_every_printed_module_parses_back() -> None:
 
 
 def test_a_pass_that_breaks_the_module_is_named() -> None:
-    with pytest.raises(KernelForgeError, match=r"(?s)pass 'breaks' left a broken module.*fc.*epilogue.*relu") as caught:
+    with pytest.raises(
+        KernelForgeError, match=r"(?s)pass 'breaks' of test_passes\w+ left a broken module.*fc.*epilogue.*relu"
+    ) as caught:
         Pipeline((Canonicalize(), Breaks())).run(small().module(REGISTRY))
     assert caught.value.exit_code == 1
 
 
 def test_a_pass_that_fails_is_named() -> None:
-    with pytest.raises(KernelForgeError, match=re.escape("pass 'raises{usage=true}' failed: it cannot")) as refused:
+    with pytest.raises(
+        KernelForgeError, match=re.escape("pass 'raises{usage=true}' of test_passes_pipeline failed: it cannot")
+    ) as refused:
         Pipeline((Raises(usage=True),)).run(small().module(REGISTRY))
     assert refused.value.hint == "ask another"
-    with pytest.raises(PluginError, match=re.escape("pass 'raises' failed: IndexError: out of range")):
+    with pytest.raises(
+        PluginError, match=re.escape("pass 'raises' of test_passes_pipeline failed: IndexError: out of range")
+    ):
         Pipeline((Raises(),)).run(small().module(REGISTRY))
+
+
+@dataclass(frozen=True)
+class Erases(Pass):
+    name: ClassVar[str] = "erases"
+
+    def run(self, module: Module) -> None:
+        from kernelforge.passes.rewriting import Body
+
+        body = Body(module)
+        for product in body.walk("transformer.matmul"):
+            body.erase(product)
+
+
+def test_an_op_in_use_is_not_erased() -> None:
+    with pytest.raises(KernelForgeError, match=r"'transformer\.matmul' is still used, so it cannot be erased"):
+        Pipeline((Erases(),)).run(small().module(REGISTRY))
 
 
 def linear(g: Graph, x: Tensor, name: str, n: int, *, bias: bool = False) -> Tensor:

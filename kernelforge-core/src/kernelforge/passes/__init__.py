@@ -88,13 +88,19 @@ def _apply(step: Pass, module: Module) -> None:
         with module.context:
             step.run(module)
     except KernelForgeError as error:
-        raise KernelForgeError(f"pass '{step}' failed: {error}", hint=error.hint) from error
+        raise KernelForgeError(f"{_who(step)} failed: {error}", hint=error.hint) from error
     except Exception as error:
-        raise PluginError(f"pass '{step}' failed: {type(error).__name__}: {error}") from error
+        raise PluginError(f"{_who(step)} failed: {type(error).__name__}: {error}") from error
     try:
         module.verify()
     except KernelForgeError as error:
-        raise KernelForgeError(f"pass '{step}' left a broken module: {error}") from error
+        raise KernelForgeError(f"{_who(step)} left a broken module: {error}") from error
+
+
+def _who(step: Pass) -> str:
+    """The pass; one of a plugin with the package that it comes from."""
+    package = type(step).__module__.partition(".")[0]
+    return f"pass '{step}'" + ("" if package == __name__.partition(".")[0] else f" of {package}")
 
 
 def _load(call: PassCall, registry: Registry) -> Pass:

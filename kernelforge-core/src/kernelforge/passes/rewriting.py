@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from kernelforge.dialect import create, operand_values, read_attrs
+from kernelforge.errors import UsageError
 from kernelforge.mlir import PassManager, ir
 from kernelforge.module import CONSTANT, Module
 from kernelforge.op import Attrs, OpDef
@@ -111,7 +112,12 @@ class Body:
             operation.move_before(before.operation)
 
     def erase(self, op: Op) -> None:
-        """Erase an op that nothing uses."""
+        """Erase an op that nothing uses. Raises UsageError where something does: MLIR would end the process."""
+        if any(uses(value) for value in op.operation.results):
+            raise UsageError(
+                f"'{op.operation.name}' is still used, so it cannot be erased",
+                hint="replace() gives its users other values",
+            )
         # Its memory may become another op's: no trace of it may stay.
         self._constants.difference_update(op.operation.results)
         op.operation.erase()
