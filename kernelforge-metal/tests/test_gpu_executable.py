@@ -21,10 +21,11 @@ from kernelforge.problem import Problem, parse_problem
 from kernelforge.session import Session
 from kernelforge.tune.verify import Workload
 from kernelforge.variant import Config, DeviceInfo, KernelVariant
+from kernelforge_metal.bindings import MAX_BOUND
 from kernelforge_metal.buffer import GpuBuffer
 from kernelforge_metal.device import GpuDevice
 from kernelforge_metal.errors import DeviceLost
-from kernelforge_metal.executable import MAX_BOUND, GpuExecutable
+from kernelforge_metal.executable import GpuExecutable
 from kernelforge_metal.kernel import Below, Binding, Dispatch, GpuKernel
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*run on the host, slowly")
@@ -255,9 +256,9 @@ def test_buffers_that_are_gone_take_what_was_bound_to_them_along(session: Sessio
     for _ in range(3):
         a = session.device.allocate((4, 16), "f32")
         np.testing.assert_array_equal(one(executable.run({"a": a, "b": numbers(4, 16)})), numbers(4, 16))
-        assert len(vars(executable)["_bound"]) == 1
+        assert len(vars(vars(executable)["_bindings"])["_kept"]) == 1
         del a
-    assert not vars(executable)["_bound"]
+    assert not vars(vars(executable)["_bindings"])["_kept"]
 
 
 def test_buffers_that_stay_remember_no_run_that_is_forgotten(session: Session) -> None:
@@ -448,7 +449,7 @@ def test_equal_constants_are_on_the_device_once(session: Session) -> None:
     source = {"w": numbers(24)}
     before = session.build(session.plan(two_sums()), source)
     assert isinstance(before, GpuExecutable)
-    assert len({region.buffer for region in before._constants.values()}) == 1
+    assert len({region.buffer for region in before._bindings._constants.values()}) == 1
 
 
 # Errors.

@@ -16,7 +16,8 @@ from kernelforge.tolerance import expect
 from kernelforge.tune.verify import Workload
 from kernelforge.variant import Accept, DeviceInfo, KernelVariant, Reject
 from kernelforge_metal.adapters import SOFTWARE
-from kernelforge_metal.executable import Bound, GpuExecutable
+from kernelforge_metal.bindings import Bindings, Bound
+from kernelforge_metal.executable import GpuExecutable
 from kernelforge_metal.inputs import Given
 from kernelforge_metal.kernel import GpuKernel, shader
 from kernelforge_metal.kernels import rope_cache
@@ -217,14 +218,15 @@ def test_few_keys_are_not_shared_out(gpu: Session, monkeypatch: pytest.MonkeyPat
 def record(executable: GpuExecutable, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many dispatches each run from now on binds or has bound."""
     counts: list[int] = []
-    bound = GpuExecutable._commands
+    bindings: Bindings = vars(executable)["_bindings"]
+    bound = bindings.of
 
-    def commands(self: GpuExecutable, given: Given) -> Bound:
-        found = bound(self, given)
+    def of(given: Given) -> Bound:
+        found = bound(given)
         counts.append(sum(map(len, found.steps)))
         return found
 
-    monkeypatch.setattr(executable, "_commands", commands.__get__(executable))
+    monkeypatch.setattr(bindings, "of", of)
     return counts
 
 

@@ -48,7 +48,7 @@ def check(executable: GpuExecutable, rows: int, seed: int) -> None:
 
 
 def stream_of(executable: GpuExecutable) -> Stream:
-    bound, *_ = vars(executable)["_bound"].values()
+    bound, *_ = vars(vars(executable)["_bindings"])["_kept"].values()
     (stream,) = bound.segments
     assert isinstance(stream, Stream)
     return stream

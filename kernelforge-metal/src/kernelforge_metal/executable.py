@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +11,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from kernelforge.errors import DeviceError
 from kernelforge.explanation import Explanation, explain_plan
+from kernelforge_metal.bindings import Bindings, Bound
 from kernelforge_metal.encoder import Recorded, Region
 from kernelforge_metal.inputs import Given, check_inputs, take_out
 from kernelforge_metal.kernel import HostKernel
@@ -26,35 +25,9 @@ if TYPE_CHECKING:
     from kernelforge.plan import Plan
     from kernelforge_metal.buffer import GpuBuffer
     from kernelforge_metal.device import CompiledKernel
-    from kernelforge_metal.kernel import Below, Dispatch
     from kernelforge_metal.native import Gpu
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-Segment = Stream | int
-"""Dispatches of consecutive steps, or the number of a step that runs on the host."""
-
-MAX_BOUND = 8
-"""Sets of donated buffers whose bind groups are kept."""
-
-
-Known = frozenset[tuple[int, int]]
-"""Values of a plan, and bounds that all their numbers are below."""
-
-
-@dataclass
-class Bound:
-    """The dispatches of a plan for certain buffers, as far as they run with what is known of the inputs."""
-
-    known: Known
-    steps: list[list[Command]]
-    segments: list[Segment]
-    watched: tuple[weakref.ref[GpuBuffer], ...]
-    """The buffers, which take this along when they go: their ids may be others' then."""
-    ran: bool = False
-    """With the present sizes."""
-    recorded: Callable[[], Recorded] | None = None
-    """Hands out what the next run submits, if that is recorded ahead; once."""
 
 
 class GpuExecutable:
@@ -71,20 +44,12 @@ class GpuExecutable:
     ) -> None:
         """`kernels`: one a step. `constants` and `arrays`: of (step, operand index), on the GPU and, for steps that run on the
         host, there."""
-        self._plan, self._kernels, self._constants, self._arrays = plan, kernels, constants, arrays
+        self._plan, self._kernels, self._arrays = plan, kernels, arrays
         self._gpu, self._catalog = gpu, catalog
         self._layout = Layout(plan, kernels, gpu)
         self._dims: dict[str, int] | None = None
         self._parameters = Parameters(plan, kernels, gpu)
-        self._bound: dict[tuple[Known, tuple[tuple[int, int], ...]], Bound] = {}
-        self._asked = frozenset(
-            self._fact(i, below)
-            for i, compiled in enumerate(kernels)
-            if not isinstance(compiled.kernel, HostKernel)
-            for dispatch in compiled.kernel.dispatches
-            for below in (dispatch.only, dispatch.unless)
-            if below is not None
-        )
+        self._bindings = Bindings(plan, kernels, constants, self._layout, self._parameters, gpu)
 
     @property
     def plan(self) -> Plan:
@@ -126,7 +91,7 @@ class GpuExecutable:
         with self._gpu.lock:
             given = self._take(inputs)
             self._send(given)
-            segments = self._commands(given).segments
+            segments = self._bindings.of(given).segments
             commands = [c for s in segments if isinstance(s, Stream) for c in s.commands]
             if all(isinstance(s, Stream) for s in segments):
                 return measure(self._gpu, commands, self._parameters.uniform_group, repeats)
@@ -141,7 +106,7 @@ class GpuExecutable:
             given = self._take(inputs)
             self._send(given)
             steps: list[list[Command] | Callable[[], None]] = []
-            for i, commands in enumerate(self._commands(given).steps):
+            for i, commands in enumerate(self._bindings.of(given).steps):
                 host = isinstance(self._kernels[i].kernel, HostKernel)
                 steps.append(partial(self._run_on_host, i, given) if host else commands)
             seconds = step_seconds(self._gpu, steps, self._parameters.uniform_group, repeats)
@@ -193,109 +158,13 @@ class GpuExecutable:
             return
         self._dims = None
         if self._layout.fit(dims):
-            self._bound.clear()
+            self._bindings.clear()
         if self._parameters.resize(dims):
-            self._bound.clear()
+            self._bindings.clear()
         self._dims = dict(dims)
-        for bound in list(self._bound.values()):
-            bound.ran, bound.recorded = False, None
-            for i, row in enumerate(bound.steps):
-                for command, (k, _) in zip(row, self._dispatches(i, bound.known), strict=True):
-                    command.grid = self._parameters.grids[i][k]
-            for segment in bound.segments:
-                if isinstance(segment, Stream):
-                    segment.changed()
+        self._bindings.resized()
 
     # --- commands ---
-
-    def _commands(self, given: Given) -> Bound:
-        """The dispatches for the buffers that were given."""
-        known = self._known(given)
-        key = known, given.places
-        if (found := self._bound.get(key)) is not None:
-            return found
-        if len(self._bound) >= MAX_BOUND:
-            self._bound.pop(next(iter(self._bound)))
-        made = [self._bind_step(i, given, known) for i in range(len(self._kernels))]
-        own = weakref.ref(self)
-
-        def forget(_: weakref.ref[GpuBuffer]) -> None:
-            if (executable := own()) is not None:
-                executable._bound.pop(key, None)
-
-        watched = tuple(weakref.ref(b, forget) for b in given.buffers.values())
-        self._bound[key] = Bound(known, made, self._segments(made), watched)
-        return self._bound[key]
-
-    def _fact(self, i: int, below: Below) -> tuple[int, int]:
-        """What a kernel of step `i` asks, of a value of the plan."""
-        value = self._plan.steps[i].operands[below.index]
-        assert value is not None
-        return value, below.bound
-
-    def _known(self, given: Given) -> Known:
-        """What holds of all that kernels ask."""
-        return frozenset(
-            (value, bound)
-            for value, bound in self._asked
-            if (array := given.arrays.get(value)) is not None and max(array.ravel().tolist(), default=-1) < bound
-        )
-
-    def _dispatches(self, i: int, known: Known) -> Iterator[tuple[int, Dispatch]]:
-        """Those of step `i` that run, and their numbers."""
-        kernel = self._kernels[i].kernel
-        for k, dispatch in enumerate(() if isinstance(kernel, HostKernel) else kernel.dispatches):
-            left_out = dispatch.only is not None and self._fact(i, dispatch.only) not in known
-            if not left_out and (dispatch.unless is None or self._fact(i, dispatch.unless) not in known):
-                yield k, dispatch
-
-    def _bind_step(self, i: int, given: Given, known: Known) -> list[Command]:
-        step, compiled = self._plan.steps[i], self._kernels[i]
-        values = (*step.operands, *step.results)
-        made: list[Command] = []
-        for k, dispatch in self._dispatches(i, known):
-            regions = []
-            for b in dispatch.bindings:
-                if b.index >= len(values):
-                    extra = b.index - len(values)
-                    tables = compiled.tables
-                    regions.append(
-                        tables[extra] if extra < len(tables) else self._layout.scratch(i, extra - len(tables))
-                    )
-                elif (i, b.index) in self._constants:
-                    whole = self._constants[i, b.index]
-                    regions.append(Region(whole.buffer, b.start, b.nbytes or whole.nbytes - b.start))
-                else:
-                    value = values[b.index]
-                    assert value is not None
-                    regions.append(self._layout.region(self._plan.root(value), given))
-            pipeline = compiled.pipelines[k]
-            group = self._gpu.bind_group(pipeline.layout, regions)
-            address, nbytes, start = self._parameters.of(i, k)
-            made.append(
-                Command(
-                    pipeline.pipeline._internal,
-                    group._internal,
-                    self._parameters.grids[i][k],
-                    address,
-                    nbytes,
-                    start,
-                    (pipeline, group, *self._parameters.memory),
-                )
-            )
-        return made
-
-    def _segments(self, steps: Sequence[list[Command]]) -> list[Segment]:
-        """Runs of steps on the GPU, and steps on the host between them."""
-        segments: list[Segment] = []
-        for i, commands in enumerate(steps):
-            if isinstance(self._kernels[i].kernel, HostKernel):
-                segments.append(i)
-            elif segments and isinstance(segments[-1], Stream):
-                segments[-1].commands += commands
-            else:
-                segments.append(Stream(list(commands)))
-        return segments
 
     def _execute(self, given: Given) -> None:
         """Submit a run, the copy of its outputs included.
@@ -303,7 +172,7 @@ class GpuExecutable:
         Steps of a decoder are the same commands each time: while the GPU works on one, what comes next on these buffers is
         recorded. The host is then done before the GPU is.
         """
-        bound = self._commands(given)
+        bound = self._bindings.of(given)
         segments = bound.segments
         if len(segments) == 1 and isinstance(segments[0], Stream):
             stream = segments[0]
@@ -330,8 +199,7 @@ class GpuExecutable:
         try:
             return take() if take is not None else None
         except DeviceError:
-            for other in list(self._bound.values()):
-                other.recorded = None
+            self._bindings.forget_recorded()
             raise
 
     def _record_ahead(self, stream: Stream, given: Given) -> Callable[[], Recorded]:
