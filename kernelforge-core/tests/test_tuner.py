@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,12 @@ import pytest
 from fake_target import Array, Kernel, Outputs, variant
 
 from kernelforge.bench.matmul import matmul_problem
-from kernelforge.errors import UsageError
+from kernelforge.errors import KernelForgeWarning, UsageError
 from kernelforge.problem import Problem, parse_problem
 from kernelforge.tune.grid import GridTuner
 from kernelforge.tune.records import RecordStore
 from kernelforge.tune.run import TuneResult, planned_trials, tunable, tune_problem
+from kernelforge.tune.trial import ENDED
 from kernelforge.tune.tuner import Tuner
 from kernelforge.variant import Config, ConfigSpace, KernelVariant, Reject
 
@@ -147,6 +151,30 @@ def test_failures_are_recorded_and_never_timed_or_tried_again(store: RecordStore
     assert (by_name["lost"].status, by_name["lost"].message) == ("error", "RuntimeError: device lost")
     assert sorted(told) == ["broken", "good", "lost", "wrong"]
     assert tune(store, *variants).known == 4
+
+
+def crash(problem: Problem, operands: Sequence[Array | None], results: Outputs) -> Outputs:
+    os.abort()
+
+
+CRASHING = (variant("good"), variant("crashes", lambda config: Kernel(crash), priority=-1))
+
+
+def tune_to_the_end(path: Path) -> None:
+    tune(RecordStore(path), *CRASHING)
+
+
+def test_a_kernel_that_ends_the_process_is_told_and_not_tried_again(store: RecordStore) -> None:
+    child = multiprocessing.get_context("spawn").Process(target=tune_to_the_end, args=(store.path,))
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGABRT
+    with pytest.warns(KernelForgeWarning, match=r"kernel 'crashes' of plugin \w+ with config {} ended the process"):
+        result = tune(store, *CRASHING)
+    assert [r.variant for r in result.records if r.ok] == ["good"]
+    (failure,) = [r for r in store.records if not r.ok]
+    assert (failure.variant, failure.status, failure.message) == ("crashes", "error", ENDED)
+    assert list(store.path.parent.iterdir()) == [store.path]
 
 
 def test_interruption_keeps_what_was_measured(store: RecordStore) -> None:

@@ -19,6 +19,7 @@ from kernelforge.selection import judge
 from kernelforge.tune.measure import Subject, measure_in_turn
 from kernelforge.tune.record import Record, Status, kernel_hash
 from kernelforge.tune.records import RecordStore
+from kernelforge.tune.trial import ENDED, record_crashes, watched
 from kernelforge.variant import Accept, Config, KernelVariant, Reject, config_key
 
 if TYPE_CHECKING:
@@ -129,10 +130,10 @@ def tune_problem(
     """Find the fastest correct variant and config for a static problem on the session's device, and record every
     trial.
 
-    What has a current record is not tried again. `variants` limits the search by name, `budget_s` in seconds (trials
-    that have begun are finished). KeyboardInterrupt ends it early: what was measured is recorded, and the result says
-    so. Raises UsageError for an unknown op, tuner or variant, a problem that no variant accepts or that is not
-    static.
+    What has a current record is not tried again, nor what ended the process that tried it. `variants` limits the search by
+    name, `budget_s` in seconds (trials that have begun are finished). KeyboardInterrupt ends it early: what was measured is
+    recorded, and the result says so. Raises UsageError for an unknown op, tuner or variant, a problem that no variant accepts
+    or that is not static.
     """
     from kernelforge.tune.verify import Workload
 
@@ -140,6 +141,7 @@ def tune_problem(
     make_tuner = resolve(lookup("tuner", session.registry.tuners, tuner).load)
     workload = Workload(session, problem)
     info = session.device.info
+    record_crashes(store)
     searches = [
         _Search(
             v,
@@ -210,10 +212,11 @@ class _Run:
     def _prepare(self, search: _Search, config: Config) -> _Candidate | None:
         """Build and verify; a failure is recorded, and None."""
         try:
-            executable = self.session.compile_problem(
-                self.workload.problem, constants=self.workload.constants, variant=search.variant.name, config=config
-            )
-            error = self.workload.verify(executable).largest
+            with watched(self.store, self._record(search, config, "error", message=ENDED)):
+                executable = self.session.compile_problem(
+                    self.workload.problem, constants=self.workload.constants, variant=search.variant.name, config=config
+                )
+                error = self.workload.verify(executable).largest
         except WrongResultError as failure:
             self._fail(search, config, "wrong-result", str(failure))
             return None
@@ -289,8 +292,14 @@ class _Run:
         self.progress(record)
 
     def _append(self, search: _Search, config: Config, status: Status, **measured: Any) -> Record:
+        record = self._record(search, config, status, **measured)
+        self.store.append(record)
+        self.records.append(record)
+        return record
+
+    def _record(self, search: _Search, config: Config, status: Status, **measured: Any) -> Record:
         variant, info = search.variant, self.session.device.info
-        record = Record(
+        return Record(
             problem=str(self.workload.problem),
             op=variant.op,
             target=variant.target,
@@ -308,9 +317,6 @@ class _Run:
             unix_time=round(time.time(), 3),
             **measured,
         )
-        self.store.append(record)
-        self.records.append(record)
-        return record
 
 
 def _rounded(value: float) -> float:
