@@ -248,7 +248,7 @@ def test_tuning_a_model_times_whole_and_parts_where_a_plugin_has_a_part(
     opened = Session("fake", registry=registry(theirs=[BETTER]))
     assert "us whole" in reason(opened.plan(text(), dims={"tokens": 1}))
     dynamic = reason(opened.plan(text(), max_dims={"tokens": 8}))
-    assert f"was chosen for {NORM}, and of no fixed size it is not decided by times" in dynamic
+    assert f"was chosen for {NORM}; times do not decide for a step of any size" in dynamic
 
 
 def test_options_name_a_kernel_and_leave_passes_out() -> None:

@@ -2,7 +2,7 @@
 
 The first of these rules that applies decides. A kernel that the user named, of the whole or of a part. A whole that nothing runs
 but the target's fallback is taken apart. Where the whole and all parts were measured on exactly these problems, the quicker way
-is taken; one of no fixed size never was: who wins at one size may lose at another. A whole that the target's own kernel would run
+is taken; a problem of any size never was: who wins at one may lose at another. A whole that the target's own kernel would run
 is taken apart where a plugin's kernel was chosen for a part, and no part is left to the fallback: who brings a better kernel for
 an op need not know what fuses that op. Else it stays whole.
 """
@@ -80,7 +80,7 @@ def _weigh(
         apart = True
         reason = f"{theirs.variant.name} of {theirs.variant.provenance} was chosen for {theirs.problem.op}"
         if problem.dims:
-            reason += ", and of no fixed size it is not decided by times"
+            reason += "; times do not decide for a step of any size"
     else:
         apart, reason = False, "one kernel in place of several"
     kernels = tuple(PartKernel(str(s.problem), s.variant.name, str(s.variant.provenance)) for s in parts)

@@ -48,7 +48,7 @@ def step_inputs(
 
 
 class Steps:
-    """Each is compiled when it is first needed. Not for concurrent use by several threads."""
+    """Each is compiled when it is first needed. Threads take turns, step by step; a cache is for one at a time."""
 
     def __init__(self, model: Model, session: Session) -> None:
         self._model, self._session = model, session
