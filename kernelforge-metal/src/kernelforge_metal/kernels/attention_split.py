@@ -17,7 +17,7 @@ from kernelforge_metal.kernel import Below, Binding, Dispatch, GpuKernel
 from kernelforge_metal.kernels.attention import Attention
 from kernelforge_metal.kernels.attention_tile import takes_quads
 from kernelforge_metal.kernels.norms import FUNCTIONS
-from kernelforge_metal.kernels.quantised_cache import RUN, run_quad, run_words
+from kernelforge_metal.kernels.quantised_cache import RUN, RUN_WORDS, run_quad, run_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -89,6 +89,8 @@ class NewRow:
     """Statements: whether the new row is `here`, in the chunk that has `many` keys from `begin` on, and how many are `old`."""
     load: str
     """Statements for one thread of all: fill `fresh`, the quads of the key and then those of the value."""
+    then: str
+    """Statements for one thread of all, after those of `load` for all threads."""
     store: str
     """Statements for one thread of all."""
 
@@ -162,7 +164,13 @@ def split_kernel(a: Attention, config: Config, new: NewRow | None = None) -> Gpu
     if depth < quads:
         keys, dots = "", f"for (var d = 0u; d < {quads}u; d += {depth}u) {{ {keys} {dots} }}"
 
+    places = ""
+    if whole_words := v.type.dtype == "q8" and size % RUN == 0:
+        places = " let values_place = q8_place(values_at);"
+
     def value(j: str) -> str:
+        if whole_words:  # from row to row by whole words
+            return f"v_at(values_place, min({j}, last) * {a.key_stride('v') // RUN * RUN_WORDS}u)"
         return wgsl.quad("v", v.type.dtype, f"values_at + min({j}, last) * {a.key_stride('v') // 4}u")
 
     first_values = [f"(lane + {n * lanes}u)" for n in early]
@@ -180,9 +188,9 @@ def split_kernel(a: Attention, config: Config, new: NewRow | None = None) -> Gpu
         for c in range(4)
     )
     ids = wgsl.SUBGROUP_IDS if subgroups else wgsl.IDS
-    find, load_new, store_new, more_functions, new_value = "let old = many;", "", "", "", ""
+    find, load_new, then, store_new, more_functions, new_value = "let old = many;", "", "", "", "", ""
     if new is not None:
-        load_q, find, load_new, store_new = new.query, new.find, new.load, new.store
+        load_q, find, load_new, then, store_new = new.query, new.find, new.load, new.then, new.store
         more_functions = f"{new.functions}\nvar<workgroup> fresh: array<vec4<f32>, {2 * quads}>;"
         sums = " ".join(f"o{r} += weights[{r * chunk}u + old] * fresh[{quads}u + d];" for r in range(repeat))
         new_value = f"if (here && lane == 0u) {{ {sums} }}"
@@ -205,7 +213,7 @@ fn main(ids: Ids) {{
   let d = ids.thread % {quads}u;
   let key = start + min(ids.thread, last);
   let keys_at = ({k.at} + {a.key_place("k", "group")} + key * {a.key_stride("k")}u) / 4u;
-  let values_at = ({v.at} + {a.key_place("v", "group")} + start * {a.key_stride("v")}u) / 4u + d;
+  let values_at = ({v.at} + {a.key_place("v", "group")} + start * {a.key_stride("v")}u) / 4u + d;{places}
   {keys}
   {" ".join(f"let v{n} = {value(j)};" for n, j in enumerate(first_values))}
   for (var i = ids.thread; i < {repeat * quads}u; i += {chunk}u) {{
@@ -214,7 +222,7 @@ fn main(ids: Ids) {{
     query[i] = {load_q};
   }}
   {load_new}
-  workgroupBarrier();
+  workgroupBarrier();{then}
   let inside = ids.thread < many;
   {" ".join(f"var s{n} = vec4<f32>(-3.0e38);" for n in fours)}
   if (inside) {{

@@ -6,7 +6,7 @@ are 17 words. Who writes single groups writes that word atomically.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,21 +26,27 @@ RUN_WORDS = 17
 
 NUMBERS = """
 fn q8_numbers(quad: vec2<u32>) -> vec4<f32> { return vec4<f32>(unpack4xI8(quad.x)) * unpack2x16float(quad.y).x; }
+fn q8_place(at: u32) -> vec4<u32> {
+  let scale = (at >> 3u) * 17u;
+  let first = scale + 1u + ((at & 7u) << 1u);
+  return vec4<u32>(first >> 1u, (first >> 1u) + (first & 1u), scale >> 1u, (scale & 1u) << 4u);
+}
 """
-"""The four numbers of a quad: four int8, and an f16 scale in the lower half of a word."""
+"""`q8_numbers`: of a quad, four int8 and an f16 scale in the lower half of a word. `q8_place`: of elements 4 at to 4 at + 3, the
+one or two words of the int8, that of the scale, and how far it is shifted there."""
 
 
 def reader(name: str) -> str:
-    """`NAME_quad(at)`: elements 4 at to 4 at + 3 of the cache `name`, as `q8_numbers` takes them."""
+    """`NAME_at(place, words)`: a quad of the cache `name`, as `q8_numbers` takes it, so many words behind a place.
+    `NAME_quad(at)`: elements 4 at to 4 at + 3."""
     return f"""
-fn {name}_quad(at: u32) -> vec2<u32> {{
-  let scale = (at >> 3u) * 17u;
-  let first = scale + 1u + ((at & 7u) << 1u);
-  let low = {name}[first >> 1u];
-  let high = {name}[(first >> 1u) + (first & 1u)];
-  let values = select(low, (low >> 16u) | (high << 16u), (first & 1u) == 1u);
-  return vec2<u32>(values, {name}[scale >> 1u] >> ((scale & 1u) << 4u));
+fn {name}_at(place: vec4<u32>, words: u32) -> vec2<u32> {{
+  let low = {name}[place.x + words];
+  let high = {name}[place.y + words];
+  let values = select(low, (low >> 16u) | (high << 16u), place.x != place.y);
+  return vec2<u32>(values, {name}[place.z + words] >> place.w);
 }}
+fn {name}_quad(at: u32) -> vec2<u32> {{ return {name}_at(q8_place(at), 0u); }}
 """
 
 
@@ -96,20 +102,23 @@ mended by its remainder, of which 32 bits are enough. `q8_values`: four int8, |x
 / d, cut and halved, has no sum that a compiler may contract with the product."""
 
 
-FRESH_WORD = """
-fn fresh_half(group: u32, half: u32) -> u32 {
+FRESH = """
+fn fresh_scale(group: u32) {
   var largest = 0u;
   for (var i = 0u; i < 8u; i++) { largest = max(largest, q8_largest(fresh[group * 8u + i])); }
-  let scale = q8_scale(largest);
-  if (half == 0u) { return scale.x; }
-  return (q8_values(fresh[group * 8u + ((half - 1u) >> 1u)], scale.y) >> (((half - 1u) & 1u) << 4u)) & 0xffffu;
+  scales[group] = q8_scale(largest);
+}
+fn fresh_half(group: u32, half: u32) -> u32 {
+  if (half == 0u) { return scales[group].x; }
+  return (q8_values(fresh[group * 8u + ((half - 1u) >> 1u)], scales[group].y) >> (((half - 1u) & 1u) << 4u)) & 0xffffu;
 }
 fn fresh_word(n: u32) -> u32 {
   let low = fresh_half(2u * n / 17u, 2u * n % 17u);
   return low | (fresh_half((2u * n + 1u) / 17u, (2u * n + 1u) % 17u) << 16u);
 }
 """
-"""Word `n` of the quads in `fresh`, whole runs of them: each thread finds the scales that it needs, and owns its word."""
+"""Of quads in `fresh`, whole runs of them, both in workgroup memory: `fresh_scale` writes what `q8_scale` gives for a group to
+`scales`, then `fresh_word` is word `n` of what is to be stored, of which one thread each is the owner."""
 
 
 @dataclass(frozen=True)
@@ -130,59 +139,75 @@ def store_groups(
     functions: str = "",
     tables: Sequence[Binding] = (),
 ) -> Dispatch:
-    """One thread a group of the new rows of `moves`, whose shapes are the same."""
+    """A thread has four elements of the new rows of `moves`, whose shapes are the same; eight find the scale of a group."""
     slot_count, capacity, heads, size = moves[0].cache.type.shape
     assert isinstance(heads, int)
     assert isinstance(size, int)
     tokens = moves[0].new.type.shape[0]
     in_head = size // GROUP
-    each = heads * in_head
-    total = max(1, each * len(moves))
+    each = max(1, heads * in_head)
+    shape = (tokens, len(moves), heads, in_head, GROUP // 4)
     place, slot = (t.load(f"token * {t.type.element_strides()[0]}u") for t in (positions, slots))
 
-    def written(move: Move) -> str:
-        step, head_step, _ = move.new.type.element_strides()
-        name = move.cache.name
-        return f"""let at = token * {step}u + (group / {in_head}u) * {head_step}u;
-    for (var i = 0u; i < {GROUP}u; i++) {{ let e = (group % {in_head}u) * {GROUP}u + i; x[i >> 2u][i & 3u] = {move.element}; }}
-    var largest = 0u;
-    for (var i = 0u; i < {GROUP // 4}u; i++) {{ largest = max(largest, q8_largest(x[i])); }}
-    let scale = q8_scale(largest);
-    let word = ((row * {each}u + group) * 17u) >> 1u;
-    if (((row * {each}u + group) & 1u) == 0u) {{
-      var half = scale.x;
-      for (var i = 0u; i < {GROUP // 4}u; i++) {{
-        let bytes = q8_values(x[i], scale.y);
-        atomicStore(&{name}[word + i], half | (bytes << 16u));
-        half = bytes >> 16u;
-      }}
-      atomicAnd(&{name}[word + {GROUP // 4}u], 0xffff0000u);
-      atomicOr(&{name}[word + {GROUP // 4}u], half);
-    }} else {{
-      atomicAnd(&{name}[word], 0xffffu);
-      atomicOr(&{name}[word], scale.x << 16u);
-      for (var i = 0u; i < {GROUP // 4}u; i++) {{ atomicStore(&{name}[word + 1u + i], q8_values(x[i], scale.y)); }}
-    }}"""
+    def branches(statements: Callable[[Move], str]) -> str:
+        parts = (f"if (which == {n}u) {{ {statements(move)} }}" for n, move in enumerate(moves))
+        return "\n  ".join(parts)
 
-    branches = "\n  ".join(
-        f"if (number / {each}u == {n}u) {{\n    let group = number % {each}u;\n    {written(move)}\n  }}"
-        for n, move in enumerate(moves)
-    )
+    def load(move: Move) -> str:
+        step, head_step, _ = move.new.type.element_strides()
+        first = f"(group % {in_head}u) * {GROUP}u + 4u * quad"
+        return (
+            f"let at = token * {step}u + (group / {in_head}u) * {head_step}u; "
+            f"for (var i = 0u; i < 4u; i++) {{ let e = {first} + i; x[i] = {move.element}; }}"
+        )
+
+    def store(move: Move) -> str:
+        name = move.cache.name
+        return f"""
+    if (odd) {{
+      if (quad == 0u) {{ atomicAnd(&{name}[word], 0xffffu); atomicOr(&{name}[word], scale.x << 16u); }}
+      atomicStore(&{name}[word + 1u + quad], own);
+    }} else {{
+      atomicStore(&{name}[word + quad], before | (own << 16u));
+      if (quad == 7u) {{ atomicAnd(&{name}[word + 8u], 0xffff0000u); atomicOr(&{name}[word + 8u], own >> 16u); }}
+    }}
+  """
+
     code = f"""{wgsl.IDS}{wgsl.HALVES}{WRITER}{functions}
+var<workgroup> quads: array<vec4<f32>, {THREADS}>;
 @compute @workgroup_size({THREADS})
 fn main(ids: Ids) {{
-  let i = {wgsl.FLAT} * {THREADS}u + ids.thread;
-  if (i >= {product_text(problem, (tokens, total))}) {{ return; }}
-  let token = i / {total}u;
-  let number = i % {total}u;
+  let n = {wgsl.FLAT} * {THREADS}u + ids.thread;
+  let quad = n & 7u;
+  let group = (n >> 3u) % {each}u;
+  let which = (n >> 3u) / {each}u % {len(moves)}u;
+  let token = (n >> 3u) / {each * len(moves)}u;
+  var row = 0u;
+  var inside = false;
+  var x = vec4<f32>();
+  if (n < {product_text(problem, shape)}) {{
   let place = u32({place});
   let slot = u32({slot});
-  if (place >= {dim_text(problem, capacity)} || slot >= {dim_text(problem, slot_count)}) {{ return; }}
-  let row = slot * {dim_text(problem, capacity)} + place;
-  var x: array<vec4<f32>, {GROUP // 4}>;
-  {branches}
+  inside = place < {dim_text(problem, capacity)} && slot < {dim_text(problem, slot_count)};
+  row = slot * {dim_text(problem, capacity)} + place;
+  if (inside) {{
+  {branches(load)}
+  }}
+  }}
+  quads[ids.thread] = x;
+  workgroupBarrier();
+  if (!inside) {{ return; }}
+  var largest = 0u;
+  for (var i = 0u; i < 8u; i++) {{ largest = max(largest, q8_largest(quads[ids.thread - quad + i])); }}
+  let scale = q8_scale(largest);
+  let own = q8_values(x, scale.y);
+  var before = scale.x;
+  if (quad > 0u) {{ before = q8_values(quads[ids.thread - 1u], scale.y) >> 16u; }}
+  let odd = ((row * {each}u + group) & 1u) == 1u;
+  let word = ((row * {each}u + group) * 17u) >> 1u;
+  {branches(store)}
 }}
 """
     tensors = (*(m.new for m in moves), *(m.cache for m in moves), positions, slots)
-    grid = wgsl.grid(wgsl.blocks(count(problem, (tokens, total)), THREADS))
+    grid = wgsl.grid(wgsl.blocks(count(problem, shape), THREADS))
     return Dispatch(code, (*(t.binding for t in tensors), *tables), grid)

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 
 from kernelforge.dialects.transformer.attention import ATTENTION
 from kernelforge.dialects.transformer.rope import rotated_size
+from kernelforge.dtype import GROUP
 from kernelforge.variant import ConfigSpace, Reject
 from kernelforge_metal import wgsl
 from kernelforge_metal.dtypes import CACHE_DTYPES
 from kernelforge_metal.kernel import Below, Binding, GpuKernel
 from kernelforge_metal.kernels.attention import Attention
 from kernelforge_metal.kernels.attention_split import NewRow, default_chunk, split_kernel, split_space, takes_split
-from kernelforge_metal.kernels.quantised_cache import FRESH_WORD, RUN, RUN_WORDS, WRITER
+from kernelforge_metal.kernels.quantised_cache import FRESH, RUN, RUN_WORDS, WRITER
 from kernelforge_metal.kernels.rope import SINE_COSINE, frequency_table, takes_rope
 from kernelforge_metal.kernels.tensors import tensor
 
@@ -72,7 +73,10 @@ def takes_rope_split(problem: Problem, device: DeviceInfo) -> Verdict:
 
 def rope_split_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
     attention = attention_of(problem)
-    new_row = 2 * 4 * Attention(attention, device).size  # key and value, f32
+    size = Attention(attention, device).size
+    new_row = 2 * 4 * size  # key and value, f32
+    if problem.operand(3).quantised:
+        new_row += 2 * 8 * size // GROUP
     return split_space(attention, device, new_row)
 
 
@@ -118,10 +122,12 @@ def _new_row(problem: Problem, a: Attention, chunk: int, device: DeviceInfo) -> 
     functions = SINE_COSINE + _rotation(problem, "q") + _rotation(problem, "new_k")
     numbers = ("fresh[i]", f"fresh[{quads}u + i]")
     targets = [f"{n}[{at} + i] = {wgsl.quad_of(x, dtype)};" for n, at, x in zip("kv", places, numbers, strict=True)]
-    store = f"{each} {{ {' '.join(targets)} }}"
+    store, then = f"{each} {{ {' '.join(targets)} }}", ""
     if dtype == "q8":
-        functions += WRITER + FRESH_WORD
-        words = a.size // RUN * RUN_WORDS
+        count, words = 2 * a.size // GROUP, a.size // RUN * RUN_WORDS
+        functions += f"{WRITER}{FRESH}var<workgroup> scales: array<vec2<u32>, {count}>;\n"
+        # The last threads, as they often have no key.
+        then = f" if (here && ids.thread >= {chunk - count}u) {{ fresh_scale(ids.thread - {chunk - count}u); }}"
         starts = [f"{at} / {RUN // 4}u * {RUN_WORDS}u" for at in places]
         store = (
             f"for (var i = ids.thread; i < {2 * words}u; i += {chunk}u) {{ let word = fresh_word(i); "
@@ -134,6 +140,7 @@ def _new_row(problem: Problem, a: Attention, chunk: int, device: DeviceInfo) -> 
         f"let here = position >= 0 && newest + 1u == seen.end && newest >= begin && newest - begin < {chunk}u; "
         "let old = select(many, newest - begin, here);",
         load=f"if (here) {{ {each} {{ fresh[i] = rotated_new_k({sources[0]}, i, newest); fresh[{quads}u + i] = {load_v}; }} }}",
+        then=then,
         store=f"if (here) {{ {store} }}",
     )
 

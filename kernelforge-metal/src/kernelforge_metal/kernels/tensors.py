@@ -62,7 +62,7 @@ def tensor(problem: Problem, index: int, name: str, device: DeviceInfo) -> Tenso
     """Operand or result `index` (operands first) of the problem."""
     operands = len(problem.operands)
     found = problem.operand(index) if index < operands else problem.results[index - operands]
-    at = f"p.{name}_at" if is_value(problem, index) else "0u"
+    at = f"p.{name}_at" if is_value(problem, index) and not found.quantised else "0u"  # quantised values have no views
     return Tensor(name, found, index, at, device, index >= operands)
 
 
