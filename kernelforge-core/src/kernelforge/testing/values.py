@@ -64,7 +64,8 @@ def value_names(op: OpDef, problem: Problem) -> tuple[str, ...]:
     if not floats:
         return ("normal",)
     if any(t.dtype not in FLOATS if op.exact else t.dtype in WEIGHT_FORMATS for t in problem.results):
-        return ("normal", "zeros", "ties")  # what has no integer has no defined one either
+        own = () if op.exact else family_of(op).values
+        return ("normal", "zeros", "ties", *own)  # what has no integer has no defined one either
     return tuple(dict.fromkeys(("normal", *ALL, *FIRST, *family_of(op).values)))
 
 
