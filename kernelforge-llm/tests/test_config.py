@@ -217,6 +217,24 @@ def test_refuses_windows(changes: dict[str, Any], message: str) -> None:
         parse(changes, sliding=True)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_act": "x" * 5000},
+        {"mlp_bias": "x" * 5000},
+        {"dtype": "x" * 5000},
+        {"eos_token_id": "x" * 5000},
+        {"architectures": "x" * 5000},
+        {"rope_parameters": {"rope_type": "x" * 5000, "rope_theta": 1e4}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_is_shown_of_a_value_is_short(changes: dict[str, Any]) -> None:
+    with pytest.raises(AssetError, match=r"xxx\.\.\.") as caught:
+        parse(changes)
+    assert len(str(caught.value)) < 200
+
+
 def test_keys_that_are_off_or_harmless_are_ignored() -> None:
     off = {
         "partial_rotary_factor": 1.0,

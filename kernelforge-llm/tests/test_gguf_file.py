@@ -105,6 +105,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "strings count": (header(pairs=1) + pair("a", 9, struct.pack("<IQ", 8, HUGE)), "strings in 'a', in 0 bytes"),
     "strings": (header(pairs=1) + pair("a", 9, struct.pack("<IQQ", 8, 1, HUGE)), "is cut off in a string of 'a'"),
     "two keys": (header(pairs=2) + pair("a", 0, b"\0") * 2, "metadata key 'a' is there twice"),
+    "long key": (header(pairs=1) + pair("a" * 60000, 99, bytes(9)), r"metadata key 'a{56}\.\.\. has a value"),
     "alignment": (header(pairs=1) + pair("general.alignment", 4, struct.pack("<I", 12)), "general.alignment is 12"),
     "no alignment": (header(pairs=1) + pair("general.alignment", 4, bytes(4)), "general.alignment is 0"),
     "alignment type": (header(pairs=1) + pair("general.alignment", 8, text("x")), "general.alignment is 'x'"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from kernelforge.errors import AssetError, PluginError
 from kernelforge.lazy import Ref, resolve
 from kernelforge.provenance import BUILTIN, Provenance
+from kernelforge_llm.config_keys import shorten
 
 if TYPE_CHECKING:
     from kernelforge.graph import Graph, Tensor
@@ -65,7 +66,7 @@ def find_architecture(raw: Mapping[str, Any], registry: Registry, *, source: str
         if wanted == (spec.name if name else spec.model_type):
             found: Architecture = resolve(spec.load)()
             return found
-    what = f"architecture {wanted!r} is unknown" if wanted else "names no architecture"
+    what = f"architecture {shorten(wanted)} is unknown" if wanted else "names no architecture"
     raise AssetError(
         f"{source}: {what}",
         hint=f"known: {', '.join(sorted(s.name for s in specs))}; a plugin may add one (kernelforge_architectures)",

@@ -65,7 +65,8 @@ class RopeConfig:
     def __post_init__(self) -> None:
         if self.kind not in _ROPE_KEYS:
             raise AssetError(
-                f"rope_type {self.kind!r} is not supported", hint=f"supported kinds of RoPE: {', '.join(_ROPE_KEYS)}"
+                f"rope_type {shorten(self.kind)} is not supported",
+                hint=f"supported kinds of RoPE: {', '.join(_ROPE_KEYS)}",
             )
         _set_number(self, "theta", "rope_theta", above=0.0, most=1e15)
         _set_number(self, "factor", "factor", above=0.0, most=1e6)
@@ -137,11 +138,11 @@ class ModelConfig:
         _set_number(self, "rms_norm_eps", "rms_norm_eps", above=0.0, most=1.0)
         if self.hidden_act not in _ACTIVATIONS.values():
             raise AssetError(
-                f"hidden_act {self.hidden_act!r} is not supported", hint=f"supported: {', '.join(_ACTIVATIONS)}"
+                f"hidden_act {shorten(self.hidden_act)} is not supported", hint=f"supported: {', '.join(_ACTIVATIONS)}"
             )
         for name in ("tie_word_embeddings", "attention_bias", "qkv_bias", "mlp_bias", "qk_norm"):
             if not isinstance(getattr(self, name), bool):
-                raise AssetError(f"{name} must be true or false, not {getattr(self, name)!r}")
+                raise AssetError(f"{name} must be true or false, not {shorten(getattr(self, name))}")
         if self.sliding_window is not None:
             _check_size("sliding_window", self.sliding_window, 1 << 27)
         if self.sliding_layers and len(self.sliding_layers) != self.num_layers:
@@ -149,11 +150,11 @@ class ModelConfig:
         if any(self.sliding_layers) and self.sliding_window is None:
             raise AssetError("layer_types has sliding layers, but there is no sliding_window")
         if self.dtype is not None and self.dtype not in _DTYPES:
-            raise AssetError(f"dtype {self.dtype!r} is not supported", hint=f"supported: {', '.join(_DTYPES)}")
+            raise AssetError(f"dtype {shorten(self.dtype)} is not supported", hint=f"supported: {', '.join(_DTYPES)}")
         for key, ids in (("bos_token_id", (self.bos_token_id,)), ("eos_token_id", self.eos_token_ids)):
             for token in ids:
                 if token is not None and not (_is_int(token) and 0 <= token < self.vocab_size):
-                    raise AssetError(f"{key} must be an integer from 0 to {self.vocab_size - 1}, not {token!r}")
+                    raise AssetError(f"{key} must be an integer from 0 to {self.vocab_size - 1}, not {shorten(token)}")
 
     def window(self, layer: int) -> int | None:
         """Keys that a query of this layer sees, itself included; None: all before it."""
@@ -224,7 +225,7 @@ def architecture_name(raw: Mapping[str, Any]) -> str:
     """The first of a config's `architectures`, such as `LlamaForCausalLM`; empty if it has none."""
     names = raw.get("architectures") or [""]
     if not isinstance(names, list) or not isinstance(names[0], str):
-        raise AssetError(f"architectures must be a list of names, not {names!r}")
+        raise AssetError(f"architectures must be a list of names, not {shorten(names)}")
     return names[0]
 
 
@@ -253,7 +254,7 @@ def _parse_rope(values: Mapping[str, Any]) -> tuple[RopeConfig, list[str]]:
     rope = RopeConfig(theta=theta, kind=kind, **{field: _required(given, key) for key, field in keys.items()})
     rest = given.keys() - keys.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     if unsupported := sorted(rest - _ROPE_KEYS["llama3"].keys()):
-        raise AssetError(f"rope_parameters has {unsupported[0]!r}, which is not supported")
+        raise AssetError(f"rope_parameters has {shorten(unsupported[0])}, which is not supported")
     return rope, [f"rope_parameters.{key}" for key in rest]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kernelforge.errors import AssetError, UsageError
 from kernelforge_llm.chat_template import read_chat_template, render_chat_template
+from kernelforge_llm.config_keys import shorten
 from kernelforge_llm.files import read_json_object
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Tokenizer:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic in the library's native code is no Exception
-            raise AssetError(f"{where} is not a tokenizer: {error}") from None
+            raise AssetError(f"{where} is not a tokenizer: {str(error)[:300]}") from None
         special = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
         if chat_template is not None and not isinstance(chat_template, str):
             raise AssetError(f"{where} has a chat template that is not text")
@@ -128,4 +129,4 @@ def _check_prefix(where: str, content: Mapping[str, Any]) -> None:
             merge.split(" ")[-1] if isinstance(merge, str) else merge[-1] if isinstance(merge, list) and merge else ""
         )
         if not isinstance(right, str) or not right.startswith(prefix):
-            raise AssetError(f"{where} is not a tokenizer: merge {merge!r} lacks the prefix {prefix!r}")
+            raise AssetError(f"{where} is not a tokenizer: merge {shorten(merge)} lacks the prefix {shorten(prefix)}")

@@ -143,7 +143,7 @@ class _Reader:
         for _ in range(pairs):
             key = self.string("a metadata key", _MOST_KEY_BYTES)
             if key in metadata:
-                raise AssetError(f"metadata key {key!r} is there twice")
+                raise AssetError(f"metadata key {shorten(key)} is there twice")
             metadata[key] = self.value(key, self.number("I"))
         if metadata.get("split.count", 1) not in (0, 1):
             raise AssetError(
@@ -194,10 +194,10 @@ class _Reader:
         if kind in _NUMBERS:
             return self.number(_NUMBERS[kind])
         if kind == _STRING:
-            return self.string(f"the value of {key!r}")
+            return self.string(f"the value of {shorten(key)}")
         if kind == _ARRAY:
             return self.array(key)
-        raise AssetError(f"metadata key {key!r} has a value of unknown type {kind}")
+        raise AssetError(f"metadata key {shorten(key)} has a value of unknown type {kind}")
 
     def array(self, key: str) -> Any:
         import numpy as np
@@ -205,20 +205,20 @@ class _Reader:
         kind = self.number("I")
         if kind in _NUMBERS:
             dtype = np.dtype(_NUMBERS[kind] if _NUMBERS[kind] != "?" else "u1").newbyteorder("<")
-            length = self.count(f"elements of {key!r}", dtype.itemsize)
+            length = self.count(f"elements of {shorten(key)}", dtype.itemsize)
             array = np.frombuffer(self.data, dtype, length, self.at).copy()
             self.at += array.nbytes
             return array
         if kind == _STRING:
             return self.strings(key)
-        raise AssetError(f"metadata key {key!r} is an array of values of type {kind}, which is not supported")
+        raise AssetError(f"metadata key {shorten(key)} is an array of values of type {kind}, which is not supported")
 
     def strings(self, key: str) -> list[str]:
         """`string`, as fast as Python can: vocabularies have some hundred thousand."""
-        count = self.count(f"strings in {key!r}", 8)
+        count = self.count(f"strings in {shorten(key)}", 8)
         data, at, size, found = self.data, self.at, self.size, []
         length_at: Callable[..., tuple[int]] = struct.Struct("<Q").unpack_from
-        what = f"a string of {key!r}"
+        what = f"a string of {shorten(key)}"
         for _ in range(count):
             start = at + 8
             self.at = at

@@ -120,7 +120,7 @@ def _byte_level(values: Mapping[str, Any], tokens: Sequence[str], kinds: Sequenc
     for merge in _strings(values, "ggml.merges"):
         left, space, right = merge[1:].partition(" ")  # the first piece is not empty, and may begin with a space
         if not space or not right:
-            raise AssetError(f"has a merge {merge!r} that is not two pieces")
+            raise AssetError(f"has a merge {shorten(merge)} that is not two pieces")
         merges.append((merge[0] + left, right))
     return {
         "normalizer": {"type": "NFC"} if name in NFC else None,
