@@ -109,6 +109,7 @@ def test_ids_out_of_range_are_refused(oracle: Decoder, token: int) -> None:
         lambda: oracle.logits([1, token]),
         lambda: oracle.feed(oracle.new_cache(), [1, token]),
         lambda: oracle.step(oracle.new_cache(), [[1, token]]),
+        lambda: oracle.generate([1], 1, stop_ids=[token]),
     ):
         with pytest.raises(UsageError, match=f"token id {token} is out of range") as caught:
             call()
@@ -116,8 +117,18 @@ def test_ids_out_of_range_are_refused(oracle: Decoder, token: int) -> None:
 
 
 def test_ids_must_be_integers(oracle: Decoder) -> None:
-    with pytest.raises(TypeError, match="float"):
-        oracle.generate([1, 2.5], 1)  # type: ignore[list-item]  # what is tested
+    for call in (
+        lambda: oracle.generate([1, 2.5], 1),  # type: ignore[list-item]  # what is tested
+        lambda: oracle.feed(oracle.new_cache(), [1, 2.5]),  # type: ignore[list-item]  # what is tested
+    ):
+        with pytest.raises(TypeError, match="float"):
+            call()
+
+
+def test_ids_may_be_an_array(oracle: Decoder) -> None:
+    ids: Any = np.array([5, 9, 11])
+    stepped = oracle.step(oracle.new_cache(), [ids], every_row=True)
+    np.testing.assert_array_equal(stepped, oracle.step(oracle.new_cache(), [[5, 9, 11]], every_row=True))
 
 
 def test_an_empty_prompt_is_refused(oracle: Decoder, tinypy: Decoder) -> None:

@@ -18,7 +18,7 @@ from kernelforge.errors import AssetError, KernelForgeError, KernelForgeWarning,
 from kernelforge.quant import dequantize, quantize
 from kernelforge.session import Session
 from kernelforge_llm.decoder import open_decoder
-from kernelforge_llm.quantise import Recipe, relative_error, write_quantised
+from kernelforge_llm.quantise import Recipe, quantised_tensors, relative_error, write_quantised
 from kernelforge_llm.quantised_folder import PACKED, WEIGHTS, QuantisedFolder
 from kernelforge_llm.scale_search import search_q4
 from kernelforge_llm.source import TINYPY, open_source
@@ -177,6 +177,8 @@ def test_overrides(cpu: Session, tmp_path: Path) -> None:
     assert np.isfinite(found).all()
     with pytest.raises(UsageError, match="is not a regular expression"):
         Recipe(skip="(")
+    with pytest.warns(KernelForgeWarning, match=r"no tensor has 'layer_0' in its name: nothing is left out"):
+        list(quantised_tensors(open_source(ORACLE).tensors, Recipe(skip="layer_0")))
     with pytest.raises(UsageError, match="embeddings cannot be 'q2'"):
         Recipe(embeddings="q2")  # type: ignore[arg-type]
 

@@ -145,7 +145,7 @@ class Decoder:
                 self._check_ids(ids)
                 first = len(tokens)
                 rows += range(first, first + count) if every_row else (first + count - 1,)
-                tokens += ids
+                tokens.extend(ids)
                 positions += range(start, start + count)
                 slots += [slot] * count
             if pad_to is not None and count < pad_to:
@@ -247,7 +247,7 @@ class Decoder:
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         for token in ids:
-            if not 0 <= token < self.config.vocab_size:
+            if not 0 <= operator.index(token) < self.config.vocab_size:
                 raise UsageError(
                     f"token id {token} is out of range", hint=f"ids are from 0 to {self.config.vocab_size - 1}"
                 )
@@ -315,6 +315,7 @@ class Decoder:
                 f"the prompt has {len(ids)} tokens, the context holds {self.context}",
                 hint="shorten the prompt, or load with a larger context (--context) if the model allows it",
             )
+        self._check_ids(stop_ids)
         ends = {*stop_ids, *(() if ignore_eos else self.config.eos_token_ids)}
         chosen = self._choose(ids, max_tokens, sampler)
         return with_text(chosen, ids, TextStream(self.tokenizer, ids), StopStrings(stop), ends)

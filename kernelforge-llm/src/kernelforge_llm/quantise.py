@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernelforge.dtype import FLOATS, GROUP, WEIGHT_FORMATS, from_numpy
-from kernelforge.errors import UsageError
+from kernelforge.errors import KernelForgeWarning, UsageError
 from kernelforge.quant import dequantize, quantize, warn_not_quantised
 from kernelforge_llm.checkpoint import new_folder, write_json, write_tokenizer
 from kernelforge_llm.config import CONFIG_FILE, GENERATION_FILE
@@ -65,6 +66,10 @@ class Recipe:
         except re.error as error:
             raise UsageError(f"'{self.skip}' is not a regular expression: {error}") from None
 
+    def skips_nothing_of(self, names: Iterable[str]) -> bool:
+        """Whether something was to be skipped, and none of these is."""
+        return self._skip is not None and not any(map(self._skip.search, names))
+
     def format_of(self, name: str) -> str:
         """The format of a matrix, or "none"."""
         if self._skip is not None and self._skip.search(name):
@@ -88,6 +93,9 @@ class Quantised(NamedTuple):
 def quantised_tensors(tensors: TensorSource, recipe: Recipe) -> Iterator[tuple[Quantised, NDArray[Any]]]:
     """All tensors in turn, one in memory at a time. Matrices whose rows are no multiple of 32 elements stay as they are, and
     a warning names them. Raises UsageError for numbers that cannot be quantised, with the tensor's name."""
+    if recipe.skips_nothing_of(tensors.names()):
+        told = f"no tensor has '{recipe.skip}' in its name: nothing is left out"
+        warnings.warn(KernelForgeWarning(told), stacklevel=2)
     left = []
     for name in tensors.names():
         array = tensors.tensor(name)
