@@ -163,6 +163,7 @@ def test_what_templates_are_given(tmp_path: Path) -> None:
         ("a\n{{ 1 / 0 }}", "fails at line 2: division by zero"),
         ("{{ ''.__class__.__mro__ }}", "fails at line 1: access to attribute '__class__'"),
         ("{{ messages.append(1) }}", "fails at line 1"),
+        ("{{ 'a' * 10 ** 15 }}", "fails at line 1: MemoryError"),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "fails at line 1: Range too big"),
     ],
 )

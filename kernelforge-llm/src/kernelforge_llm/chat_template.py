@@ -66,10 +66,11 @@ def render_chat_template(
         ValueError,
         AttributeError,
         RecursionError,
+        MemoryError,
     ) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == _SOURCE_NAME]
         where = f" at line {lines[-1]}" if lines else ""
-        raise AssetError(f"the model's chat template fails{where}: {error}") from None
+        raise AssetError(f"the model's chat template fails{where}: {str(error) or type(error).__name__}") from None
 
 
 class _RefusedError(Exception):

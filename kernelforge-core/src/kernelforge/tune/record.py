@@ -113,9 +113,13 @@ def parse_record(line: str) -> Record:
         value = data[name]
         if not isinstance(value, _KINDS[str(f.type)]) or isinstance(value, bool):
             raise RecordError(f"field '{name}' must be of type {f.type}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RecordError(f"field '{name}' must be finite, not {value}")
         values[name] = value
-    if not all(isinstance(s, (int, float)) for s in values["samples_s"]):
-        raise RecordError("field 'samples_s' must hold numbers")
+    if not all(isinstance(s, (int, float)) and math.isfinite(s) for s in values["samples_s"]):
+        raise RecordError("field 'samples_s' must hold finite numbers")
+    if not all(isinstance(v, str) for v in values["versions"].values()):
+        raise RecordError("field 'versions' must hold strings")
     if not all(isinstance(v, (int, str)) for v in values["config"].values()):
         raise RecordError("field 'config' must hold numbers and strings")
     values["samples_s"] = tuple(values["samples_s"])
