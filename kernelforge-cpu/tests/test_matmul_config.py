@@ -74,6 +74,17 @@ def test_rows_that_fit_one_tile_read_the_weight_once(m: int, rows: int, panels: 
     assert (c["kc"] == 9000) == (m <= 12)
 
 
+@pytest.mark.parametrize(("m", "rows", "panels"), [(1, 1, 4), (2, 2, 4), (3, 3, 2), (6, 6, 2), (8, 4, 2), (64, 6, 2)])
+def test_f32_with_avx2_is_read_as_several_panels_of_one_vector(m: int, rows: int, panels: int) -> None:
+    """All heights share a packed weight. Few columns have no more panels than there are."""
+    for n, most in ((4096, panels), (9, 2), (8, 1)):
+        c = variant(p := matmul(f"f32[{m},700]", f"f32[700,{n}]@const"), "vectorized").default_config(
+            p, MACHINES["avx2"]
+        )
+        assert (c["vectors"], c["panels"]) == (1, min(panels, most))
+        assert n < 4096 or c["rows"] == rows
+
+
 @pytest.mark.parametrize(
     ("machine", "bf16", "f16"),
     [("sse", "tile", "once"), ("avx2", "tile", "tile"), ("avx512", "once", "once"), ("neon", "tile", "tile")],

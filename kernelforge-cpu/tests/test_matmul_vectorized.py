@@ -116,6 +116,17 @@ def test_every_tile_and_every_blocking() -> None:
         made.check(i, parts=(1, 3))
 
 
+def test_every_tile_of_few_rows() -> None:
+    """Parts and the last panel end within a tile of several panels."""
+    for m in (1, 2):
+        p = matmul(f"f32[{m},53]", "f32[53,83]@const", "f32[83]", f"f32[{m},83]")
+        configs = list(variant(p, "vectorized").config_space(p, device()))
+        assert {c["panels"] for c in configs} >= {1, 2, 4}
+        made = Products([(p, c) for c in configs])
+        for i in range(len(configs)):
+            made.check(i, parts=(1, 3, 5, 64))
+
+
 def test_more_columns_and_rows_than_a_group_and_a_block() -> None:
     """Enough for several groups of tiles, row blocks and blocks of the inner dimension at once."""
     p = matmul("f32[100,600]", "f32[600,333]@const")
@@ -125,7 +136,7 @@ def test_more_columns_and_rows_than_a_group_and_a_block() -> None:
 
 @pytest.mark.parametrize(("n", "parts"), [(576, 6), (1536, 8), (192, 6), (64, 2), (16, 1)])
 def test_parts_of_one_row_are_whole_tiles_where_that_is_as_even(n: int, parts: int) -> None:
-    """Of 36 panels, 8 parts have 4 or 5, which are 2 or 3 tiles of two; 6 parts have 3 each."""
+    """Of 72 panels, 8 parts have 9 each, which are 3 tiles of four, and so are the 12 of 6 parts."""
     p, info = matmul("f32[1,576]", f"f32[576,{n}]@const"), device(8, threads=2)
     v = variant(p, "vectorized")
     (phase,) = v.build_kernel(p, v.default_config(p, info), info).phases

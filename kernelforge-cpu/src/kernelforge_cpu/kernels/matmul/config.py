@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 ROWS = (4, 6, 8, 12)
 BEST_ROWS = 6
 """Of a tile two vectors wide in 16 registers, or four in 32, when there are many rows."""
+SINGLE_ROW_PANELS = 4
+"""Of narrow panels: as many streams as two wide ones have, and as few loads of lhs."""
 MIN_SUMS = 8
 """Independent sums that keep two units busy whose multiply-adds take four cycles."""
 BLOCKS = (512, 1024, 2048)
@@ -58,6 +60,13 @@ def widens_once(dtype: str, rows: int | None, device: DeviceInfo) -> bool:
     return (wide or slow) and (rows is None or rows >= MANY_ROWS)
 
 
+def narrow_panels(dtype: str, device: DeviceInfo) -> bool:
+    """Whether panels are one vector wide, and a tile takes several of them in place of a wide one: the same sums from twice
+    the streams, by which memory is read faster. Panels of 16 bits are widened two vectors at a time, and with 32 registers
+    a tile has two wide panels anyway."""
+    return dtype == "f32" and lanes(device) == 8
+
+
 def matmul_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
     """`rows` x `panels` * `vectors` is the register tile, `vectors` the width of a packed panel, `kc` the part of the
     inner dimension done at a time, `group` the number of tiles side by side that share one pass over the rows of lhs.
@@ -86,7 +95,7 @@ def matmul_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
     return ConfigSpace(
         (
             ("rows", own if low else tuple(sorted({*ROWS, *own}))),
-            ("panels", (1, 2)),
+            ("panels", (1, 2, SINGLE_ROW_PANELS) if low and len(g.rhs) == 1 else (1, 2)),
             ("vectors", tuple(vectors)),
             ("kc", (*(b for b in BLOCKS if blocked and b < inner), max(1, inner))),
             ("group", (1,) if low else (1, 2, 4)),
@@ -111,17 +120,19 @@ def matmul_default(problem: Problem, device: DeviceInfo) -> Config:
     g = geometry(problem)
     space = matmul_space(problem, device)
     parameters = {name: [int(v) for v in values] for name, values in space.parameters if name != "widen"}
-    vectors = min(2, parameters["vectors"][-1])
+    narrow = narrow_panels(problem.operand(1).dtype, device)
+    vectors = 1 if narrow else min(2, parameters["vectors"][-1])
     width = vectors * lanes(device)
     widest = 2 if len(g.rhs) == 2 or int(g.columns) > width else 1
-    panels = widest if registers(device) == 32 else 1
+    panels = widest if registers(device) == 32 or narrow else 1
 
     def config(rows: int, panels: int, kc: int, group: int = 1, widen: str = "tile") -> Config:
         return {"rows": rows, "panels": panels, "vectors": vectors, "kc": kc, "group": group, "widen": widen}
 
     rows = static_rows(g)
     if rows is not None and rows <= ROWS[-1]:  # one tile, if it can be: the panels are read once
-        for count in (widest, 1):
+        counts = (widest, 1) if not narrow else (SINGLE_ROW_PANELS, 2) if int(g.columns) > 2 * width else (widest,)
+        for count in counts:
             if (once := config(max(1, rows), count, parameters["kc"][-1])) in space:
                 return once
     half = device.limit("l2_bytes", UNKNOWN_L2) // 2
