@@ -97,6 +97,12 @@ def test_other_layouts_are_packed_again_and_said_once(q4: Path, tmp_path: Path, 
     np.testing.assert_array_equal(found, open_decoder(open_source(q4), cpu).logits(IDS))
 
 
+def test_other_options_than_it_was_packed_for_are_told(q4: Path, cpu: Session) -> None:
+    decoder = open_decoder(open_source(q4), cpu, weights="q8")
+    with pytest.warns(KernelForgeWarning, match="or for other --weights and --activations: weights are packed again"):
+        decoder.logits(IDS)
+
+
 def test_without_the_packed_file_it_loads_all_the_same(q4: Path, tmp_path: Path, session: Session) -> None:
     folder = copied(q4, tmp_path / "portable")
     (folder / PACKED).unlink()

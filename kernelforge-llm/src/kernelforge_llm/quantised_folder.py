@@ -107,8 +107,9 @@ class QuantisedFolder:
         if self._packed and not self._missed:
             self._missed = True
             warnings.warn(
-                f"{self.folder / PACKED} was made for another device or version: its weights are packed again at every "
-                f"start until `kernelforge llm-quantize --model {self.folder} -o {self.folder}` was run",
+                f"{self.folder / PACKED} was made for another device or version, or for other --weights and --activations: "
+                "weights are packed again at every start. After a change of device or version "
+                f"`kernelforge llm-quantize --model {self.folder} -o {self.folder}` mends it",
                 KernelForgeWarning,
                 stacklevel=4,
             )
