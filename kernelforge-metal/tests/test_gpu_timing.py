@@ -41,7 +41,7 @@ class FakeGpu:
     def __init__(self, clock: Clock, ticks: Sequence[float] | None) -> None:
         self.clock, self.ticks, self.runs = clock, ticks, 0
         self.has_timestamps = ticks is not None
-        self.timed_at, self.software = -math.inf, False
+        self.warm_at, self.software = -math.inf, False
         self.queue = self
 
     def encoder(self) -> None: ...
@@ -121,9 +121,22 @@ def test_a_cold_device_is_warmed_up_and_a_warm_one_is_not(clock: Clock, rise: fl
     before = gpu.worked
     timing.measure(gpu, [command], None, 1)  # type: ignore[arg-type]
     assert gpu.worked - before < 0.01
-    clock.now += 1.0
-    timing.step_seconds(gpu, [[command]], None, 1)  # type: ignore[arg-type]
+    for _ in range(3):  # short runs do not keep it warm
+        assert gpu.worked - before < 0.1
+        clock.now += 0.4 * timing.IDLE_S
+        timing.step_seconds(gpu, [[command]], None, 1)  # type: ignore[arg-type]
     assert gpu.worked - before > timing.LEAST_WARM_S
+
+
+def test_long_runs_keep_a_device_warm(clock: Clock) -> None:
+    gpu = Rising(clock, 0.4)
+    command: Any = None
+    timing.measure(gpu, [command], None, 1)  # type: ignore[arg-type]
+    for _ in range(3):
+        clock.now += 0.9 * timing.IDLE_S
+        before = gpu.worked
+        timing.measure(gpu, [command] * 100, None, 1)  # type: ignore[arg-type]
+        assert gpu.worked - before < 0.1
 
 
 def test_a_software_device_is_not_warmed_up(clock: Clock) -> None:

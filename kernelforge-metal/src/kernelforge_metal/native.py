@@ -54,8 +54,8 @@ class Gpu:
         self.lock = RLock()
         """One run or transfer at a time: they share a queue, and a poll ends the mappings of all threads."""
         self.lost = False
-        self.timed_at = -math.inf
-        """When a timing of it ended last, in seconds of `time.perf_counter`."""
+        self.warm_at = -math.inf
+        """When its clock was last known to be high, in seconds of `time.perf_counter`."""
         self.name = adapter.name
         self.discrete, self.software = adapter.kind == "discrete", adapter.kind == SOFTWARE
         with self._errors("open the device"):

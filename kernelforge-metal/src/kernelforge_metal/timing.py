@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 BATCH_S = 0.05
 """Seconds of work aimed at between two readings of the clock."""
 
-IDLE_S = 0.5
-"""A GPU that was not timed for so long may have lowered its clock; an H100 does between one and three seconds."""
+IDLE_S = 1.0
+"""A GPU that was not at work for so long may have lowered its clock: an H200 has after 1.5 s, not yet after 1.25 s. Short runs
+meanwhile, even ten a second, do not keep it up."""
 
 LEAST_WARM_S, MOST_WARM_S, WARM_BATCH_S = 0.5, 1.0, 0.02
-"""What warming up takes, and its batches. An H100 that was idle for six seconds stays at 345 MHz for 0.3 to 0.4 s of work, then
-goes to 1980 at once: that runs take the same time says nothing before."""
+"""What warming up takes, and its batches, which are also the least work that keeps a GPU warm. An H100 that was idle for six
+seconds stays at 345 MHz for 0.3 to 0.4 s of work, then goes to 1980 at once: that runs take the same time says nothing before."""
 
 
 def plausible(pairs: Array, wall: float) -> bool:
@@ -61,10 +62,14 @@ def _warm(gpu: Gpu, commands: Sequence[Command], uniforms: Any) -> Iterator[None
     if gpu.software or not commands:
         yield
         return
-    if time.perf_counter() - gpu.timed_at >= IDLE_S:
+    if time.perf_counter() - gpu.warm_at >= IDLE_S:
         _warm_up(gpu, commands, uniforms)
+        gpu.warm_at = time.perf_counter()
+    start = time.perf_counter()
     yield
-    gpu.timed_at = time.perf_counter()
+    end = time.perf_counter()
+    if end - start >= WARM_BATCH_S:
+        gpu.warm_at = end
 
 
 def _warm_up(gpu: Gpu, commands: Sequence[Command], uniforms: Any) -> None:
