@@ -80,12 +80,23 @@ def test_kernels_are_conformant(swiftshader: dict[str, str], plugin: str, least:
     assert totals["failed"] == totals["expected-failure"] == 0
 
 
-def test_a_nan_does_not_reach_the_other_half_of_a_word(swiftshader: dict[str, str]) -> None:
-    """This driver's `pack2x16float` lets bits of a NaN do so."""
-    command = ("conformance", "run", "metal", "--op", "rms_norm", "--case", "gpu/transformer.rms_norm/wgsl/4/*.inf.*")
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [("rms_norm", "gpu/transformer.rms_norm/wgsl/4/*.inf.*"), ("softmax", "gpu/transformer.softmax/wgsl/4/*.inf.*")],
+)
+def test_infinity_beside_numbers(swiftshader: dict[str, str], op: str, case: str) -> None:
+    """Bits of a NaN reach the other half of a word in this driver's `pack2x16float`, and its `exp` of NaN is a number."""
+    command = ("conformance", "run", "metal", "--op", op, "--case", case)
     totals = json.loads(run(swiftshader, "kernelforge", "--json", *command, "--timeout", "300"))["data"]["totals"]
     assert totals["passed"] > 1
     assert totals["failed"] == 0
+
+
+def test_a_nan_stays_one(swiftshader: dict[str, str]) -> None:
+    """This driver's `exp` has a number for it."""
+    check = Path(__file__).parent.parent / "kernelforge-metal" / "tests" / "test_gpu_kernels.py"
+    said = run(swiftshader, "pytest", "-q", "-p", "no:cacheprovider", str(check), "-k", "test_nan")
+    assert "6 passed" in said
 
 
 def test_where_it_is_looked_for(tmp_path: Path) -> None:

@@ -172,9 +172,10 @@ def test_a_window_without_causality_sees_all_later_keys(gpu: Session) -> None:
             Workload(gpu, problem).verify(gpu.compile_problem(problem, variant=name))
 
 
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("name", ["split", "tile", "wgsl"])
-def test_nan_reaches_the_rows_that_see_it_and_no_other(gpu: Session, name: str) -> None:
-    attrs = "{causal=true, scale=0.0, softcap=0.0, window=0}"
+def test_nan_reaches_the_rows_that_see_it_and_no_other(gpu: Session, name: str, softcap: float) -> None:
+    attrs = f"{{causal=true, scale=0.0, softcap={softcap}, window=0}}"
     shapes = "f32[3,4,16], f32[1,9,2,16], f32[1,9,2,16], i32[3], i32[3], _"
     problem = parse_problem(f"transformer.attention({shapes}) -> (f32[3,4,16]) {attrs}")
     rng = np.random.default_rng(0)

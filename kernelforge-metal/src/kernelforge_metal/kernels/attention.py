@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 THREADS = 64
 MAX_HEAD_SIZE = 1024
 
-SOFTCAP = "fn softcap(x: f32) -> f32 { return {cap} - 2.0 * {cap} / (exp(x * {factor}) + 1.0); }\n"
-"""cap tanh(x / cap), by an exponential that may overflow."""
+SOFTCAP = """fn softcap(x: f32) -> f32 {
+  return select({cap} - 2.0 * {cap} / (exp(x * {factor}) + 1.0), x, is_nan(x));
+}
+"""
+"""cap tanh(x / cap), by an exponential that may overflow, and that some drivers have a number for where it is NaN."""
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,9 @@ def build_softmax(problem: Problem, config: Config, device: DeviceInfo) -> GpuKe
   var highest = {LOWEST};
   var missing = false;
   {rows.loop(f"let v = {x.load(rows.place(x))}; highest = max(highest, v); missing = missing || is_nan(v);")}
-  let top = select(largest(highest, ids), {NAN}, add_up(select(0.0, 1.0, missing), ids) > 0.0);
+  let most = largest(highest, ids);
+  missing = missing || bitcast<u32>(most) == 0x7f800000u;
+  let top = select(most, {NAN}, add_up(select(0.0, 1.0, missing), ids) > 0.0);
   var sum = 0.0;
   {rows.loop(f"sum += {value};")}
   let total = add_up(sum, ids);
