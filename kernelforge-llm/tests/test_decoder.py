@@ -345,8 +345,11 @@ def test_a_missing_tensor_is_named(numpy_session: Session, folder: Path) -> None
 def test_activations_are_quantised_only_beside_quantised_weights(
     numpy_session: Session, folder: Path, weights: Any, said: str
 ) -> None:
-    decoder = open_decoder(open_source(folder), numpy_session, weights=weights, activations="q8")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", KernelForgeWarning)
+        decoder = open_decoder(open_source(folder), numpy_session, weights=weights, activations="q8")
     assert decoder.model.activation_dtype == said
+    assert [str(w.message).startswith("activations stay in f32") for w in caught] == [True] * (said == "f32")
 
 
 def test_a_misshapen_tensor_is_named(numpy_session: Session, folder: Path) -> None:

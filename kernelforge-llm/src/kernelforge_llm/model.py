@@ -7,13 +7,14 @@ to end, each with its position (negative: padding) and its cache slot; `rows` na
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from kernelforge.dtype import GROUP, QUANTISED, WEIGHT_FORMATS, from_numpy, to_numpy
-from kernelforge.errors import UsageError
+from kernelforge.errors import KernelForgeWarning, UsageError
 from kernelforge.importer import Program
 from kernelforge.plan_cache import cached_text, code_stamp, keep_text, plan_key
 from kernelforge.variant import INT8_ACTIVATIONS
@@ -103,6 +104,7 @@ class Model:
         if activations not in get_args(ActivationFormat):
             known = ", ".join(get_args(ActivationFormat))
             raise UsageError(f"unknown format of activations '{activations}'", hint=f"one of: {known}")
+        asked = activations
         if activations == "auto":
             activations = "q8" if device is not None and INT8_ACTIVATIONS in device.features else "f32"
         architecture = find_architecture(source.config, registry, source=source.config_file)
@@ -121,7 +123,11 @@ class Model:
             )
         context = context or min(config.max_position, DEFAULT_CONTEXT)
         code = code_stamp(registry)
-        return cls(source, architecture, config, weights, context, sequences, kv_dtype, activations, code)
+        model = cls(source, architecture, config, weights, context, sequences, kv_dtype, activations, code)
+        if asked == "q8" and model.activation_dtype != "q8":
+            told = "activations stay in f32: only beside q8 and q4 weights can they be in q8 (--weights q8)"
+            warnings.warn(KernelForgeWarning(told), stacklevel=2)
+        return model
 
     @property
     def cache_dtype(self) -> str:
