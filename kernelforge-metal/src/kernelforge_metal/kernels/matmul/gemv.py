@@ -150,6 +150,10 @@ def _float_default(problem: Problem, space: ConfigSpace) -> Config:
     by it. Measured on NVIDIA's H100 and H200."""
     g = product_of(problem)
     weights = weights_of(problem.operand(g.rhs[0]).dtype, g.columns, g.inner)
+    if weights.dtype == "f32" and g.static_rows == 1 and g.columns >= MANY_COLUMNS and weights.units >= 1024:
+        config: Config = {"columns": 2 // len(g.rhs), "tiles": 1, "threads": 512, "unroll": 2}
+        if config in space:
+            return config
     if weights.dtype in ("f16", "bf16") and g.static_rows == 1:
         half = weights.units // 2
         whole = {"columns": 4 // len(g.rhs), "tiles": 1, "threads": weights.units, "unroll": 1}
