@@ -125,6 +125,14 @@ def test_refuses_what_the_native_library_aborts_on(tmp_path: Path, merges: list[
         Tokenizer.load(changed(tmp_path, model=model))
 
 
+def test_an_id_far_beyond_a_vocabulary_is_not_written(tmp_path: Path) -> None:
+    model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1 << 25}, "unk_token": "a"}
+    tokenizer = Tokenizer.from_content({"version": "1.0", "added_tokens": [], "model": model}, {}, None, "here")
+    with pytest.raises(AssetError, match=f"token id {1 << 25}; ids must be below {1 << 24}"):
+        tokenizer.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_broken_tokenizer_config(tmp_path: Path) -> None:
     changed(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 _MOST_BYTES = 1 << 28
+_MOST_IDS = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +67,10 @@ class Tokenizer:
         return cls(backend, special, config, chat_template)
 
     def save(self, folder: Path) -> None:
-        """Write it into a folder, as `load` reads it."""
+        """Write it into a folder, as `load` reads it. Raises `AssetError` if an id is beyond what vocabularies have."""
+        largest = max(self.backend.get_vocab(with_added_tokens=True).values(), default=0)
+        if largest >= _MOST_IDS:  # the library writes out every id up to the largest: minutes and gigabytes
+            raise AssetError(f"the tokenizer has the token id {largest}; ids must be below {_MOST_IDS}")
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         config = {**self.config, **({} if self.chat_template is None else {"chat_template": self.chat_template})}
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
