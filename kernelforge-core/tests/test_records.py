@@ -79,11 +79,13 @@ def test_a_record_is_one_line_of_json_that_reads_back() -> None:
         ({"config": {"tile": [1]}}, "field 'config' must hold numbers and strings"),
         ({"samples_s": ["1"]}, "field 'samples_s' must hold finite numbers"),
         ({"status": "error", "samples_s": [math.inf]}, "field 'samples_s' must hold finite numbers"),
-        ({"error": math.inf}, "field 'error' must be finite, not inf"),
+        ({"error": math.inf}, "field 'error' must be a finite number"),
+        ({"status": "error", "samples_s": [10**400]}, "field 'samples_s' must hold finite numbers"),
+        ({"median_s": 10**400}, "field 'median_s' must be a finite number"),
         ({"versions": {"python": math.nan}}, "field 'versions' must hold strings"),
         ({"samples_s": []}, "a successful trial needs positive, finite times"),
         ({"median_s": 0.0}, "a successful trial needs positive, finite times"),
-        ({"median_s": math.nan}, "field 'median_s' must be finite, not nan"),
+        ({"median_s": math.nan}, "field 'median_s' must be a finite number"),
         ({"status": "fine"}, "status 'fine' is not one of ok, wrong-result, error"),
     ],
 )
@@ -97,6 +99,8 @@ def test_lines_that_are_torn_or_foreign() -> None:
         parse_record(record().line()[:-5])
     with pytest.raises(RecordError, match="not a tuning record"):
         parse_record("[1, 2]")
+    with pytest.raises(RecordError, match="not JSON"):
+        parse_record("[" * 100_000)
     data = asdict(record())
     del data["variant"]
     with pytest.raises(RecordError, match="field 'variant' is missing"):

@@ -157,7 +157,7 @@ def crash(problem: Problem, operands: Sequence[Array | None], results: Outputs) 
     os.abort()
 
 
-CRASHING = (variant("good"), variant("crashes", lambda config: Kernel(crash), priority=-1))
+CRASHING = (variant("crashes", lambda config: Kernel(crash)), variant("good", priority=-1))
 
 
 def tune_to_the_end(path: Path) -> None:
@@ -165,16 +165,24 @@ def tune_to_the_end(path: Path) -> None:
 
 
 def test_a_kernel_that_ends_the_process_is_told_and_not_tried_again(store: RecordStore) -> None:
+    store = RecordStore(store.path.parent / "new" / store.path.name)
     child = multiprocessing.get_context("spawn").Process(target=tune_to_the_end, args=(store.path,))
     child.start()
     child.join(60)
     assert child.exitcode == -signal.SIGABRT
-    with pytest.warns(KernelForgeWarning, match=r"kernel 'crashes' of plugin \w+ with config {} ended the process"):
+    with pytest.warns(KernelForgeWarning, match=r"tried kernel 'crashes' of plugin \w+ with config {}, which counts"):
         result = tune(store, *CRASHING)
     assert [r.variant for r in result.records if r.ok] == ["good"]
     (failure,) = [r for r in store.records if not r.ok]
     assert (failure.variant, failure.status, failure.message) == ("crashes", "error", ENDED)
     assert list(store.path.parent.iterdir()) == [store.path]
+
+
+def test_a_trace_that_cannot_be_read_is_dropped(store: RecordStore) -> None:
+    trace = store.path.with_name(f"{store.path.name}.{os.getpid()}.trial")
+    trace.write_bytes(b"\xff{")
+    assert tune(store, variant("good")).best is not None
+    assert not trace.exists()
 
 
 def test_interruption_keeps_what_was_measured(store: RecordStore) -> None:

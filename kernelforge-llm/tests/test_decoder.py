@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -149,9 +151,27 @@ def test_max_tokens(oracle: Decoder) -> None:
 def test_the_step_for_one_token_is_compiled_only_for_a_second_token(numpy_session: Session, folder: Path) -> None:
     decoder = open_decoder(open_source(folder), numpy_session)
     assert len(list(decoder.generate([1, 2, 3], 1, ignore_eos=True))) == 1
-    assert "one" not in vars(decoder._steps)
+    assert "one" not in decoder._steps._compiled
     assert len(list(decoder.generate([1, 2, 3], 2, ignore_eos=True))) == 2
-    assert "one" in vars(decoder._steps)
+    assert "one" in decoder._steps._compiled
+
+
+def test_threads_that_begin_together_compile_a_step_once(
+    numpy_session: Session, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, compile_really = [], numpy_session.compile
+
+    def slowly(*given: Any, **more: Any) -> Any:
+        compiled.append(given)
+        time.sleep(0.2)
+        return compile_really(*given, **more)
+
+    monkeypatch.setattr(numpy_session, "compile", slowly)
+    decoder = open_decoder(open_source(folder), numpy_session)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda _: decoder.feed(decoder.new_cache(), [5]), range(2))
+    np.testing.assert_array_equal(one, other)
+    assert len(compiled) == 1
 
 
 def test_a_full_context_ends_generation(oracle: Decoder) -> None:

@@ -185,7 +185,7 @@ class Session:
         dims: Mapping[str, int] | None = None,
         max_dims: Mapping[str, int] | None = None,
     ) -> Plan:
-        """Plan the function of a lowered module; nothing is read from or kept on disk."""
+        """Plan the function of a lowered module, as `plan` does for a text that was not planned before; the plan is not kept."""
         from kernelforge.layouts import share_layouts  # a start that finds its plans needs neither
         from kernelforge.planning import make_plan
 

@@ -306,8 +306,8 @@ class Decoder:
         """Generate up to `max_tokens` tokens after `prompt`, one at a time.
 
         Ends at a stop string (which is not part of the text), at one of `stop_ids`, at the model's end-of-sequence
-        token unless `ignore_eos`, or, with a KernelForgeWarning, when the context is full. Raises UsageError when the
-        prompt itself does not fit.
+        token unless `ignore_eos`, or, with a KernelForgeWarning, when the context is full. Raises UsageError for an id out
+        of range, also among `stop_ids`, and when the prompt itself does not fit.
         """
         ids = self.encode(prompt)
         if len(ids) > self.context:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
@@ -54,22 +54,30 @@ class Steps:
         self._model, self._session = model, session
         self.compile_s = 0.0
         """Seconds spent compiling so far."""
+        self._compiled: dict[str, Step] = {}
+        self._compiling = threading.Lock()
         self._bound: WeakKeyDictionary[KVCache, _Bound] = WeakKeyDictionary()
 
-    @cached_property
+    @property
     def one(self) -> Step:
         """The step for one token of one sequence."""
-        return self._compile(self._model.programs[0])
+        return self._compiled.get("one") or self._make("one", lambda: self._model.programs[0])
 
-    @cached_property
+    @property
     def sampled(self) -> Step:
         """The step for one token of one sequence that draws the next."""
-        return self._compile(self._model.sampled)
+        return self._compiled.get("sampled") or self._make("sampled", lambda: self._model.sampled)
 
-    @cached_property
+    @property
     def many(self) -> Step:
         """The step for any number of tokens and rows."""
-        return self._compile(self._model.programs[1])
+        return self._compiled.get("many") or self._make("many", lambda: self._model.programs[1])
+
+    def _make(self, name: str, program: Callable[[], Program]) -> Step:
+        with self._compiling:
+            if name not in self._compiled:  # no other thread did while this one waited
+                self._compiled[name] = self._compile(program())
+            return self._compiled[name]
 
     def _compile(self, program: Program) -> Step:
         start = time.perf_counter()

@@ -31,7 +31,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class GpuExecutable:
-    """See `kernelforge.backend.Executable`. Not for concurrent use by several threads."""
+    """See `kernelforge.backend.Executable`. Threads that use one device take turns."""
 
     def __init__(
         self,

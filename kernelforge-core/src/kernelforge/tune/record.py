@@ -99,7 +99,7 @@ def parse_record(line: str) -> Record:
     """Inverse of `Record.line`. Raises RecordError with what is wrong."""
     try:
         data = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise RecordError("not JSON (torn?)") from None
     if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
         raise RecordError("not a tuning record")
@@ -113,10 +113,10 @@ def parse_record(line: str) -> Record:
         value = data[name]
         if not isinstance(value, _KINDS[str(f.type)]) or isinstance(value, bool):
             raise RecordError(f"field '{name}' must be of type {f.type}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise RecordError(f"field '{name}' must be finite, not {value}")
+        if f.type == "float" and not _finite(value):
+            raise RecordError(f"field '{name}' must be a finite number")
         values[name] = value
-    if not all(isinstance(s, (int, float)) and math.isfinite(s) for s in values["samples_s"]):
+    if not all(_finite(s) for s in values["samples_s"]):
         raise RecordError("field 'samples_s' must hold finite numbers")
     if not all(isinstance(v, str) for v in values["versions"].values()):
         raise RecordError("field 'versions' must hold strings")
@@ -124,6 +124,14 @@ def parse_record(line: str) -> Record:
         raise RecordError("field 'config' must hold numbers and strings")
     values["samples_s"] = tuple(values["samples_s"])
     return Record(**values)
+
+
+def _finite(value: object) -> bool:
+    """Whether it is a number, and a finite one."""
+    try:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:  # JSON has integers that no float holds
+        return False
 
 
 LARGE = 1 << 20

@@ -7,11 +7,13 @@ taken away when the kernel returns or raises; one that its process left behind b
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from kernelforge import home
 from kernelforge.errors import KernelForgeWarning
 from kernelforge.tune.record import Record, RecordError, parse_record
 from kernelforge.tune.records import RecordStore
@@ -23,10 +25,10 @@ ENDED = "the process ended while this kernel was built or first run: it crashed,
 @contextlib.contextmanager
 def watched(store: RecordStore, failure: Record) -> Iterator[None]:
     """While a kernel is tried for the first time: `failure` is what is recorded should the process not live through it.
-    Nothing is left where the folder cannot be written."""
+    Nothing is where the folder cannot be written."""
     trace = store.path.with_name(f"{store.path.name}.{os.getpid()}.trial")
     with contextlib.suppress(OSError):
-        trace.write_text(failure.line(), encoding="utf-8")
+        home.write_atomic(trace, failure.line())
     try:
         yield
     finally:
@@ -36,11 +38,11 @@ def watched(store: RecordStore, failure: Record) -> Iterator[None]:
 
 def record_crashes(store: RecordStore) -> None:
     """Record what processes that are no longer there have left behind, and warn of each."""
-    for trace in sorted(store.path.parent.glob(f"{store.path.name}.*.trial")):
+    for trace in sorted(store.path.parent.glob(f"{glob.escape(store.path.name)}.*.trial")):
         try:
             if _in_progress(trace):
                 continue
-            failure = parse_record(trace.read_text(encoding="utf-8"))
+            failure = parse_record(trace.read_text(encoding="utf-8", errors="replace"))
             store.append(failure)
             trace.unlink()
         except RecordError:
@@ -50,7 +52,8 @@ def record_crashes(store: RecordStore) -> None:
         else:
             kernel = f"kernel '{failure.variant}' of plugin {failure.plugin} with config {config_key(failure.config)}"
             remedy = "`kernelforge records prune --failed` has it tried again"
-            told = f"{kernel} ended the process that tuned {failure.problem}, and counts as failed; {remedy}"
+            told = f"a process crashed or was killed while it tried {kernel}, which counts as failed"
+            told += f" on {failure.problem}; {remedy}"
             warnings.warn(KernelForgeWarning(told), stacklevel=3)
 
 
