@@ -4,7 +4,9 @@ import multiprocessing
 import os
 import random
 import signal
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from kernelforge.problem import Problem, parse_problem
 from kernelforge.tune.grid import GridTuner
 from kernelforge.tune.records import RecordStore
 from kernelforge.tune.run import TuneResult, planned_trials, tunable, tune_problem
-from kernelforge.tune.trial import ENDED
+from kernelforge.tune.trial import ENDED, record_crashes, watched
 from kernelforge.tune.tuner import Tuner
 from kernelforge.variant import Config, ConfigSpace, KernelVariant, Reject
 
@@ -179,10 +181,18 @@ def test_a_kernel_that_ends_the_process_is_told_and_not_tried_again(store: Recor
 
 
 def test_a_trace_that_cannot_be_read_is_dropped(store: RecordStore) -> None:
-    trace = store.path.with_name(f"{store.path.name}.{os.getpid()}.trial")
+    trace = store.path.with_name(f"{store.path.name}.999999999.trial")
     trace.write_bytes(b"\xff{")
     assert tune(store, variant("good")).best is not None
     assert not trace.exists()
+
+
+def test_a_trial_of_another_thread_is_no_crash(store: RecordStore) -> None:
+    (done,) = tune(store, variant("only")).records
+    with watched(store, replace(done, status="error", message=ENDED)), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        record_crashes(store)
+    assert all(record.ok for record in store.records)
 
 
 def test_interruption_keeps_what_was_measured(store: RecordStore) -> None:

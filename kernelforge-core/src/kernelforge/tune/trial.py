@@ -62,7 +62,7 @@ def _in_progress(trace: Path) -> bool:
     import psutil
 
     number = trace.suffixes[-2][1:]
-    if not number.isdecimal() or int(number) == os.getpid():
+    if not number.isdecimal():
         return False
     try:
         return bool(psutil.Process(int(number)).create_time() <= trace.stat().st_mtime)
