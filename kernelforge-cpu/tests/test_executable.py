@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from kernelforge.problem import Problem, parse_problem
 from kernelforge.selection import NO_RECORDS
 from kernelforge.session import Session
 from kernelforge.variant import Config, DeviceInfo, KernelVariant
+from kernelforge_cpu.authoring import kernel
 from kernelforge_cpu.emit import KernelBuilder
 from kernelforge_cpu.kernel import NativeKernel, Phase, PythonKernel, one_part
 from kernelforge_cpu.kernels.common import new_kernel
@@ -47,11 +50,41 @@ def torn(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
     return NativeKernel((Phase("f"),), mlir="func.func @f( {")
 
 
+def counts(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
+    """Has a part for each element, which writes how many there are; not of seven."""
+
+    def parts(dims: Sequence[int], threads: int) -> int:
+        if dims[0] == 7:
+            raise ValueError("seven")
+        return dims[0]
+
+    k = new_kernel(problem, config, device)
+    k.buffer(1, "f32").store(k.convert(k.parts, "f32"), k.part)
+    return NativeKernel((Phase(k.name, parts),), k.text())
+
+
+HELD = threading.Lock()
+HOLDS = threading.Event()
+
+
+def holds(problem: Problem, config: Config, device: DeviceInfo) -> PythonKernel:
+    """Copies, while nobody has `HELD`."""
+
+    def call(operands: Sequence[Array | None], results: Sequence[Array]) -> None:
+        HOLDS.set()
+        with HELD:
+            results[0][...] = operands[0]
+
+    return PythonKernel(call)
+
+
 class Plugin:
     @hookimpl
     def kernelforge_kernels(self) -> list[KernelVariant]:
         return [
             KernelVariant("slow", "transformer.silu", "cpu", slow_silu, priority=-1000),
+            KernelVariant("counts", "transformer.silu", "cpu", counts, priority=-1000),
+            KernelVariant("holds", "transformer.silu", "cpu", holds, priority=-1000),
             KernelVariant("torn", "transformer.silu", "cpu", torn, priority=-1000),
             KernelVariant("unfit", "transformer.silu", "cpu", lambda problem, config, device: 7, priority=-1000),
         ]
@@ -212,6 +245,65 @@ def test_threads_take_turns_with_an_executable(session: Session) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_does_not_wait_for_a_thread_it_does_not_have(session: Session) -> None:
+    problem = parse_problem("transformer.silu(f32[4]) -> (f32[4]) {}")
+    executable, x = session.compile_problem(problem, variant="holds"), numbers(4)
+    HOLDS.clear()
+    with HELD:
+        thread = threading.Thread(target=executable.run, args=({"x": x},))
+        thread.start()
+        HOLDS.wait(60)
+        if (child := os.fork()) == 0:
+            status = 1
+            try:
+                HELD.release()
+                signal.alarm(20)  # ends a child that waits
+                status = int(not np.array_equal(one(executable.run({"x": x})), x))
+            finally:
+                os._exit(status)
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_kernel_cannot_run_its_own_executable() -> None:
+    runs: list[Callable[[], object]] = []
+
+    @kernel(op="transformer.silu", dtypes=("f32",))
+    def nested(x: Any) -> Any:
+        return x if x[0] == 1 else runs[-1]()
+
+    class Nested:
+        @hookimpl
+        def kernelforge_kernels(self) -> list[KernelVariant]:
+            return [nested]
+
+    registry = load_registry(allow=["core", "cpu"], extra_plugins=[Nested()])
+    with Session("cpu", registry=registry, records=NO_RECORDS) as opened:
+        problem = parse_problem("transformer.silu(f32[4]) -> (f32[4]) {}")
+        executable = opened.compile_problem(problem, variant="nested")
+        ones, zeros = np.ones(4, np.float32), np.zeros(4, np.float32)
+        bound = executable.bind({"x": ones})
+        for run in (bound, lambda: executable.run({"x": ones}), lambda: executable.bind({"x": ones})):
+            runs.append(run)
+            with pytest.raises(PluginError, match="an executable cannot be run by a kernel of its own"):
+                executable.run({"x": zeros})
+            np.testing.assert_array_equal(one(bound()), ones)
+
+
+def test_sizes_that_a_kernel_fails_on_are_told_again(session: Session) -> None:
+    """The phases after one that raised must not keep the parts of other sizes."""
+    problem = parse_problem("transformer.silu(f32[n]) -> (f32[n]) {}")
+    executable = session.compile_problem(problem, variant="counts")
+    bound = executable.bind({"x": np.zeros(3, np.float32)})
+    assert one(bound()).tolist() == [3, 3, 3]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="seven"):
+            executable.run({"x": np.zeros(7, np.float32)})
+    assert one(bound()).tolist() == [3, 3, 3]
 
 
 def test_bound_call_outlives_memory_that_was_too_small(session: Session) -> None:

@@ -411,6 +411,32 @@ def test_kernels_have_room_on_the_stack_whatever_threads_have(threads: int) -> N
     subprocess.run([sys.executable, "-c", SMALL_STACKS, str(threads)], check=True, timeout=60)
 
 
+def test_what_fails_on_the_thread_with_room_is_raised_by_the_caller(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its caller would go on with results that nobody has written."""
+
+    def none_left(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("kernelforge_cpu.team.start_with_room", none_left)
+    monkeypatch.setattr("kernelforge_cpu.stack.stack_bytes", lambda: 1 << (17 if is_caller() else 23))
+    raised: list[str] = []
+
+    def is_caller() -> bool:
+        return threading.current_thread() is caller
+
+    def run() -> None:
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            Team(2).run(table([library.address("count")], [[np.zeros(4, np.int64)]], [4]))
+        raised.append("by the caller")
+
+    caller = threading.Thread(target=run)
+    caller.start()
+    caller.join()
+    assert raised
+
+
 def test_touching_the_stack_harms_nothing() -> None:
     driver().touch(KERNEL_BYTES)
     driver().touch(0)

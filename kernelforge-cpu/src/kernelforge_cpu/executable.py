@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +16,7 @@ import numpy as np
 
 from kernelforge.backend import Buffer, Timing
 from kernelforge.dtype import to_numpy
+from kernelforge.errors import UsageError
 from kernelforge.reference import HostBuffer, bind_inputs, check_out, output_array
 from kernelforge_cpu.driver import StepTable
 from kernelforge_cpu.kernel import NativeKernel, PythonKernel
@@ -54,8 +57,8 @@ class _Row:
 
 
 class CpuExecutable:
-    """See `kernelforge.backend.Executable`. Threads that use one take turns, as its memory is used by one run at a time; several
-    executables may share a team."""
+    """See `kernelforge.backend.Executable`. Threads that use one take turns, as its memory is used by one run at a time, and a
+    Python kernel cannot run the one that runs it; several executables may share a team."""
 
     def __init__(
         self,
@@ -69,6 +72,8 @@ class CpuExecutable:
         self._plan, self._kernels, self._team, self._catalog = plan, kernels, team, catalog
         self._constants = dict(constants)
         self._lock = threading.RLock()
+        self._in_python = False
+        _executables.add(self)
         self._rows = self._make_rows()
         self._layout = layout = Layout(plan, [linked.kernel for linked in kernels], self._constants, team.threads)
         self._table = StepTable(
@@ -116,8 +121,9 @@ class CpuExecutable:
     # --- sizes, when they change ---
 
     def _resize(self, dims: dict[str, int]) -> None:
-        if not self._layout.resize(dims):
+        if dims == self._layout.dims:
             return
+        self._layout.forget()  # kernels of plugins may raise here, and Ctrl-C may come
         self._input_specs = [
             (i, v.name, to_numpy(v.type.dtype), v.type.array_shape(dims), v.donated)
             for i, v in ((i, self._plan.values[i]) for i in self._plan.inputs)
@@ -137,6 +143,7 @@ class CpuExecutable:
             assert isinstance(kernel, NativeKernel)
             sizes = [dims[d] for d in self._plan.steps[row.step].dims]
             self._table.set_parts(row_index, max(1, kernel.phases[row.phase].parts(sizes, self._team.threads)))
+        self._layout.resize(dims)
 
     # --- running ---
 
@@ -159,6 +166,7 @@ class CpuExecutable:
         def call() -> tuple[Array | Buffer, ...]:
             nonlocal changes
             with self._lock:
+                self._check_turn()
                 if layout.changes != changes:  # something else was run meanwhile
                     self._resize(dims)
                     for root, array in memory.items():
@@ -226,6 +234,7 @@ class CpuExecutable:
     ) -> tuple[dict[int, Array], tuple[Array | Buffer, ...]]:
         """Write the addresses of inputs and outputs. Returns their arrays by value, which must live through the run, and
         what the run returns."""
+        self._check_turn()
         memory = self._plain_inputs(inputs)
         if memory is None:
             memory = self._checked_inputs(inputs)
@@ -275,6 +284,11 @@ class CpuExecutable:
         self._resize(dims)
         return arrays
 
+    def _check_turn(self) -> None:
+        """Raises UsageError within a Python step: the run that it belongs to goes on with the same memory."""
+        if self._in_python:
+            raise UsageError("an executable cannot be run by a kernel of its own")
+
     def _execute(self, memory: Mapping[int, Array]) -> None:
         for segment in self._segments:
             if isinstance(segment, int):
@@ -302,4 +316,21 @@ class CpuExecutable:
             for k, v in enumerate(step.operands)
         ]
         results = [self._layout.view(v, memory) for v in step.results]
-        kernel.call(operands, results)
+        self._in_python = True
+        try:
+            kernel.call(operands, results)
+        finally:
+            self._in_python = False
+
+
+_executables: weakref.WeakSet[CpuExecutable] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """In a forked child, which has none of the threads that had their turn."""
+    for executable in _executables:
+        executable._lock, executable._in_python = threading.RLock(), False
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

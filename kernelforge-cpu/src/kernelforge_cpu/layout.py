@@ -34,7 +34,7 @@ class Layout:
         """`constants`: the packed array of (step, operand index). They and the kernels' tables must live as long as this."""
         self._plan, self._kernels, self._threads = plan, kernels, threads
         self.dims: dict[str, int] | None = None
-        """The sizes; None before there are any, and where memory ran out for some."""
+        """The sizes; None before there are any, and where a change of them failed."""
         self.starts: list[int] = []
         """Of each step, where its pointers begin."""
         self.dim_starts: list[int] = []
@@ -72,12 +72,14 @@ class Layout:
         self.dim_values = np.zeros(max(1, len(dims)), np.int64)
         self._dim_slots = {d: np.array([k for k, name in enumerate(dims) if name == d]) for d in set(dims)}
 
-    def resize(self, dims: dict[str, int]) -> bool:
-        """Make room for these sizes and tell them. Whether they are others than before."""
-        if dims == self.dims:
-            return False
-        self.dims = None  # as long as memory may run out
+    def forget(self) -> None:
+        """The sizes are about to change: what fails meanwhile leaves none."""
+        self.dims = None
         self.changes += 1
+
+    def resize(self, dims: dict[str, int]) -> None:
+        """Make room for these sizes and tell them."""
+        self.forget()
         known = self._plan.max_dims if self._bounds is None else self._bounds
         grown = {d: max(n, known.get(d, 0)) for d, n in dims.items()}
         if grown != self._bounds:
@@ -91,7 +93,6 @@ class Layout:
             self.dim_values[slots] = dims[name]
         self._place_scratch(dims)
         self.dims = dict(dims)
-        return True
 
     def _place_scratch(self, dims: Mapping[str, int]) -> None:
         """Steps of one group run at the same time: each has scratch of its own; groups reuse the memory."""
@@ -114,9 +115,10 @@ class Layout:
         """Say where a value is."""
         if self.places.get(root) != start:
             self.changes += 1
-            self.places[root] = start
+            self.places.pop(root, None)  # known again when all is written: Ctrl-C may come in between
             for slot, offset in self._patches.get(root, ()):
                 self._words[slot] = start + offset
+            self.places[root] = start
 
     def view(self, value: int, memory: Mapping[int, Array]) -> Array:
         """The memory of a value as an array; `memory` has the callers' arrays, by root value. Of the present sizes."""

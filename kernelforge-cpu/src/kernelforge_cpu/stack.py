@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -23,7 +24,6 @@ class Stack(threading.local):
     known: bool | None = None
     """What `has_room` has found."""
 
-    @property
     def has_room(self) -> bool:
         """Whether it is large enough for kernels. The system is asked once a thread; on Windows, what kernels may use is then
         made memory."""
@@ -40,6 +40,15 @@ class Stack(threading.local):
 _starting = threading.Lock()
 
 
+def _after_fork() -> None:
+    global _starting
+    _starting = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def start_with_room(thread: threading.Thread) -> None:
     """Start a thread with a large stack, whatever `threading.stack_size` says."""
     with _starting:
@@ -51,9 +60,19 @@ def start_with_room(thread: threading.Thread) -> None:
 
 
 def call_with_room(call: Callable[[], None]) -> None:
-    """Call on a thread with room, which must not raise, and wait for its end. Ctrl-C waits, too: the caller's memory is in
-    use until then."""
-    thread = threading.Thread(target=call, name="kernelforge-caller", daemon=True)
+    """Call on a thread with room and wait for its end; what the call raises is raised here. Ctrl-C waits, too: the caller's
+    memory is in use until then."""
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            call()
+        except BaseException as error:  # of any kind: without it the caller would go on as if all was done
+            raised.append(error)
+
+    thread = threading.Thread(target=work, name="kernelforge-caller", daemon=True)
     with held_back():
         start_with_room(thread)
         thread.join()
+    if raised:
+        raise raised[0]

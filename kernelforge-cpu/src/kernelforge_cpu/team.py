@@ -81,7 +81,9 @@ class Team:
             raise UsageError(f"steps {first} to {last} of a table of {len(table)}")
         if first == last or repeats < 1:
             return
-        if not (_stack.known or _stack.has_room):  # the first alone where it can: it is a tenth of a microsecond sooner
+        if not (
+            _stack.known or _stack.has_room()
+        ):  # the first alone where it can: it is a tenth of a microsecond sooner
             call_with_room(partial(self.run, table, first, last, repeats=repeats))
             return
         native, me = driver(), threading.get_ident()
@@ -106,7 +108,7 @@ class Team:
                 semaphore.release()
 
     def _work(self, index: int) -> None:
-        assert _stack.has_room  # looked at for what that does on Windows
+        _stack.has_room()  # for what that does on Windows
         self._members.add(threading.get_ident())
         work, wake = driver().work, self._wake[index]
         while work(self._address, index):
