@@ -15,7 +15,7 @@ from kernelforge.problem import Attr, Problem
 from kernelforge.quant import widened
 from kernelforge.variant import Reject
 from kernelforge_cpu.isa import CpuTarget, host_targets
-from kernelforge_cpu.kernels.attention import build_attention
+from kernelforge_cpu.kernels.attention import attention_space, build_attention
 
 
 def cached(q: str, cache: str, *, tokens: str = "tokens", lengths: str = "", **attrs: Attr) -> Problem:
@@ -236,6 +236,16 @@ def test_ranges_of_keys_are_merged(kernels: Kernels, p: Problem, depth: int) -> 
     for slot, most in ((0, max(0, depth - 70)), (1, depth + 3 if tokens > 3 else depth)):
         k[slot, most + 1 :], v[slot, most + 1 :] = np.nan, np.nan
     kernels.check(p, from_scores, arrays=[q, k, v, positions, slots, None], parts=(1, 2, 3, 7))
+
+
+def test_blocks_of_keys_fit_the_stack() -> None:
+    """Of heads of 512 elements in q8 the usual 64 keys are too many beside many tokens, but not for one."""
+    for tokens, heads, blocks in (("300", 32, [32]), ("1", 4, [64, 32, 128])):
+        p = cached(f"f32[{tokens},{heads},512]", "q8[1,64,4,512]", tokens=tokens)
+        assert [c["key_block"] for c in attention_space(p, device())] == blocks
+    assert verdict(cached("f32[300,128,512]", "q8[1,64,1,512]", tokens="300")) == Reject(
+        "takes heads whose rows fit the stack, not 128 of 512 elements over 1 kv heads"
+    )
 
 
 def test_refusals() -> None:

@@ -9,9 +9,11 @@ range of keys for all heads, and a second phase merges what the parts found (Dao
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from kernelforge.variant import ConfigSpace, Reject
+from kernelforge.errors import UsageError
+from kernelforge.variant import Accept, ConfigSpace, Reject
 from kernelforge_cpu.kernel import NativeKernel, Phase
 from kernelforge_cpu.kernels.axes import emit_inside, emit_size, size_of, strides_of
 from kernelforge_cpu.kernels.cache import as_plain
@@ -34,6 +36,7 @@ ITEMS_PER_THREAD = 16
 """Parts are taken in turns: blocks of tokens differ in length."""
 
 MAX_HEAD_DIM = 512
+KEY_BLOCKS = (64, 32, 128)
 
 
 def takes_attention(problem: Problem, device: DeviceInfo) -> Verdict:
@@ -42,11 +45,25 @@ def takes_attention(problem: Problem, device: DeviceInfo) -> Verdict:
         return Reject("takes static numbers of heads and head sizes")
     if isinstance(size, int) and size > MAX_HEAD_DIM:
         return Reject(f"takes heads of at most {MAX_HEAD_DIM} elements, not {size}")
-    return takes_rows(as_plain(problem), device)
+    verdict = takes_rows(as_plain(problem), device)
+    if isinstance(verdict, Accept) and not any(fits_stack(problem, n, device) for n in KEY_BLOCKS):
+        return Reject(f"takes heads whose rows fit the stack, not {heads} of {size} elements over {groups} kv heads")
+    return verdict
 
 
 def attention_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
-    return ConfigSpace((("key_block", (64, 32, 128)),))
+    fits = "the blocks do not fit the stack", lambda c: fits_stack(problem, int(c["key_block"]), device)
+    return ConfigSpace((("key_block", KEY_BLOCKS),), (fits,))
+
+
+@lru_cache(maxsize=64)
+def fits_stack(problem: Problem, key_block: int, device: DeviceInfo) -> bool:
+    """Whether a kernel may keep on the stack what it takes for blocks of so many keys: see `emit.KernelBuilder.alloca`."""
+    try:
+        build_attention(problem, {"key_block": key_block}, device)
+    except UsageError:
+        return False
+    return True
 
 
 def build_attention(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
@@ -60,32 +77,30 @@ def build_attention(problem: Problem, config: Config, device: DeviceInfo) -> Nat
 def _build_blocks(problem: Problem, key_block: int, config: Config, device: DeviceInfo) -> NativeKernel:
     from kernelforge_cpu.kernels.attention_access import Access
     from kernelforge_cpu.kernels.attention_run import Run
+    from kernelforge_cpu.kernels.attention_single import Single, Sums
 
     k = new_kernel(problem, config, device)
     access = Access(k, problem)
-    run = Run(access, key_block)
+    run, single, sums = Run(access, key_block), None, None
+    if problem.operands[3] is not None:
+        single = Single(access, key_block)
+        rows = max(1, single.rows)
+        sums = Sums(k.alloca("f32", rows * single.padded), k.alloca("f32", rows), k.alloca("f32", rows))
 
     def text() -> str:
-        _emit_blocks(access, run, key_block)
+        _emit_blocks(access, run, single, sums)
         return k.text()
 
     return NativeKernel((Phase(k.name, parts_of(problem, run)),), text)
 
 
-def _emit_blocks(access: Access, run: Run, key_block: int) -> None:
-    from kernelforge_cpu.kernels.attention_single import Single, Sums
-
+def _emit_blocks(access: Access, run: Run, single: Single | None, sums: Sums | None) -> None:
     k, problem = access.k, access.problem
     q = problem.operand(0)
-    cached = problem.operands[3] is not None
     batch: Dim = q.shape[0] if q.rank == 4 else 1
-    sequences, tokens = k.i64(1) if cached else access.size(batch), access.size(q.shape[-3])
+    sequences, tokens = k.i64(1) if single is not None else access.size(batch), access.size(q.shape[-3])
     per_sequence = (tokens + (run.block - 1)) // run.block
     blocks = sequences * per_sequence
-    single = Single(access, key_block) if cached else None
-    if single is not None:
-        rows = max(1, single.rows)
-        sums = Sums(k.alloca("f32", rows * single.padded), k.alloca("f32", rows), k.alloca("f32", rows))
     with k.for_(k.part, blocks * access.bundles, k.parts) as item:
         # From the end: later blocks of a prompt see more keys, and the longest come first.
         last = blocks * access.bundles - 1 - item.i
@@ -94,7 +109,7 @@ def _emit_blocks(access: Access, run: Run, key_block: int) -> None:
         sequence, block = k.binary("divu", block, per_sequence), k.binary("remu", block, per_sequence)
         first = block * run.block
         end = k.min(first + run.block, tokens)
-        if single is not None:
+        if single is not None and sums is not None:
             _emit_runs(access, run, single, sums, bundles, first, end)
         else:
             run.run(bundles, sequence, first, end - first, first + access.capacity - tokens)
