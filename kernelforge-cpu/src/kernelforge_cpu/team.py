@@ -81,9 +81,8 @@ class Team:
             raise UsageError(f"steps {first} to {last} of a table of {len(table)}")
         if first == last or repeats < 1:
             return
-        if not (
-            _stack.known or _stack.has_room()
-        ):  # the first alone where it can: it is a tenth of a microsecond sooner
+        # `known` alone where it can: it is a tenth of a microsecond sooner.
+        if not (_stack.known or _stack.has_room()):
             call_with_room(partial(self.run, table, first, last, repeats=repeats))
             return
         native, me = driver(), threading.get_ident()
