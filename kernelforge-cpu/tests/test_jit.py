@@ -55,7 +55,7 @@ def test_the_host_uses_its_full_width_also_for_loops_that_llvm_vectorises() -> N
     assert re.search(register, assembly(k.text()))
 
 
-@pytest.mark.skipif(host_target().arch != "x86_64", reason="LLVM is told so where the host is one of these")
+@pytest.mark.skipif(host_target().arch != "x86_64", reason="innermost loops are aligned where the host is an x86-64")
 def test_innermost_loops_begin_at_a_cache_line() -> None:
     code = assembly(dot(target("x86-64-v3")), cpu=target("x86-64-v3"))
     aligned = re.findall(r"\.p2align\s+(\d+)[^\n]*\n(\.LBB\w+):", code)
