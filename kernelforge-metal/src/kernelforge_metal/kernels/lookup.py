@@ -76,7 +76,7 @@ def takes_kv_cache_update(problem: Problem, device: DeviceInfo) -> Verdict:
 
 
 def build_kv_cache_update(problem: Problem, config: Config, device: DeviceInfo) -> GpuKernel:
-    """One thread an element of the new rows, or a group of a cache in q8."""
+    """One thread an element of the new rows, or four of a cache in q8."""
     names = ("cache", "fresh", "positions", "slots")
     cache, new, positions, slots = (tensor(problem, i, name, device) for i, name in enumerate(names))
     out = tensor(problem, 4, "out", device)

@@ -42,7 +42,7 @@ def build_rope_cache_update(problem: Problem, config: Config, device: DeviceInfo
 
 
 def _quantised(problem: Problem, device: DeviceInfo) -> Dispatch:
-    """Of k and v into caches in q8: a thread rotates or moves a group."""
+    """Of k and v into caches in q8: a thread rotates or moves four elements."""
     k, v, positions, slots, keys, values = (
         tensor(problem, i, name, device)
         for i, name in ((1, "k"), (2, "v"), (5, "positions"), (6, "slots"), (8, "keys"), (9, "values"))
