@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -421,6 +422,27 @@ def test_constants_and_configs_are_told_apart() -> None:
         run(emit_mlir, model="any", program="decode", using=using)
 
 
+def test_a_model_of_no_steps_is_told() -> None:
+    class Empty:
+        def claims(self, source: str) -> bool:
+            return True
+
+        def load(self, source: str, **options: object) -> ImportedModel:
+            return ImportedModel(source, (), ArraySource({}))
+
+    class Plugin(fake_target.FakePlugin):
+        @hookimpl
+        def kernelforge_importers(self) -> list[ImporterSpec]:
+            return [ImporterSpec("empty", Empty)]
+
+    using = load_registry(entry_points=[], extra_plugins=[builtin, Plugin([tiled()])])
+    for verb, op in itertools.product((why_verb.why, tune_verb.tune), (None, "matmul")):
+        with pytest.raises(UsageError, match=r"no step of the model 'any' needs a kernel on target 'fake'$"):
+            run(verb, op, model="any", using=using)
+    with pytest.raises(UsageError, match="the model 'any' has no programs"):
+        run(emit_mlir, model="any", using=using)
+
+
 def test_the_number_of_tokens_can_be_fixed() -> None:
     using = load_registry(entry_points=[], extra_plugins=[builtin])
     with pytest.raises(UsageError, match="the reference target has no LLVM IR"):
@@ -435,6 +457,7 @@ def test_the_number_of_tokens_can_be_fixed() -> None:
         ({"model": "m", "block": True}, "--model and --block exclude each other"),
         ({"program": "decode"}, "--program needs --model"),
         ({"activations": "q8"}, "--activations needs --model"),
+        ({"kv_dtype": "q8"}, "--kv-dtype needs --model"),
     ],
 )
 def test_stages_that_do_not_exist(options: dict[str, Any], message: str) -> None:

@@ -74,6 +74,13 @@ def test_programs_for_a_device_are_what_a_decoder_runs(importer: Importer, sessi
     assert "transformer.q8a" not in plain.programs[0].module
 
 
+def test_the_cache_is_in_the_format_that_was_asked_for(importer: Importer, session: Session) -> None:
+    model = importer.load("tinypy", kv_dtype="q8", device=session.device.info)
+    decoder = open_decoder(open_source(), session, kv_dtype="q8")
+    assert decoder.model.cache_dtype == "q8"
+    assert [p.module for p in model.programs] == [p.module for p in decoder.model.programs]
+
+
 def test_tinypy_is_real_and_other_shapes_are_random(importer: Importer) -> None:
     assert importer.load("tinypy").name == "tinypy"
     np.testing.assert_array_equal(
@@ -88,6 +95,8 @@ def test_what_is_wrong_is_an_error(importer: Importer, tmp_path: Path) -> None:
         importer.load("tinypy", weights="int3")
     with pytest.raises(UsageError, match="unknown format of activations 'int3'"):
         importer.load("tinypy", activations="int3")
+    with pytest.raises(UsageError, match="unknown cache format 'int3'"):
+        importer.load("tinypy", kv_dtype="int3")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(AssetError, match=r"has neither model.safetensors nor"):
         importer.load(str(tmp_path))

@@ -41,9 +41,15 @@ class Importer(Protocol):
         ...
 
     def load(
-        self, source: str, *, weights: str = "native", activations: str = "auto", device: DeviceInfo | None = None
+        self,
+        source: str,
+        *,
+        weights: str = "native",
+        activations: str = "auto",
+        kv_dtype: str = "auto",
+        device: DeviceInfo | None = None,
     ) -> ImportedModel:
         """Read it, as it would be compiled for a device. `weights`: "native" or the dtype to convert weights to.
-        `activations`: what they are in beside quantised weights; "auto" leaves it to the device. Raises AssetError for
-        what is broken, UsageError for a dtype that it does not know."""
+        `activations`: what they are in beside quantised weights; "auto" leaves it to the device. `kv_dtype`: what a
+        cache of keys and values is in. Raises AssetError for what is broken, UsageError for a dtype that it does not know."""
         ...

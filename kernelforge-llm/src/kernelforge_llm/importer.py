@@ -14,6 +14,7 @@ from kernelforge_llm.shapes import NAMED_SHAPES
 
 if TYPE_CHECKING:
     from kernelforge.variant import DeviceInfo
+    from kernelforge_llm.cache import CacheFormat
     from kernelforge_llm.weights import ActivationFormat, WeightFormat
 
 
@@ -31,7 +32,13 @@ class LlmImporter:
         return source in NAMED_SHAPES or REPO_ID.fullmatch(source) is not None
 
     def load(
-        self, source: str, *, weights: str = "native", activations: str = "auto", device: DeviceInfo | None = None
+        self,
+        source: str,
+        *,
+        weights: str = "native",
+        activations: str = "auto",
+        kv_dtype: str = "auto",
+        device: DeviceInfo | None = None,
     ) -> ImportedModel:
         """The step for one token (`decode`) and for many (`prefill`) of one sequence; for a device that draws tokens itself, also
         the one that does (`decode-sampled`). Raises as `Model.make`."""
@@ -45,6 +52,7 @@ class LlmImporter:
             default_registry(),
             weights=cast("WeightFormat", weights),  # checked by make
             activations=cast("ActivationFormat", activations),
+            kv_dtype=cast("CacheFormat", kv_dtype),
             device=device,
         )
         draws = device is not None and ASYNCHRONOUS in device.features  # elsewhere the host does

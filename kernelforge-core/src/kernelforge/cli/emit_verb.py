@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kernelforge.cli import output
-from kernelforge.cli.options import Activations, Weights, open_session
-from kernelforge.cli.problems import check_model_options, load_model
+from kernelforge.cli.options import Activations, KvDtype, Weights, open_session
+from kernelforge.cli.problems import Formats, load_model
 from kernelforge.errors import UsageError
 from kernelforge.importer import Program
 from kernelforge.module import Function, Module
@@ -49,6 +49,7 @@ def emit_mlir(
     tokens: Annotated[int | None, typer.Option(min=1, help="Fix the number of tokens; else it is dynamic.")] = None,
     weights: Weights = "native",
     activations: Activations = "auto",
+    kv_dtype: KvDtype = "auto",
 ) -> dict[str, Any]:
     """Print a module: as it was built, after the passes, with its kernels, or the LLVM IR of its kernels."""
     if model is not None and block:
@@ -57,7 +58,7 @@ def emit_mlir(
         raise UsageError("--after and --stage exclude each other")
     out = output.current()
     with closing(open_session(passes)) as session:
-        chosen = _program(session, model, program, weights, activations)
+        chosen = _program(session, model, program, Formats(weights, activations, kv_dtype))
         if tokens is not None:
             chosen = _with_tokens(chosen, tokens)
         text = _after(session, chosen, after) if after is not None else _at(session, chosen, stage)
@@ -65,13 +66,15 @@ def emit_mlir(
     return {"program": chosen.name, "stage": None if after else stage.value, "after": after, "text": text}
 
 
-def _program(session: Session, model: str | None, name: str | None, weights: str, activations: str) -> Program:
-    check_model_options(model, weights, activations)
+def _program(session: Session, model: str | None, name: str | None, formats: Formats) -> Program:
+    formats.check(model)
     if model is None:
         if name is not None:
             raise UsageError("--program needs --model")
         return decoder_block()
-    programs = {p.name: p for p in load_model(session, model, weights, activations).programs}
+    programs = {p.name: p for p in load_model(session, model, formats).programs}
+    if not programs:
+        raise UsageError(f"the model '{model}' has no programs")
     return next(iter(programs.values())) if name is None else lookup("program", programs, name)
 
 

@@ -37,6 +37,9 @@ Activations = Annotated[
     str,
     typer.Option(help="Of a model: what activations are in beside quantised weights; auto: as the device does best."),
 ]
+KvDtype = Annotated[
+    str, typer.Option(help="Of a model: what its cache keeps: f32, f16, bf16 or q8; auto: as it suits the weights.")
+]
 Variant = Annotated[str | None, typer.Option(help="Use this kernel variant.")]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
 from kernelforge.bench.matmul import MATMUL, matmul_problem
@@ -43,6 +43,21 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class Formats:
+    """The options that say how to read a model."""
+
+    weights: str = "native"
+    activations: str = "auto"
+    kv_dtype: str = "auto"
+
+    def check(self, model: str | None) -> None:
+        """Raises UsageError for one that was given when there is no model."""
+        for option in fields(self):
+            if model is None and getattr(self, option.name) != option.default:
+                raise UsageError(f"--{option.name.replace('_', '-')} needs --model")
+
+
+@dataclass(frozen=True)
 class Request:
     """The options of a verb that name problems: op, problem or model, or a model and the op that is meant of it."""
 
@@ -53,8 +68,7 @@ class Request:
     constant: bool
     problem: str | None
     model: str | None
-    weights: str = "native"
-    activations: str = "auto"
+    formats: Formats = Formats()
     shape: str | None = None
     attrs: Sequence[str] = ()
 
@@ -63,7 +77,7 @@ class Request:
         named = self.model if self.model is not None else self.op
         if (named is None) == (self.problem is None):
             raise UsageError("name one of: an op (matmul --shape 64x128,128x64), --problem KEY, --model PATH")
-        check_model_options(self.model, self.weights, self.activations)
+        self.formats.check(self.model)
         if self.model is not None:
             return self._of_model(session, self.model)
         if self.problem is not None:
@@ -89,11 +103,13 @@ class Request:
         if self.shape is not None or self.sizes != (None, None, None):
             raise UsageError("--model excludes --shape and --m, --n, --k", hint="a model has its own sizes")
         op = None if self.op is None else find_op(session.registry, self.op).full_name
-        found = model_problems(session, load_model(session, source, self.weights, self.activations))
+        found = model_problems(session, load_model(session, source, self.formats))
+        if not found:
+            raise UsageError(f"no step of the model '{source}' needs a kernel on target '{session.target}'")
         kept = [asked for asked in found if op in (None, asked.problem.op)]
         if not kept:
             there = ", ".join(sorted({asked.problem.op for asked in found}))
-            hint = _in_fusions(op or "", session) or f"it has: {there}"
+            hint = _in_fusions(str(op), session) or f"it has: {there}"
             raise UsageError(f"no step of the model '{source}' is a {op} on target '{session.target}'", hint=hint)
         return kept
 
@@ -138,14 +154,7 @@ def checked_problem(registry: Registry, key: str) -> Problem:
     return Problem(checked.op, checked.operands, given.results, checked.attrs).canonical()
 
 
-def check_model_options(model: str | None, weights: str, activations: str) -> None:
-    """Raises UsageError for an option that says how to read a model when there is none."""
-    for name, value, default in (("weights", weights, "native"), ("activations", activations, "auto")):
-        if model is None and value != default:
-            raise UsageError(f"--{name} needs --model")
-
-
-def load_model(session: Session, source: str, weights: str, activations: str) -> ImportedModel:
+def load_model(session: Session, source: str, formats: Formats) -> ImportedModel:
     """Read a model, as it would run on the session's device, with the importer that claims it. Raises AssetError when none
     does."""
     from kernelforge.lazy import resolve
@@ -159,9 +168,7 @@ def load_model(session: Session, source: str, weights: str, activations: str) ->
             leave_out(f"importer '{spec.name}'", spec.provenance, error)
             continue
         if claimed:
-            model: ImportedModel = importer.load(
-                source, weights=weights, activations=activations, device=session.device.info
-            )
+            model: ImportedModel = importer.load(source, **asdict(formats), device=session.device.info)
             return model
     names = ", ".join(registry.importers)
     reason = f"none of the importers ({names}) reads it" if names else "no importer is installed"

@@ -17,6 +17,7 @@ from kernelforge.cli.options import (
     Constant,
     Dtypes,
     K,
+    KvDtype,
     M,
     Model,
     N,
@@ -25,7 +26,7 @@ from kernelforge.cli.options import (
     Weights,
     open_session,
 )
-from kernelforge.cli.problems import Asked, Request
+from kernelforge.cli.problems import Asked, Formats, Request
 from kernelforge.errors import PartialResult
 from kernelforge.session import Session
 from kernelforge.tune.record import Record
@@ -52,6 +53,7 @@ def tune(
     model: Model = None,
     weights: Weights = "native",
     activations: Activations = "auto",
+    kv_dtype: KvDtype = "auto",
     variant: Annotated[list[str] | None, typer.Option(help="Only this variant (may be repeated).")] = None,
     tuner: Annotated[str, typer.Option(help="Search strategy.")] = "grid",
     budget_s: Annotated[
@@ -60,7 +62,8 @@ def tune(
 ) -> dict[str, Any]:
     """Find the fastest verified kernel and config, and record every trial; what is recorded is not run again."""
     out = output.current()
-    request = Request(op, (m, n, k), dtype, constant, problem, model, weights, activations, shape, attr or ())
+    formats = Formats(weights, activations, kv_dtype)
+    request = Request(op, (m, n, k), dtype, constant, problem, model, formats, shape, attr or ())
     with closing(open_session()) as session:
         asked = list({each.static: each for each in request.resolve(session)}.values())
         store = RecordStore.default()

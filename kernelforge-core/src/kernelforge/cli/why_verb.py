@@ -16,6 +16,7 @@ from kernelforge.cli.options import (
     Constant,
     Dtypes,
     K,
+    KvDtype,
     M,
     Model,
     N,
@@ -25,7 +26,7 @@ from kernelforge.cli.options import (
     Weights,
     open_session,
 )
-from kernelforge.cli.problems import Asked, Request
+from kernelforge.cli.problems import Asked, Formats, Request
 from kernelforge.plan import Fusion
 from kernelforge.selection import Decision, Selection, select
 from kernelforge.session import Session
@@ -55,11 +56,13 @@ def why(
     model: Model = None,
     weights: Weights = "native",
     activations: Activations = "auto",
+    kv_dtype: KvDtype = "auto",
     variant: Variant = None,
 ) -> dict[str, Any]:
     """Show every kernel that could run a problem: chosen or not, the reason, its config and where that comes from."""
     out = output.current()
-    request = Request(op, (m, n, k), dtype, constant, problem, model, weights, activations, shape, attr or ())
+    formats = Formats(weights, activations, kv_dtype)
+    request = Request(op, (m, n, k), dtype, constant, problem, model, formats, shape, attr or ())
     with closing(open_session()) as session:
         asked = request.resolve(session)
         selections = [_select(session, each, variant) for each in asked]
