@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -159,25 +160,72 @@ def crash(problem: Problem, operands: Sequence[Array | None], results: Outputs) 
     os.abort()
 
 
+def be_killed(problem: Problem, operands: Sequence[Array | None], results: Outputs) -> Outputs:
+    os.kill(os.getpid(), signal.SIGTERM)
+    raise AssertionError
+
+
 CRASHING = (variant("crashes", lambda config: Kernel(crash)), variant("good", priority=-1))
+KILLED = (variant("killed", lambda config: Kernel(be_killed)), variant("good", priority=-1))
 
 
-def tune_to_the_end(path: Path) -> None:
-    tune(RecordStore(path), *CRASHING)
+def tune_to_the_end(path: Path, crashing: bool) -> None:
+    tune(RecordStore(path), *(CRASHING if crashing else KILLED))
+
+
+def ended_by(store: RecordStore, *, crashing: bool) -> int | None:
+    """What ends another process that tunes."""
+    child = multiprocessing.get_context("spawn").Process(target=tune_to_the_end, args=(store.path, crashing))
+    child.start()
+    child.join(60)
+    return child.exitcode
 
 
 def test_a_kernel_that_ends_the_process_is_told_and_not_tried_again(store: RecordStore) -> None:
     store = RecordStore(store.path.parent / "new" / store.path.name)
-    child = multiprocessing.get_context("spawn").Process(target=tune_to_the_end, args=(store.path,))
-    child.start()
-    child.join(60)
-    assert child.exitcode == -signal.SIGABRT
-    with pytest.warns(KernelForgeWarning, match=r"tried kernel 'crashes' of plugin \w+ with config {}, which counts"):
+    assert ended_by(store, crashing=True) == -signal.SIGABRT
+    told = r"ended \(Aborted\) while it tried kernel 'crashes' of plugin \w+ with config {}, which counts"
+    with pytest.warns(KernelForgeWarning, match=told):
         result = tune(store, *CRASHING)
     assert [r.variant for r in result.records if r.ok] == ["good"]
     (failure,) = [r for r in store.records if not r.ok]
-    assert (failure.variant, failure.status, failure.message) == ("crashes", "error", ENDED)
+    assert (failure.variant, failure.status, failure.message) == ("crashes", "error", f"{ENDED}: Aborted")
     assert list(store.path.parent.iterdir()) == [store.path]
+
+
+def test_a_kernel_whose_process_was_killed_is_tried_once_more(store: RecordStore) -> None:
+    assert ended_by(store, crashing=False) == -signal.SIGTERM
+    with pytest.warns(KernelForgeWarning, match=r"was killed while it tried kernel 'killed' .* tried again, and"):
+        record_crashes(store)
+    assert not store.records
+    assert ended_by(store, crashing=False) == -signal.SIGTERM, "it was tried again"
+    with pytest.warns(KernelForgeWarning, match=r"or was killed each time\) while it tried kernel 'killed'"):
+        result = tune(store, *KILLED)
+    assert [r.variant for r in result.records if r.ok] == ["good"]
+    assert [r.variant for r in store.records if not r.ok] == ["killed"]
+    assert list(store.path.parent.iterdir()) == [store.path]
+
+
+def test_a_kernel_that_was_killed_and_then_returns_is_as_good_as_others(store: RecordStore) -> None:
+    (done,) = tune(store, variant("only")).records
+    trace = store.path.with_name(f"{store.path.name}.1.trial")
+    trace.write_text(done.line())
+    with pytest.warns(KernelForgeWarning, match="a process was killed while it tried kernel 'only'"):
+        record_crashes(store)
+    with watched(store, done):
+        pass
+    assert list(store.path.parent.iterdir()) == [store.path]
+
+
+def test_what_crashes_are_told_to_stays(store: RecordStore) -> None:
+    (done,) = tune(store, variant("only")).records
+    was = faulthandler.is_enabled()
+    for enabled, switch in ((False, faulthandler.disable), (True, lambda: faulthandler.enable(2))):
+        switch()
+        with watched(store, done):
+            assert faulthandler.is_enabled()
+        assert faulthandler.is_enabled() == enabled
+    faulthandler.enable(2) if was else faulthandler.disable()
 
 
 def test_a_trace_that_cannot_be_read_is_dropped(store: RecordStore) -> None:

@@ -79,22 +79,46 @@ def read_lines(path: Path) -> bytes:
     return data
 
 
+_BEYOND = 1 << 30
+"""On Windows a locked byte cannot be read by others: one that is not there is taken."""
+
+
 @contextmanager
 def _locked(handle: int) -> Iterator[None]:
     """Hold an open file alone among the processes that ask for it. Raises OSError where files cannot be locked."""
     if sys.platform == "win32":
         import msvcrt
 
-        beyond = 1 << 30  # a locked byte cannot be read by others: take one that is not there
-        os.lseek(handle, beyond, os.SEEK_SET)
+        os.lseek(handle, _BEYOND, os.SEEK_SET)
         msvcrt.locking(handle, msvcrt.LK_LOCK, 1)
         try:
             yield
         finally:
-            os.lseek(handle, beyond, os.SEEK_SET)
+            os.lseek(handle, _BEYOND, os.SEEK_SET)
             msvcrt.locking(handle, msvcrt.LK_UNLCK, 1)
     else:
         import fcntl
 
         fcntl.flock(handle, fcntl.LOCK_EX)  # closing the file ends it
         yield
+
+
+def lock_now(handle: int) -> bool:
+    """Hold an open file alone until it is closed or the process ends; False where another holds it. Raises OSError where
+    files cannot be locked."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            os.lseek(handle, _BEYOND, os.SEEK_SET)
+            try:
+                msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+            finally:
+                os.lseek(handle, 0, os.SEEK_SET)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
