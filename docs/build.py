@@ -82,6 +82,11 @@ def broken_links(page: Path) -> Iterator[str]:
                 yield f"{page.relative_to(ROOT)}: links to {target}, which has no such heading"
 
 
+def _with_anchor(heading: re.Match[str]) -> str:
+    tag, inner = heading.groups()
+    return f'<{tag} id="{slug(html.unescape(re.sub("<.*?>", "", inner)))}">{inner}</{tag}>'
+
+
 def render(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     names = {page: "index" if page.name == "README.md" else page.stem for page in pages()}
@@ -89,6 +94,7 @@ def render(folder: Path) -> None:
     markdown = MarkdownIt("commonmark").enable("table")
     for page, name in names.items():
         body = str(markdown.render(page.read_text(encoding="utf-8")))
+        body = re.sub(r"<(h\d)>(.*?)</h\d>", _with_anchor, body)
         body = re.sub(r'href="(?:docs/)?([\w-]+)\.md(#[\w-]*)?"', r'href="\1.html\2"', body)
         (folder / f"{name}.html").write_text(PAGE.format(title=name, nav=nav, body=body), encoding="utf-8")
 

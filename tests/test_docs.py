@@ -49,3 +49,7 @@ def test_pages_are_rendered(tmp_path: Path) -> None:
     )
     rendered = {page.stem for page in tmp_path.glob("*.html")}
     assert rendered >= {page.stem for page in (ROOT / "docs").glob("*.md")}
+    page = (tmp_path / "performance.html").read_text(encoding="utf-8")
+    links = re.findall('href="#([^"]+)"', page)
+    assert links
+    assert set(links) <= set(re.findall('<h[1-6] id="([^"]+)"', page))

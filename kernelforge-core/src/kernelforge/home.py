@@ -31,7 +31,7 @@ def cache_dir() -> Path:
 
 
 def plugins_dir() -> Path:
-    """Which plugin versions were imported without ending the process."""
+    """What is known of plugins: which are disabled, in quarantine, or were loaded before."""
     return home() / "plugins"
 
 

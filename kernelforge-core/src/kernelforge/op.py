@@ -109,25 +109,26 @@ class OpDef:
     """`(static problem) -> Cost`."""
     attributes: tuple[Attribute, ...] = ()
     inputs: Ref | None = None
-    """`(static problem, numpy Generator) -> list[ndarray | None]`: valid inputs; None: normal floats, small integers.
-    """
+    """`(static problem, numpy Generator) -> list[ndarray | None]`: valid operands, None for an absent one. Without it:
+    normal floats, and integers from 0 to 7."""
     typical: Ref | None = None
-    """As `inputs`, for timing: the work is that which `cost` counts; None: that of any inputs is."""
+    """Of an op whose work depends on values (attention's on positions): as `inputs`, operands that cost what `cost` counts,
+    for timing. Without it any operands cost that."""
     work: Ref | None = None
-    """`(static problem, arrays) -> Cost | None`, where the work depends on values: that of these operands, of which those that
-    are known are given, the others None; None when they do not say enough."""
+    """Of such an op: `(static problem, arrays) -> Cost | None`, the cost with these operands, of which some may be unknown
+    (None); None when the known ones do not say enough."""
     view: Ref | None = None
     """`(operand_types, attrs) -> tuple[View, ...] | None`: how the results view the first operand; None: a copy is
     needed."""
     exact: bool = False
     """It only moves values (layout, gathering): the reference then runs in the operands' own dtypes."""
     magnitude: Ref | None = None
-    """`(arrays, attrs) -> tuple[ndarray, ...]`, as `reference`: for each result the magnitude of what a kernel may compute
-    it from as a difference (x of `x/2 + x/2 erf`); the error of sums is relative to it. None: no more than what a change
-    of the operands by a rounding explains."""
+    """`(arrays, attrs) -> tuple[ndarray, ...]`, as `reference`: for each result the size of the terms whose sum or difference
+    a kernel may compute it as (x for `x/2 + x/2 erf`), to which rounding errors are then relative. Without it an error is
+    tolerated only as far as roundings of the operands explain it."""
     parts: Ref | None = None
-    """`(problem) -> tuple[Part, ...]`: the ops that it stands for, empty where it stands for itself. A target that has no
-    kernel for the whole runs them instead: what fuses ops takes no kernel away."""
+    """`(problem) -> tuple[Part, ...]`: the ops that a fused op stands for, empty where it stands for itself. They run in its
+    place on a target that has no kernel for the whole (`kernelforge.fusion`)."""
     in_place: tuple[tuple[int, int], ...] = ()
     """(result, operand) pairs: the result overwrites that operand's buffer (destination passing)."""
     dialect: str = ""
@@ -210,8 +211,8 @@ class OpDef:
         return found
 
     def known_cost(self, problem: Problem, arrays: Sequence[Array | None]) -> Cost | None:
-        """The cost of a static problem with these operands, as far as they are known; None when its work depends on values
-        that are not."""
+        """The cost of a static problem with these operands (None for one that is unknown); None when it depends on values
+        that are unknown."""
         if self.typical is None:
             return self.problem_cost(problem)
         found: Cost | None = None if self.work is None else resolve(self.work)(problem, arrays)
@@ -242,7 +243,8 @@ class OpDef:
             return tuple(np.asarray(o) for o in resolve(function)(wide, dict(problem.attrs)))
 
     def evaluate(self, problem: Problem, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
-        """As `compute`, with the results rounded once to their types; what is overwritten keeps its bits elsewhere."""
+        """As `compute`, with the results rounded once to their types. Groups of a quantised operand that is overwritten in
+        place keep their bits where their numbers do not change."""
         import numpy as np
 
         from kernelforge.dtype import to_numpy
@@ -279,7 +281,7 @@ class OpDef:
         return arrays
 
     def typical_inputs(self, problem: Problem, rng: np.random.Generator) -> list[Array | None]:
-        """Valid inputs for a static problem, to be timed: the work is that which the cost model counts."""
+        """Valid inputs for a static problem, to be timed: they cost what the cost model counts."""
         if self.typical is None:
             return self.make_inputs(problem, rng)
         made: list[Array | None] = resolve(self.typical)(problem, rng)

@@ -7,7 +7,7 @@ A plan is data. It holds no kernel, no array and no pointer, so that it can be p
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -36,6 +36,11 @@ class Value:
     constant: Constant | None = None
     donated: bool = False
     """Of an input: steps may write into it."""
+
+
+def root_of(values: Sequence[Value], value: int) -> int:
+    """The value whose memory a value uses: itself, or the base of a view."""
+    return values[value].base if values[value].place == "view" else value
 
 
 @dataclass(frozen=True)
@@ -98,9 +103,8 @@ class Plan:
     """What became of each fused problem, once."""
 
     def root(self, value: int) -> int:
-        """The value whose memory `value` uses: itself, or the base of a view."""
-        found = self.values[value]
-        return found.base if found.place == "view" else value
+        """See `root_of`."""
+        return root_of(self.values, value)
 
     @cached_property
     def dims(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from kernelforge.errors import PluginError, UsageError
 from kernelforge.module import Function, Node
 from kernelforge.op import OpDef
 from kernelforge.parts import taken_apart
-from kernelforge.plan import Plan, Step, Value
+from kernelforge.plan import Plan, Step, Value, root_of
 from kernelforge.problem import Attr, Problem, TensorType
 from kernelforge.selection import Selection
 
@@ -100,7 +100,7 @@ class _Planner:
         return TensorType(shape, t.dtype, t.strides, t.constant)
 
     def _root(self, value: int) -> int:
-        return self.values[value].base if self.values[value].place == "view" else value
+        return root_of(self.values, value)
 
     def add(self, index: int, node: Node) -> None:
         """Plan one op."""
@@ -229,15 +229,11 @@ class _Planner:
 def _group(values: list[Value], steps: list[Step]) -> tuple[Step, ...]:
     """Number the groups: a step opens a new one when it reads or writes memory that the current one writes, or writes
     memory that the current one reads."""
-
-    def root(v: int) -> int:
-        return values[v].base if values[v].place == "view" else v
-
     group, read, written = 0, set[int](), set[int]()
     grouped: list[Step] = []
     for step in steps:
-        reads = {root(v) for v in step.operands if v is not None}
-        writes = {root(v) for v in step.results}
+        reads = {root_of(values, v) for v in step.operands if v is not None}
+        writes = {root_of(values, v) for v in step.results}
         if (reads | writes) & written or writes & read:
             group, read, written = group + 1, set(), set()
         read |= reads

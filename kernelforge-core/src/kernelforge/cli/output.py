@@ -38,7 +38,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from kernelforge import __version__
 from kernelforge.errors import KernelForgeError
@@ -167,11 +167,16 @@ class Output:
             self._stdout.write(text)
             self._stdout.flush()
         except OSError as error:
-            # What is left in the buffer cannot be written either, not even by the interpreter's exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stdout.fileno())
+            discard(self._stdout)
             if isinstance(error, BrokenPipeError):
                 raise
             raise KernelForgeError(f"standard output cannot be written: {error.strerror}") from None
+
+
+def discard(stream: TextIO) -> None:
+    """Send a stream that takes no more to the null device: what is left in its buffer cannot be written either, not even by
+    the interpreter's exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def aligned(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -13,7 +13,7 @@ from kernelforge.errors import DeviceError, KernelForgeError, UsageError
 from kernelforge.problem import TensorType
 from kernelforge.selection import NO_RECORDS
 from kernelforge.session import Session
-from kernelforge.testing.backend_trials import ADD, holds, opened, refused, right, small_sum
+from kernelforge.testing.backend_fixtures import ADD, expect_holds, expect_refused, expect_sum, opened, small_sum
 from kernelforge.testing.case import Case, Failure, NotClaimed
 from kernelforge.testing.executable_checks import (
     check_chain,
@@ -71,7 +71,7 @@ def check_devices(bench: Bench, target: str) -> None:
         raise NotClaimed(f"there is no device here: {error}") from None
     if not found or any(info.target != target or not info.name or not info.fingerprint for info in found):
         raise Failure("error", f"target '{target}' opens a device but has the devices {list(found)}")
-    refused(lambda: backend.open("no-such-device"), (UsageError, DeviceError), "a device that is not there")
+    expect_refused(lambda: backend.open("no-such-device"), (UsageError, DeviceError), "a device that is not there")
 
 
 def check_buffers(bench: Bench, target: str) -> None:
@@ -83,17 +83,17 @@ def check_buffers(bench: Bench, target: str) -> None:
         for shape in SHAPES:
             one, two = device.allocate(shape, dtype), device.allocate(shape, dtype)
             what = f"a {dtype}{list(shape)} buffer"
-            holds(one, np.zeros(shape, kind), f"{what}, new,")
+            expect_holds(one, np.zeros(shape, kind), f"{what}, new,")
             written = np.asarray(rng.integers(-5, 5, shape)).astype(kind)
             one.write(written)
             two.write(np.asarray(written + kind.type(1)).astype(kind))
-            holds(one, written, f"{what}, beside another,")
+            expect_holds(one, written, f"{what}, beside another,")
             one.write(np.array(written, order="F"))
-            holds(one, written, f"{what}, written in another layout,")
-            refused(partial(one.write, np.zeros((*shape, 2), kind)), UsageError, f"another shape for {what}")
+            expect_holds(one, written, f"{what}, written in another layout,")
+            expect_refused(partial(one.write, np.zeros((*shape, 2), kind)), UsageError, f"another shape for {what}")
             other = np.zeros(shape, to_numpy("f32" if dtype != "f32" else "i32"))
-            refused(partial(one.write, other), UsageError, f"another dtype for {what}")
-            holds(one, written, f"{what}, after refusals,")
+            expect_refused(partial(one.write, other), UsageError, f"another dtype for {what}")
+            expect_holds(one, written, f"{what}, after refusals,")
 
 
 def check_open_again(bench: Bench, target: str) -> None:
@@ -103,9 +103,9 @@ def check_open_again(bench: Bench, target: str) -> None:
         with Session(target, threads=1, registry=bench.registry, records=NO_RECORDS, pipeline="") as session:
             t = TensorType((5, 3), "f32")
             own = session.compile_problem(bench.registry.ops[ADD].problem([t, t], {}))
-            right(own.run({"a": a, "b": b}), a + b, "on a device that was opened again")
+            expect_sum(own.run({"a": a, "b": b}), a + b, "on a device that was opened again")
         session.close()
-        right(executable.run({"a": a, "b": b}), a + b, "while another session is closed")
+        expect_sum(executable.run({"a": a, "b": b}), a + b, "while another session is closed")
 
 
 def check_lost_device(bench: Bench, target: str) -> None:
@@ -119,8 +119,8 @@ def check_lost_device(bench: Bench, target: str) -> None:
     buffer.write(a)
     session.close()
     uses: tuple[tuple[str, Callable[[], object]], ...] = (
-        ("a run", lambda: right(own.run({"a": a, "b": b}), a + b, "on a device that is gone")),
-        ("reading a buffer", lambda: holds(buffer, a, "a buffer of a device that is gone")),
+        ("a run", lambda: expect_sum(own.run({"a": a, "b": b}), a + b, "on a device that is gone")),
+        ("reading a buffer", lambda: expect_holds(buffer, a, "a buffer of a device that is gone")),
         ("writing a buffer", lambda: buffer.write(b)),
         ("a measurement", lambda: own.measure({"a": a, "b": b}, repeats=1)),
     )
@@ -135,4 +135,4 @@ def check_lost_device(bench: Bench, target: str) -> None:
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
             raise Failure("error", f"{what} on a device that is gone raises {text}, must work or be refused") from None
-    right(executable.run({"a": a, "b": b}), a + b, "beside a device that is gone")
+    expect_sum(executable.run({"a": a, "b": b}), a + b, "beside a device that is gone")

@@ -11,7 +11,14 @@ import numpy as np
 from kernelforge.errors import AssetError, KernelForgeError, UsageError
 from kernelforge.graph import Graph
 from kernelforge.problem import TensorType
-from kernelforge.testing.backend_trials import compiled, holds, opened, refused, right, small_sum
+from kernelforge.testing.backend_fixtures import (
+    compiled,
+    expect_holds,
+    expect_refused,
+    expect_sum,
+    opened,
+    small_sum,
+)
 from kernelforge.testing.case import Failure, NotClaimed
 from kernelforge.testing.programs import Program, compare_programs, execute, program_inputs
 
@@ -42,8 +49,8 @@ def check_refusals(bench: Bench, target: str) -> None:
         ({"a": a, "b": b}, {"out": np.zeros((3, 5), np.float32).T}, "an output that is not C-contiguous"),
     ]
     for inputs, out, what in wrong:
-        refused(partial(executable.run, inputs, out), UsageError, what)
-        right(executable.run({"a": a, "b": b}), a + b, f"after {what} was refused")
+        expect_refused(partial(executable.run, inputs, out), UsageError, what)
+        expect_sum(executable.run({"a": a, "b": b}), a + b, f"after {what} was refused")
 
 
 def check_outputs(bench: Bench, target: str) -> None:
@@ -51,14 +58,14 @@ def check_outputs(bench: Bench, target: str) -> None:
     executable, a, b = small_sum(bench, target)
     out = np.full_like(a, np.nan)
     (returned,) = executable.run({"a": a, "b": b}, {"out": out})
-    right([out], a + b, "in the caller's array")
-    right([returned], a + b, "as it is returned")
+    expect_sum([out], a + b, "in the caller's array")
+    expect_sum([returned], a + b, "as it is returned")
     (kept,) = executable.run({"a": a, "b": b})
     for size in (1, 5, 4):
-        right(executable.run({"a": a[:size], "b": a[:size]}), 2 * a[:size], f"at size {size}")
-    right([kept], a + b, "after other runs")
+        expect_sum(executable.run({"a": a[:size], "b": a[:size]}), 2 * a[:size], f"at size {size}")
+    expect_sum([kept], a + b, "after other runs")
     for given in (np.array(a, order="F"), np.broadcast_to(a[:1], a.shape), a[::-1]):
-        right(executable.run({"a": given, "b": b}), given + b, "from an array of another layout")
+        expect_sum(executable.run({"a": given, "b": b}), given + b, "from an array of another layout")
 
 
 def check_chain(bench: Bench, target: str) -> None:
@@ -81,11 +88,15 @@ def check_chain(bench: Bench, target: str) -> None:
                 raise Failure("wrong-shape", f"what is fetched has shape {np.shape(found)}, not {np.shape(wanted)}")
             if not np.allclose(found, wanted, rtol=1e-6, atol=0.0):
                 raise Failure("wrong-values", f"what is fetched after run {step} of {STEPS} is not what that run gave")
-    right([buffers[STEPS % 2]], a + STEPS * b, "at the end of a chain of runs")
+    expect_sum([buffers[STEPS % 2]], a + STEPS * b, "at the end of a chain of runs")
     wrong = device.allocate((4, 3), "f32")
-    refused(lambda: executable.run({"a": a, "b": b}, {"out": wrong}), UsageError, "an output buffer of another shape")
+    expect_refused(
+        lambda: executable.run({"a": a, "b": b}, {"out": wrong}), UsageError, "an output buffer of another shape"
+    )
     same = {"out": buffers[0]}
-    refused(lambda: executable.run({"a": buffers[0], "b": b}, same), UsageError, "an output buffer that is an input")
+    expect_refused(
+        lambda: executable.run({"a": buffers[0], "b": b}, same), UsageError, "an output buffer that is an input"
+    )
 
 
 def check_in_place(bench: Bench, target: str) -> None:
@@ -105,7 +116,7 @@ def check_in_place(bench: Bench, target: str) -> None:
     (out,) = executable.run({"cache": buffer, **rest})
     if out is not buffer:
         raise Failure("error", "a buffer that is updated in place is not what is returned")
-    holds(buffer, want, "a buffer that is updated in place")
+    expect_holds(buffer, want, "a buffer that is updated in place")
     (copied,) = executable.run({"cache": old, **rest})
     if old.any():
         raise Failure("input-mutated", "an array given for what is updated in place was written to")
@@ -124,12 +135,14 @@ def check_constants(bench: Bench, target: str) -> None:
     except UsageError as error:
         raise NotClaimed(str(error)) from None
     x = np.zeros(3, np.float32)
-    refused(lambda: session.build(plan, {}), AssetError, "an absent constant")
-    refused(lambda: session.build(plan, {"w": np.zeros(4, np.float32)}), AssetError, "a constant of another shape")
+    expect_refused(lambda: session.build(plan, {}), AssetError, "an absent constant")
+    expect_refused(
+        lambda: session.build(plan, {"w": np.zeros(4, np.float32)}), AssetError, "a constant of another shape"
+    )
     weights = [np.full(3, n, np.float32) for n in (1, 2)]
     executables = [session.build(plan, {"w": w}) for w in weights]
     for executable, w in zip(executables, weights, strict=True):
-        right(executable.run({"x": x}), w, "with a constant of its own")
+        expect_sum(executable.run({"x": x}), w, "with a constant of its own")
 
 
 def check_measure(bench: Bench, target: str) -> None:
@@ -141,7 +154,7 @@ def check_measure(bench: Bench, target: str) -> None:
         raise Failure("error", f"three repeats give {timing}")
     if not np.array_equal(a, before):
         raise Failure("input-mutated", "measuring changes the inputs")
-    right(executable.run({"a": a, "b": b}), a + b, "after measuring")
+    expect_sum(executable.run({"a": a, "b": b}), a + b, "after measuring")
 
 
 def check_emit(bench: Bench, target: str) -> None:

@@ -1,4 +1,4 @@
-"""What cases of backends share: a session or executable to try, and what is made of what it did."""
+"""What the checks of devices and of executables share: a session, an executable and a sum to try, and what to expect of them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def small_sum(bench: Bench, target: str) -> tuple[Executable, Array, Array]:
     return executable, a.astype(np.float32), b.astype(np.float32)
 
 
-def refused(action: Callable[[], object], errors: type[Exception] | tuple[type[Exception], ...], what: str) -> None:
+def expect_refused(
+    action: Callable[[], object], errors: type[Exception] | tuple[type[Exception], ...], what: str
+) -> None:
     """Raises Failure unless one of these errors, with a message, comes of it."""
     try:
         action()
@@ -65,14 +67,14 @@ def refused(action: Callable[[], object], errors: type[Exception] | tuple[type[E
     raise Failure("not-refused", f"{what} is taken")
 
 
-def right(outputs: Sequence[Any], want: Array, when: str) -> None:
+def expect_sum(outputs: Sequence[Any], want: Array, when: str) -> None:
     """Raises Failure unless the first output is a sum, as near as f32 is."""
     got = outputs[0] if isinstance(outputs[0], np.ndarray) else outputs[0].numpy()
     if not np.allclose(got, want, rtol=1e-6, atol=0.0):
         raise Failure("wrong-values", f"a sum is wrong {when}")
 
 
-def holds(buffer: Buffer, want: Array, what: str) -> None:
+def expect_holds(buffer: Buffer, want: Array, what: str) -> None:
     """Raises Failure unless it does, exactly."""
     got = buffer.numpy()
     if got.shape != want.shape or tuple(buffer.shape) != want.shape:
