@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from kernelforge import __version__, registry
-from kernelforge.cli.output import Output, describe, discard, use
+from kernelforge.cli.output import Output, describe, use
 from kernelforge.errors import KernelForgeError, KernelForgeWarning, PluginError, UsageError
 from kernelforge.home import env_flag
 
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KernelForgeError as error:
         return _failed(error, out)[0]
     except BrokenPipeError:
-        discard(sys.stdout)  # its reader is gone (`| head`), also where a verb printed past `out`
+        out.discard()  # its reader is gone (`| head`), also where a verb printed past `out`
         return 1
     return code
 

@@ -38,7 +38,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kernelforge import __version__
 from kernelforge.errors import KernelForgeError
@@ -161,22 +161,21 @@ class Output:
     def write_envelope(self, errors: Sequence[Mapping[str, Any]]) -> None:
         self._write(self.envelope(errors) + "\n")
 
+    def discard(self) -> None:
+        """Send stdout, which takes no more, to the null device: what is left in its buffer cannot be written either, not even
+        by the interpreter's exit."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stdout.fileno())
+
     def _write(self, text: str) -> None:
         """Raises BrokenPipeError where the reader is gone, KernelForgeError where stdout takes no more, as on a full disk."""
         try:
             self._stdout.write(text)
             self._stdout.flush()
         except OSError as error:
-            discard(self._stdout)
+            self.discard()
             if isinstance(error, BrokenPipeError):
                 raise
             raise KernelForgeError(f"standard output cannot be written: {error.strerror}") from None
-
-
-def discard(stream: TextIO) -> None:
-    """Send a stream that takes no more to the null device: what is left in its buffer cannot be written either, not even by
-    the interpreter's exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def aligned(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
