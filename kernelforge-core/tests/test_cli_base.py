@@ -373,6 +373,21 @@ def test_closed_streams_are_as_if_null(closed: str) -> None:
     assert (ran.returncode, ran.stderr) == (0, "")
 
 
+def test_ctrl_c_while_the_command_is_imported_is_quiet() -> None:
+    code = """
+import sys
+class Interrupted:
+    def find_spec(self, name, path, target=None):
+        if name == "kernelforge.cli.output":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted())
+from kernelforge.__main__ import main
+main()
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "")
+
+
 def test_no_garbage_is_looked_for_at_the_end() -> None:
     code = (
         "import atexit, gc, sys; from kernelforge.cli.app import console_script; sys.argv = ['kernelforge', '--version'];"

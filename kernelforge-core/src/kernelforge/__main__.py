@@ -1,5 +1,17 @@
-"""`python -m kernelforge`: the same as the `kernelforge` command."""
+"""The `kernelforge` command, also as `python -m kernelforge`."""
 
-from kernelforge.cli.app import console_script
+import sys
 
-console_script()
+
+def main() -> None:
+    """Run the command. Ctrl-C while its code is imported ends it as Ctrl-C later does."""
+    try:
+        from kernelforge.cli.app import console_script
+
+        console_script()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
