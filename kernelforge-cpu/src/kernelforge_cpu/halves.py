@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 from kernelforge_cpu.ssa import Value
 
 if TYPE_CHECKING:
-    from kernelforge_cpu.builder import Builder
+    from kernelforge_cpu.arithmetic import Arithmetic
 
 
-def from_bf16(k: Builder, a: Value) -> Value:
+def from_bf16(k: Arithmetic, a: Value) -> Value:
     """bf16 is the upper half of an f32."""
     wide = k.convert(k.bitcast(a, a.type.of("i16")), "i32", unsigned=True)
     return k.bitcast(wide << 16, a.type.of("f32"))
 
 
-def to_bf16(k: Builder, a: Value) -> Value:
+def to_bf16(k: Arithmetic, a: Value) -> Value:
     bits = k.bitcast(a, a.type.of("i32"))
     upper = k.shift_right_logical(bits, 16)
     rounded = k.shift_right_logical(bits + (upper & 1) + 0x7FFF, 16)
@@ -28,7 +28,7 @@ def to_bf16(k: Builder, a: Value) -> Value:
     return k.bitcast(k.convert(chosen, "i16"), a.type.of("bf16"))
 
 
-def from_f16(k: Builder, a: Value) -> Value:
+def from_f16(k: Arithmetic, a: Value) -> Value:
     """Moves exponent and mantissa into place and multiplies by 2^112, which also normalises subnormals."""
     bits = k.convert(k.bitcast(a, a.type.of("i16")), "i32", unsigned=True)
     magnitude = (bits & 0x7FFF) << 13
@@ -38,7 +38,7 @@ def from_f16(k: Builder, a: Value) -> Value:
     return k.bitcast(chosen | ((bits & 0x8000) << 16), a.type.of("f32"))
 
 
-def to_f16(k: Builder, a: Value) -> Value:
+def to_f16(k: Arithmetic, a: Value) -> Value:
     """Normal results round in the integer domain; subnormal ones by adding 0.5, whose last place is f16's smallest
     step (2^-24).
     """
