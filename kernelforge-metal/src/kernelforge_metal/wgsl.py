@@ -35,13 +35,17 @@ def element(dtype: str, device: DeviceInfo, width: int = 1) -> str:
 
 
 def load(name: str, dtype: str, device: DeviceInfo, index: str) -> str:
-    """An f32 (i32 for "i32") expression: element `index` of array `name`, declared with `element(dtype, device)`."""
+    """An f32 (i32 for "i32") expression: element `index` of array `name`, declared with `element(dtype, device)`. What is
+    quantised lies as `kernelforge.quant` has it."""
     if dtype in ("f32", "i32"):
         return f"{name}[{index}]"
     if dtype == "f16" and F16 in device.features:
         return f"f32({name}[{index}])"
     if dtype == "q8":
         return f"{load_quad(name, dtype, f'({index}) >> 2u')}[({index}) & 3u]"
+    if dtype == "q8a":
+        word = f"{name}[(({index}) >> 5u) * 10u + 2u + ((({index}) >> 2u) & 7u)]"
+        return f"(bitcast<f32>({name}[(({index}) >> 5u) * 10u]) * f32(unpack4xI8({word})[({index}) & 3u]))"
     half = f"(({name}[({index}) >> 1u] >> ((({index}) & 1u) << 4u)) & 0xffffu)"
     return f"bitcast<f32>({half} << 16u)" if dtype == "bf16" else f"unpack2x16float({half}).x"
 

@@ -8,6 +8,7 @@ from kernelforge_metal.kernels import matmul
 
 HERE = "kernelforge_metal.kernels"
 TAKES = f"{HERE}.tensors:takes"
+Q8A = f"{HERE}.quantised_activations:takes_floats"
 
 
 def _wgsl(op: str, build: str, supports: Ref = TAKES, *, summary: str, space: Ref = no_choices) -> KernelVariant:
@@ -23,6 +24,8 @@ VARIANTS = (
     _wgsl("mul", "elementwise:build_mul", summary="any layout and broadcasting"),
     _wgsl("cast", "elementwise:build_cast", summary="any layout"),
     _wgsl("rms_norm", "norms:build_rms_norm", summary="a workgroup a row"),
+    _wgsl("rms_norm_quantize", "quantised_activations:build_rms_norm_quantize", Q8A, summary="a workgroup a row"),
+    _wgsl("quantize", "quantised_activations:build_quantize", Q8A, summary="activations (q8a), in any layout"),
     _wgsl("add_rms_norm", "norms:build_add_rms_norm", summary="a workgroup a row"),
     _wgsl("layer_norm", "norms:build_layer_norm", summary="a workgroup a row"),
     _wgsl("softmax", "norms:build_softmax", summary="a workgroup a row, along any axis"),

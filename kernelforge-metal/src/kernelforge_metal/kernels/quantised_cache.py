@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from kernelforge.dtype import GROUP
 from kernelforge_metal import wgsl
 from kernelforge_metal.kernel import Binding, Dispatch
+from kernelforge_metal.kernels.quantiser import SCALE
 from kernelforge_metal.kernels.tensors import Tensor, count, dim_text, product_text
 
 if TYPE_CHECKING:
@@ -62,50 +63,29 @@ def run_quad(n: int) -> str:
     return f"vec2<u32>(k{n + 1}, k8 >> 16u)"
 
 
-WRITER = """
-fn q8_largest(x: vec4<f32>) -> u32 {
-  let bits = bitcast<vec4<u32>>(x) & vec4<u32>(0x7fffffffu);
-  return max(max(bits.x, bits.y), max(bits.z, bits.w));
-}
-fn q8_scale(largest: u32) -> vec2<u32> {
-  if (largest >= 0x7f800000u) { return vec2<u32>(0x7e00u, 0u); }
-  let exponent = largest >> 23u;
-  if (exponent < 8u) { return vec2<u32>(); }
-  let size = ((largest & 0x7fffffu) | 0x800000u) << 7u;
-  var d = size / 127u;
-  let rest = size - d * 127u;
-  let wide = d >> 24u;
-  let up = select(rest > 63u, (d & 1u) == 1u, wide == 1u);
-  d = (d >> wide) + select(0u, 1u, up);
-  let bits = ((exponent - 7u + wide) << 23u) + (d - 0x800000u);
-  let divisor = (bits & 0x7fffffu) | 0x800000u;
-  var inverse = u32(140737488355328.0 / f32(divisor));
-  let off = 0u - inverse * divisor + (divisor << 6u);
-  inverse += off / divisor - 64u;
-  inverse += select(0u, 1u, 2u * (off % divisor) > divisor);
-  let twice = ((254u - (bits >> 23u)) << 23u) + (inverse - 0x800000u);
-  return vec2<u32>(f16_bits(vec2<f32>(bitcast<f32>(bits), 0.0)) & 0xffffu, twice);
-}
-fn q8_values(x: vec4<f32>, twice: u32) -> u32 {
+WRITER = f"""{SCALE}
+fn q8_scale(largest: u32) -> vec2<u32> {{
+  if (largest >= 0x7f800000u) {{ return vec2<u32>(0x7e00u, 0u); }}
+  let d = group_scale(largest);
+  return vec2<u32>(f16_bits(vec2<f32>(bitcast<f32>(d.x), 0.0)) & 0xffffu, select(0u, d.y + 0x800000u, d.y > 0u));
+}}
+fn q8_values(x: vec4<f32>, twice: u32) -> u32 {{
   let size = (vec4<u32>(abs(x) * bitcast<f32>(twice)) + vec4<u32>(1u)) >> vec4<u32>(1u);
   let bytes = select(size, vec4<u32>() - size, x < vec4<f32>()) & vec4<u32>(0xffu);
   return bytes.x | (bytes.y << 8u) | (bytes.z << 16u) | (bytes.w << 24u);
-}
+}}
 """
-"""What `kernelforge.quant.quantize` computes, bit by bit, which float division on a GPU does not give.
+"""What `kernelforge.quant.quantize` computes, bit by bit.
 
-`q8_largest`: the largest magnitude of four numbers as bits, those of NaN and infinity above all. `q8_scale`: of the largest of
-a group, its scale d = largest / 127 as an f16, and the bits of 2 / d, both rounded as f32 first; NaN and 0 where the group has
-NaN or infinity, 0 and 0 where d is subnormal. Mantissas are divided as integers. That of d has 24 bits or 25; the last of 25 is
-never all that is cut off, so that there are no ties. That of 1 / d, 2^47 / mantissa, is a guess that is off by a few, then
-mended by its remainder, of which 32 bits are enough. `q8_values`: four int8, |x| / d rounded with halves away from zero: 2 |x|
-/ d, cut and halved, has no sum that a compiler may contract with the product."""
+`q8_scale`: of the largest magnitude of a group, its scale d as an f16, and the bits of 2 / d, from a d rounded as f32 first; NaN
+and 0 where the group has NaN or infinity, 0 and 0 where d is subnormal. `q8_values`: four int8, |x| / d rounded with halves away
+from zero: 2 |x| / d, cut and halved, has no sum that a compiler may contract with the product."""
 
 
 FRESH = """
 fn fresh_scale(group: u32) {
   var largest = 0u;
-  for (var i = 0u; i < 8u; i++) { largest = max(largest, q8_largest(fresh[group * 8u + i])); }
+  for (var i = 0u; i < 8u; i++) { largest = max(largest, largest_bits(fresh[group * 8u + i])); }
   scales[group] = q8_scale(largest);
 }
 fn fresh_half(group: u32, half: u32) -> u32 {
@@ -198,7 +178,7 @@ fn main(ids: Ids) {{
   workgroupBarrier();
   if (!inside) {{ return; }}
   var largest = 0u;
-  for (var i = 0u; i < 8u; i++) {{ largest = max(largest, q8_largest(quads[ids.thread - quad + i])); }}
+  for (var i = 0u; i < 8u; i++) {{ largest = max(largest, largest_bits(quads[ids.thread - quad + i])); }}
   let scale = q8_scale(largest);
   let own = q8_values(x, scale.y);
   var before = scale.x;

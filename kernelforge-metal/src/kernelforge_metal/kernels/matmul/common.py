@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kernelforge.dtype import ACTIVATION_FORMAT
 from kernelforge.errors import UsageError
 from kernelforge.variant import Accept, Reject
 from kernelforge_metal.kernel import is_value
@@ -18,8 +19,8 @@ FLOATS = ("f32", "f16", "bf16")
 
 
 def start_of(problem: Problem, index: int, name: str) -> str:
-    """Where an operand starts in its array."""
-    return f"p.{name}_at" if is_value(problem, index) else "0u"
+    """Where an operand starts in its array. Quantised values have no views."""
+    return f"p.{name}_at" if is_value(problem, index) and not problem.operand(index).quantised else "0u"
 
 
 def takes_products(problem: Problem, device: DeviceInfo) -> Verdict:
@@ -41,6 +42,8 @@ def takes_any_product(problem: Problem, device: DeviceInfo) -> Verdict:
         if t.quantised and i in rhs:
             if not t.constant or t.rank > 2:
                 return Reject(f"takes quantised weights that are constant and of rank 2, not {t}")
+        elif t.dtype == ACTIVATION_FORMAT and i == 0:
+            continue  # beside it the right-hand sides are quantised
         elif t.dtype not in FLOATS:
             return Reject(f"takes {', '.join(FLOATS)}, not {t.dtype}")
     try:

@@ -26,7 +26,7 @@ def build_direct(problem: Problem, config: Config, device: DeviceInfo) -> GpuKer
     *outer, _, _ = x.type.element_strides()
     one = [1] * len(outer)
     row_step = x.type.element_strides()[-1 if not glu and problem.attr("transpose_lhs") else -2]
-    lines = TensorType((*shape[:-1], 1), x.type.dtype, (*outer, row_step, 0))
+    lines = TensorType((*shape[:-1], 1), "f32", (*outer, row_step, 0))
     spread = [problem.results[0], lines]
     functions, bindings, reads, packs = "", [x.binding], [], {}
     for name, index in zip(("w", "u"), g.rhs, strict=False):

@@ -43,6 +43,8 @@ ENOUGH, MANY = 128, 4096
 
 def takes_gemv(problem: Problem, device: DeviceInfo) -> Verdict:
     """Of the kernel that adds up in workgroup memory."""
+    if problem.operand(0).quantised:
+        return Reject(f"takes rows of floats, not {problem.operand(0).dtype}")
     verdict = takes_products(problem, device)
     if isinstance(verdict, Reject):
         return verdict

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from kernelforge.dtype import GROUP
 from kernelforge_metal.kernels.matmul.numbers import floats, nibble, vector_element
 from kernelforge_metal.kernels.matmul.weights import QUAD, Quads
+from kernelforge_metal.kernels.quantised_activations import GROUP_WORDS
 from kernelforge_metal.wgsl import element, load
 
 if TYPE_CHECKING:
@@ -151,6 +153,51 @@ class Dense:
     def vectors(self, n: str) -> Iterator[str]:
         for r in range(self.lines):
             yield f"let v{r} = {n}_v{r};"
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Activations in q8a: ten words for 32 elements of a row, the scale and the sums first, then the int8."""
+
+    name: str
+    start: str
+    """Where the matrix starts, in elements."""
+    last: str | None
+    """The last row there is; None: every tile is full."""
+    row_step: int
+    inner: int
+    ragged: bool
+    """The last slab is not full."""
+
+    lines = BLOCK
+    along_steps = True
+    by_lines = False
+    element = "u32"
+    functions = ""
+
+    def setup(self, n: str) -> Iterator[str]:
+        for r in range(BLOCK):
+            row = f"row0 + {n}_r * {BLOCK}u + {r}u"
+            at = f"({row})" if self.last is None else f"min({row}, {self.last})"
+            yield f"let {n}_p{r} = ({self.start} + {at} * {self.row_step}u) / {GROUP}u * {GROUP_WORDS}u;"
+
+    def declare(self, n: str) -> Iterator[str]:
+        for r in range(BLOCK):
+            yield f"var {n}_w{r} = 0u; var {n}_s{r} = 0u;"
+
+    def load(self, n: str, block: str) -> Iterator[str]:
+        if self.ragged:
+            yield f"if ({block} < {self.inner // BLOCK}u) {{"
+        yield f"let {n}_g = ({block} >> 3u) * {GROUP_WORDS}u; let {n}_u = {n}_g + 2u + ({block} & 7u);"
+        for r in range(BLOCK):
+            yield f"{n}_w{r} = {self.name}[{n}_p{r} + {n}_u]; {n}_s{r} = {self.name}[{n}_p{r} + {n}_g];"
+        if self.ragged:
+            zeros = " ".join(f"{n}_s{r} = 0u;" for r in range(BLOCK))
+            yield f"}} else {{ {zeros} }}"
+
+    def vectors(self, n: str) -> Iterator[str]:
+        for r in range(BLOCK):
+            yield f"let v{r} = bitcast<f32>({n}_s{r}) * q8_numbers({n}_w{r});"
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from kernelforge.dtype import ACTIVATION_FORMAT
 from kernelforge_metal.kernel import Binding, Dispatch, GpuKernel, Grid, Pack, Size, size_of
 from kernelforge_metal.kernels.matmul.common import start_of
 from kernelforge_metal.kernels.matmul.geometry import Product, count_of, count_text
 from kernelforge_metal.kernels.matmul.numbers import Q8
 from kernelforge_metal.kernels.matmul.result import Result, stored_columns
-from kernelforge_metal.kernels.matmul.sources import Dense, Packed, Source
+from kernelforge_metal.kernels.matmul.sources import Dense, Groups, Packed, Source
 from kernelforge_metal.kernels.matmul.tile import LEFT, Division, Slab
 from kernelforge_metal.kernels.matmul.weights import QUAD, Piece, Quads, Weights, pieces, weights_of
 from kernelforge_metal.wgsl import FLAT, HALVES, IDS, fold
@@ -64,13 +65,17 @@ class Tiled(ABC):
     def left(self) -> Slab:
         g = self.product
         clamped = g.static_rows is None or g.static_rows % self.tile.rows != 0
+        last = "(rows - 1u)" if clamped else None
+        if g.problem.operand(0).quantised:
+            groups = Groups("x", self._start(0, "x"), last, g.rows.lhs, g.inner, self.ragged)
+            return self.slab(LEFT, self.tile.rows, groups)
         source = Dense(
             "x",
             g.problem.operand(0).dtype,
             self.device,
             self._start(0, "x"),
             "row0",
-            "(rows - 1u)" if clamped else None,
+            last,
             g.static_rows,
             g.rows.lhs,
             g.lhs_inner,
@@ -138,7 +143,7 @@ class Tiled(ABC):
         lines = [
             self.ids,
             HALVES if {"bf16", "f16"} & set(dtypes) else "",
-            Q8 if "q8" in dtypes else "",
+            Q8 if {"q8", ACTIVATION_FORMAT} & set(dtypes) else "",
             *(slab.source.functions + slab.declaration for slab in (left, *rights)),
             result.functions,
             *self.declarations(),
