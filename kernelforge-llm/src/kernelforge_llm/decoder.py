@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import operator
 import os
-import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kernelforge.backend import Buffer, Executable, Timing
-from kernelforge.errors import AssetError, KernelForgeWarning, UsageError
+from kernelforge.errors import AssetError, UsageError
 from kernelforge.session import Session
-from kernelforge.variant import ASYNCHRONOUS
 from kernelforge_llm.cache import CacheFormat, KVCache
 from kernelforge_llm.chain import Chain
 from kernelforge_llm.config import ModelConfig
+from kernelforge_llm.generation import draws_on_device, generate
 from kernelforge_llm.model import PREFILL_TOKENS, Model
 from kernelforge_llm.sampling import RandomSampler, Sampler, greedy
 from kernelforge_llm.source import Source, open_source
 from kernelforge_llm.steps import Logits, Steps, step_inputs
-from kernelforge_llm.stream import StopStrings, TextStream, Token, with_text
+from kernelforge_llm.stream import Token
 from kernelforge_llm.weights import ActivationFormat, WeightFormat
 
 if TYPE_CHECKING:
@@ -142,7 +141,7 @@ class Decoder:
         rows: list[int] = []
         for slot, (ids, count, start) in enumerate(zip(batch, counts, cache.lengths, strict=True)):
             if count:
-                self._check_ids(ids)
+                self.check_ids(ids)
                 first = len(tokens)
                 rows += range(first, first + count) if every_row else (first + count - 1,)
                 tokens.extend(ids)
@@ -184,7 +183,7 @@ class Decoder:
         cache.require_room(0, depth + tokens)
         ids = [i % self.config.vocab_size for i in range(tokens)]
         inputs = step_inputs(cache, ids, range(depth, depth + tokens), [0] * tokens, (tokens - 1,))
-        if tokens == 1 and self._draws_on_device(sampler):
+        if tokens == 1 and draws_on_device(sampler, self.session.device):
             choice = {**sampler.sampling.arrays(), "uniform": np.full(1, 0.5, np.float32)}
             return self._steps.sampled.executable, inputs | choice
         return (self._steps.one if tokens == 1 else self._steps.many).executable, inputs
@@ -194,7 +193,7 @@ class Decoder:
         count = len(ids)
         cache.require_room(sequence, count)
         length = cache.lengths[sequence]
-        self._check_ids(ids)
+        self.check_ids(ids)
         if not count:
             raise UsageError("there are no tokens to run", hint="give at least one")
         for start in range(0, count, PREFILL_TOKENS):
@@ -236,7 +235,7 @@ class Decoder:
 
     def _check_next(self, cache: KVCache, token: int, count: int, sequence: int) -> None:
         cache.require_room(sequence, count)
-        self._check_ids([token])
+        self.check_ids([token])
 
     def _run_chain(self, chain: Chain, cache: KVCache, token: int, count: int, sequence: int) -> Iterator[int]:
         start = cache.lengths[sequence]
@@ -245,7 +244,8 @@ class Decoder:
                 cache.lengths[sequence] = start + number
                 yield found
 
-    def _check_ids(self, ids: Sequence[int]) -> None:
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raises UsageError for an id that the model does not have."""
         for token in ids:
             if not 0 <= operator.index(token) < self.config.vocab_size:
                 raise UsageError(
@@ -268,7 +268,7 @@ class Decoder:
             ids = [operator.index(i) for i in prompt]
         if not ids:
             raise UsageError("the prompt is empty", hint="give at least one token")
-        self._check_ids(ids)
+        self.check_ids(ids)
         return ids
 
     def logits(self, ids: Sequence[int]) -> Logits:
@@ -309,43 +309,7 @@ class Decoder:
         token unless `ignore_eos`, or, with a KernelForgeWarning, when the context is full. Raises UsageError for an id out
         of range, also among `stop_ids`, and when the prompt itself does not fit.
         """
-        ids = self.encode(prompt)
-        if len(ids) > self.context:
-            raise UsageError(
-                f"the prompt has {len(ids)} tokens, the context holds {self.context}",
-                hint="shorten the prompt, or load with a larger context (--context) if the model allows it",
-            )
-        self._check_ids(stop_ids)
-        ends = {*stop_ids, *(() if ignore_eos else self.config.eos_token_ids)}
-        chosen = self._choose(ids, max_tokens, sampler)
-        return with_text(chosen, ids, TextStream(self.tokenizer, ids), StopStrings(stop), ends)
-
-    def _draws_on_device(self, sampler: Sampler) -> TypeGuard[RandomSampler]:
-        """Whether its tokens are drawn by the step itself: on a device that gains by not waiting for the host, as a host target
-        does not, unless they depend on the tokens before."""
-        ahead = ASYNCHRONOUS in self.session.device.info.features
-        return ahead and isinstance(sampler, RandomSampler) and not sampler.needs_history
-
-    def _choose(self, history: list[int], count: int, sampler: Sampler) -> Generator[int, None, None]:
-        """Up to `count` tokens after `history`, to which the caller adds what it takes."""
-        if count < 1:
-            return
-        cache = self.new_cache()
-        token = sampler(self.feed(cache, history), history)
-        room = min(count - 1, self.context - len(history))
-        yield token
-        if not room:  # no step is compiled in vain
-            pass
-        elif sampler is greedy:
-            yield from self.continue_greedily(cache, token, room)
-        elif self._draws_on_device(sampler):
-            yield from self.continue_sampled(cache, token, room, sampler)
-        else:
-            for _ in range(room):
-                token = sampler(self.feed(cache, [token]), history)
-                yield token
-        if room < count - 1:
-            warnings.warn(f"the context of {self.context} tokens is full", KernelForgeWarning, stacklevel=3)
+        return generate(self, prompt, max_tokens, sampler, stop=stop, stop_ids=stop_ids, ignore_eos=ignore_eos)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model as a standard safetensors folder, in the weight format it was loaded with."""
