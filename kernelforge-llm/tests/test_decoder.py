@@ -18,10 +18,12 @@ from safetensors.numpy import load_file, save_file
 import kernelforge_llm
 from kernelforge.errors import AssetError, KernelForgeWarning, UsageError
 from kernelforge.quant import dequantize, quantize
+from kernelforge.registry import default_registry
 from kernelforge.session import Session
 from kernelforge_llm import decoder as decoder_module
 from kernelforge_llm.cache import cache_dtype
 from kernelforge_llm.decoder import Decoder, load, open_decoder
+from kernelforge_llm.model import Model
 from kernelforge_llm.source import TINYPY, any_source, open_source, random_source
 from kernelforge_llm.stream import Token
 
@@ -351,6 +353,12 @@ def test_an_unknown_cache_format_is_refused(numpy_session: Session) -> None:
     with pytest.raises(UsageError, match="unknown cache format 'q3'") as caught:
         load(LLAMA, session=numpy_session, kv_dtype="q3")  # type: ignore[arg-type]  # what is tested
     assert caught.value.hint == "one of: auto, f32, f16, bf16, q8"
+
+
+def test_more_layers_than_the_weights_have_are_refused_at_once(folder: Path) -> None:
+    edit_config(folder, num_hidden_layers=1000)
+    with pytest.raises(AssetError, match=r"config\.json: num_hidden_layers is 1000, but the weights have 3 layers"):
+        Model.make(open_source(folder), default_registry())
 
 
 def test_a_missing_tensor_is_named(numpy_session: Session, folder: Path) -> None:

@@ -23,7 +23,7 @@ from kernelforge_llm.cache import CacheFormat, cache_dtype
 from kernelforge_llm.checkpoint import save_checkpoint
 from kernelforge_llm.config import ModelConfig
 from kernelforge_llm.convert import converted, converted_config
-from kernelforge_llm.weights import ActivationFormat, WeightFormat, WeightTable
+from kernelforge_llm.weights import ActivationFormat, WeightFormat, WeightTable, check_layers
 
 if TYPE_CHECKING:
     from kernelforge.dialects.transformer.rope import RopeAttributes
@@ -109,6 +109,7 @@ class Model:
             activations = "q8" if device is not None and INT8_ACTIVATIONS in device.features else "f32"
         architecture = find_architecture(source.config, registry, source=source.config_file)
         config = architecture.config(source.config, source.generation, source=source.config_file)
+        check_layers(source.tensors, config.num_layers, source.config_file)
         if context is not None and not 1 <= context <= config.max_position:
             raise UsageError(
                 f"a context of {context} positions is not possible: the model was made for up to {config.max_position}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import TYPE_CHECKING, Literal
 
@@ -20,8 +21,20 @@ ActivationFormat = Literal["auto", "f32", "q8"]
 """What activations are converted to before they are multiplied by quantised weights; "auto" is q8 where the device says that
 it is fastest so."""
 
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+
 _DERIVED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Endings of tensors that older checkpoints carry and that follow from the config."""
+
+
+def check_layers(source: TensorSource, layers: int, where: str) -> None:
+    """Raises AssetError when the names of tensors (`model.layers.7.mlp.up_proj.weight`) are of fewer layers than that."""
+    found = [int(match[1]) for name in source.names() if (match := _LAYER.match(name))]
+    if found and max(found) + 1 < layers:
+        raise AssetError(
+            f"{where}: num_hidden_layers is {layers}, but the weights have {max(found) + 1} layers",
+            hint="is this the config.json that belongs to the weights?",
+        )
 
 
 class WeightTable:
