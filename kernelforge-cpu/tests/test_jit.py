@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -166,3 +169,32 @@ def test_levels_follow_the_machines_features() -> None:
     with pytest.raises(UsageError, match="below every supported level"):
         level_of(machine("riscv64", set()))
     assert {t.lanes for t in LEVELS.values()} == {4, 8, 16}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_child_compiles_whatever_another_thread_was_at_when_it_was_forked() -> None:
+    """Locks inside of MLIR and LLVM that the other thread held would be held in the child for ever."""
+    text, host, stop = dot(host_target()), host_target(), threading.Event()
+
+    def compile_on() -> None:
+        while not stop.is_set():
+            load([compile_object(text)]).address("dot")
+
+    other = threading.Thread(target=compile_on)
+    other.start()
+    try:
+        for _ in range(8):
+            child = os.fork()
+            if child == 0:
+                status = 1
+                try:
+                    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                    signal.alarm(20)
+                    status = 0 if load([compile_object(text, cpu=host)]).address("dot") else 2
+                finally:
+                    os._exit(status)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        stop.set()
+        other.join()

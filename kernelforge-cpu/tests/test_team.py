@@ -23,6 +23,7 @@ from kernelforge_cpu.driver import StepTable, driver, driver_text
 from kernelforge_cpu.emit import KernelBuilder, module_text
 from kernelforge_cpu.isa import LEVELS, host_target
 from kernelforge_cpu.jit import KERNEL, Library, compile_llvm, compile_object, load
+from kernelforge_cpu.objects import load_llvm
 from kernelforge_cpu.stack import KERNEL_BYTES
 from kernelforge_cpu.team import IDLE_SPIN_S, Team, default_threads, get_team
 
@@ -66,6 +67,32 @@ def table(
     for i, p in enumerate(parts):
         made.set_parts(i, p)
     return made
+
+
+def test_threads_that_begin_together_run_one_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers stay in the code of the one that they started with: another one's would be unloaded under them."""
+    found: list[object] = []
+    start = threading.Barrier(3, timeout=60)
+
+    def slow(text: str) -> Library:
+        time.sleep(0.05)
+        return load_llvm(text)
+
+    monkeypatch.setattr("kernelforge_cpu.objects.load_llvm", slow)
+
+    def ask() -> None:
+        start.wait()
+        found.append(driver())
+
+    kept = driver()  # teams of other tests run it
+    driver.cache_clear()
+    callers = [threading.Thread(target=ask) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(60)
+    assert len(found) == 3
+    assert len({id(kept), *map(id, found)}) == 2
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])

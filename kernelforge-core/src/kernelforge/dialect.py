@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 from kernelforge.dtype import QUANTISED
 from kernelforge.errors import KernelForgeWarning, PluginError
 from kernelforge.faults import explain
+from kernelforge.locks import ForkLock
 from kernelforge.mlir import Dialect, Operand, Pure, Result, ir, new_context
 from kernelforge.op import Attrs, OpDef, OpError, same_shape
 from kernelforge.problem import Attr, TensorType
@@ -26,7 +26,7 @@ from kernelforge.syntax import (
 )
 
 _classes: dict[tuple[str, tuple[OpDef, ...]], type[Dialect]] = {}
-_creating = threading.Lock()
+_creating = ForkLock()
 
 
 def dialect_class(name: str, ops: Sequence[OpDef]) -> type[Dialect]:

@@ -6,12 +6,12 @@ Import this module lazily: it loads MLIR's shared library (tens of milliseconds)
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Sequence
 from types import ModuleType
 
 from kernelforge.errors import KernelForgeError, UsageError
 from kernelforge.interruption import held_back
+from kernelforge.locks import ForkLock
 from kernelforge.machine import stack_bytes
 
 STACK_BYTES = 768 * 1024
@@ -48,7 +48,7 @@ __all__ = [
     "translate_to_llvm_ir",
 ]
 
-_LOAD = threading.Lock()
+_LOAD = ForkLock()
 
 
 def new_context(*dialects: type[Dialect]) -> ir.Context:

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
-from functools import cache, partial
+from functools import partial
 from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,6 +29,7 @@ from kernelforge.errors import KernelForgeWarning, PluginError
 from kernelforge.faults import STRICT, explain, without
 from kernelforge.home import env_flag
 from kernelforge.hookspecs import GROUP
+from kernelforge.locks import Once
 from kernelforge.provenance import Provenance
 from kernelforge.registry import PluginStatus, Registry, State, command_key, did_you_mean
 from kernelforge.variant import KernelVariant
@@ -101,7 +102,7 @@ def _switched_off() -> dict[str, str]:
     return dict.fromkeys(disabled(), "by `kernelforge plugins disable`") | by_variable
 
 
-@cache
+@Once
 def core_registry() -> Registry:
     """Core's own descriptors: what is there without importing any other plugin."""
     return load_registry(allow=[CORE], disable=[])

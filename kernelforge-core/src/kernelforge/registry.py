@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -12,6 +12,7 @@ from kernelforge.descriptors import BackendSpec, CommandSpec, DialectSpec, Impor
 from kernelforge.errors import DeviceError, KernelForgeError, PluginError, UsageError
 from kernelforge.faults import leave_out
 from kernelforge.lazy import resolve
+from kernelforge.locks import Once
 from kernelforge.variant import KernelVariant
 
 if TYPE_CHECKING:
@@ -232,7 +233,7 @@ def did_you_mean(name: str, names: Iterable[str], prefix: str = "") -> str:
     return f"did you mean {' or '.join(near)}?" if near else ""
 
 
-@cache
+@Once
 def default_registry() -> Registry:
     """The registry of the installed plugins, loaded once per process."""
     from kernelforge.plugins import load_registry

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Sequence
-from functools import cache
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
 
 from kernelforge.errors import UsageError
+from kernelforge.locks import Once
 from kernelforge_cpu.isa import host_target
 from kernelforge_cpu.jit import Library
 
@@ -110,9 +110,9 @@ def driver_text(arch: str) -> str:
     return text.replace("  PAUSE\n", f"  {call}\n") + declaration + "\n"
 
 
-@cache
+@Once
 def driver() -> Driver:
-    """The driver for the host, from the object cache or compiled now."""
+    """The driver for the host, from the object cache or compiled now: one, whose code all workers stay in."""
     from kernelforge_cpu.objects import load_llvm
 
     return Driver(load_llvm(driver_text(host_target().arch)))

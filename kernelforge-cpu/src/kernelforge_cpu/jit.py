@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 import re
 import sys
 import threading
-from collections.abc import Sequence
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from kernelforge.errors import UsageError
 from kernelforge_cpu.isa import CpuTarget, host_target
@@ -39,22 +40,40 @@ _LOOP_ALIGNMENT = "--x86-experimental-pref-innermost-loop-alignment=6"
 a loop begins would otherwise hang on what is in front of it."""
 
 _NUMBERS = itertools.count()
-_LOCK = threading.Lock()  # one MLIR context, one thread at a time
+_LOCK = threading.RLock()
+"""Held by whoever works with MLIR, of which there is one context, or with LLVM. A fork waits for it: in a child nobody would
+free what is locked inside of them."""
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
+def _in_turn(work: Callable[P, T]) -> Callable[P, T]:
+    """Threads take turns with the function; what it leaves behind has gone when the next one begins."""
+
+    @wraps(work)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        with _LOCK:
+            return work(*args, **kwargs)
+
+    return call
+
+
+@_in_turn
 def lower(mlir_text: str) -> str:
     """The module after `PIPELINE`, as MLIR text of the llvm dialect. Raises UsageError with MLIR's diagnostics."""
-    with _LOCK:
-        return str(_lowered(mlir_text))
+    return str(_lowered(mlir_text))
 
 
+@_in_turn
 def llvm_ir(mlir_text: str, target: CpuTarget | None = None, *, optimize: bool = False) -> str:
     """LLVM IR text for `target` (default: the host), as it is handed to LLVM or after LLVM's own passes."""
     from kernelforge.mlir import translate_to_llvm_ir
 
     target = target or host_target()
-    with _LOCK:
-        text = translate_to_llvm_ir(_lowered(mlir_text))
+    text = translate_to_llvm_ir(_lowered(mlir_text))
     text = _with_attributes(respell(text), target)
     return str(_optimized(text, target)[0]) if optimize else text
 
@@ -65,6 +84,7 @@ def compile_object(mlir_text: str, *, cpu: CpuTarget | None = None) -> bytes:
     return compile_llvm(llvm_ir(mlir_text, target), target)
 
 
+@_in_turn
 def compile_llvm(ir_text: str, target: CpuTarget) -> bytes:
     """Object code of LLVM IR text."""
     module, machine = _optimized(ir_text, target)
@@ -72,6 +92,7 @@ def compile_llvm(ir_text: str, target: CpuTarget) -> bytes:
     return code
 
 
+@_in_turn
 def assembly(mlir_text: str, *, cpu: CpuTarget | None = None) -> str:
     """The assembly that `compile_object` would encode, for reading and for tests of instruction choice."""
     target = cpu or host_target()
@@ -83,6 +104,7 @@ def assembly(mlir_text: str, *, cpu: CpuTarget | None = None) -> str:
 class Library:
     """Objects loaded into the process. Addresses are valid as long as it lives."""
 
+    @_in_turn
     def __init__(self, objects: Sequence[bytes]) -> None:
         """Raises UsageError when an object is not one of this machine, or two define one symbol."""
         builder = _llvm().JITLibraryBuilder().add_current_process()
@@ -96,6 +118,12 @@ class Library:
         except RuntimeError as error:
             raise UsageError(f"object code does not load: {error}") from None
 
+    def __del__(self) -> None:
+        if not sys.is_finalizing():  # a thread that had its turn then never ends it
+            with _LOCK:
+                self.__dict__.clear()
+
+    @_in_turn
     def address(self, symbol: str) -> int:
         """Address of a function. Raises UsageError for an unknown name, and for code that needs a function that is
         nowhere.

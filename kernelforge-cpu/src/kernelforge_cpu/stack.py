@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Callable
 
 from kernelforge.interruption import held_back
+from kernelforge.locks import ForkLock
 from kernelforge.machine import stack_bytes
 
 KERNEL_BYTES = 640 * 1024
@@ -37,16 +37,7 @@ class Stack(threading.local):
         return self.known
 
 
-_starting = threading.Lock()
-
-
-def _after_fork() -> None:
-    global _starting
-    _starting = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+_starting = ForkLock()
 
 
 def start_with_room(thread: threading.Thread) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from kernelforge.errors import UsageError
+from kernelforge.locks import ForkLock
 from kernelforge.machine import probe
 from kernelforge_cpu.driver import StepTable, driver
 from kernelforge_cpu.stack import Stack, call_with_room, start_with_room
@@ -134,7 +135,7 @@ def _yield_address() -> int:
 
 _stack = Stack()
 _teams: dict[int, Team] = {}
-_teams_lock = threading.Lock()
+_teams_lock = ForkLock()
 
 
 def get_team(threads: int | None = None) -> Team:
@@ -167,8 +168,6 @@ def default_threads() -> int:
 
 def _after_fork() -> None:
     """In a forked child, which has none of the workers: every team, also those that executables hold, starts anew."""
-    global _teams_lock
-    _teams_lock = threading.Lock()
     for team in _teams.values():
         team._reset()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -10,6 +9,8 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
+
+from kernelforge.locks import ForkLock
 
 if TYPE_CHECKING:
     from kernelforge.backend import Buffer, Executable
@@ -55,7 +56,7 @@ class Steps:
         self.compile_s = 0.0
         """Seconds spent compiling so far."""
         self._compiled: dict[str, Step] = {}
-        self._compiling = threading.Lock()
+        self._compiling = ForkLock()
         self._bound: WeakKeyDictionary[KVCache, _Bound] = WeakKeyDictionary()
 
     @property
