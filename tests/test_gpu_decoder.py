@@ -30,6 +30,9 @@ TOLERANCE = 5e-4
 """Largest difference over largest logit."""
 CLOSE_DRAW = 3e-4
 """A number so near to the boundary of two tokens' probabilities may fall on the other one when logits are rounded otherwise."""
+ROUNDED_APART = 3e-2
+"""The same from the token on of which sums in another order round one number to another int8: 1/254 of its group's largest, from
+which others follow."""
 CLOSE_MARGIN = 5e-3
 """A token that won by less may be another one when sums are taken in another order."""
 
@@ -130,6 +133,38 @@ def test_narrow_weights_give_what_the_reference_gives(gpu: Session, weights: Wei
     assert error(open_decoder(source, gpu, weights=weights, kv_dtype="f32").logits(ids), want) < TOLERANCE
     found = open_decoder(source, gpu, weights=weights).logits(ids)  # keys and values in f16
     assert error(found, want) < 1e-2
+
+
+@pytest.mark.parametrize("weights", ["q8", "q4"])
+def test_activations_in_8_bits_give_what_they_give_on_the_cpu(gpu: Session, weights: WeightFormat) -> None:
+    """As the CPU multiplies by default: prompts, and a step of one token each. No op runs on the host. Where a number was rounded
+    to another int8, what follows differs by more than its sums: so the prompts are short. The caches are in f32, as in a narrower
+    type a GPU's newest row counts before it is rounded."""
+    folder = DATA / "oracles" / "qwen2-bias"
+    source = open_source(folder)
+    ids = np.load(folder / "golden.npz")["long_ids"].tolist()
+
+    def logits(session: Session) -> Array:
+        decoder = open_decoder(source, session, weights=weights, activations="q8", kv_dtype="f32")
+        cache, rows = decoder.new_cache(), []
+        for start in range(0, 16, 4):
+            cache.truncate(0, 0)
+            rows += [decoder.feed(cache, part) for part in (ids[start : start + 4], ids[start + 4 : start + 5])]
+        return np.stack(rows)
+
+    with Session("cpu") as cpu:
+        want = logits(cpu)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", KernelForgeWarning)
+        found = logits(gpu)
+    apart, size = abs(found - want).max(axis=1), abs(want).max()
+    assert np.median(apart) < TOLERANCE * size
+    assert apart.max() < ROUNDED_APART * size
+    second, first = np.sort(want, axis=1)[:, -2:].T
+    clear = first - second > CLOSE_MARGIN * size
+    clear &= apart < TOLERANCE * size
+    assert clear.sum() > len(want) / 3
+    np.testing.assert_array_equal(found.argmax(axis=1)[clear], want.argmax(axis=1)[clear])
 
 
 def test_a_cache_in_q8_gives_what_it_gives_on_the_cpu(gpu: Session) -> None:
