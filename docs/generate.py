@@ -8,6 +8,7 @@ import inspect
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 
 from kernelforge.lazy import resolve
@@ -33,6 +34,11 @@ AUTHORS = (
     "kernelforge.errors",
     "kernelforge_cpu.authoring",
     "kernelforge_cpu.kernel",
+    "kernelforge_cpu.emit",
+    "kernelforge_cpu.builder",
+    "kernelforge_cpu.pointer",
+    "kernelforge_cpu.ssa",
+    "kernelforge_cpu.vmath",
     "kernelforge_metal.authoring",
     "kernelforge_metal.kernel",
     "kernelforge_llm.hookspecs",
@@ -95,19 +101,23 @@ def api_page() -> str:
 
 def _module(name: str) -> Iterator[str]:
     module = importlib.import_module(name)
-    yield from (f"## {name}", "", _docstring(module).split("\n\n")[0], "")
+    yield from (f"## {name}", "", _docstring(module), "")
     for public, (signature, text) in public_names(name).items():
         yield from (f"### {public}", "", f"`{signature}`", "", text, "")
         of = getattr(module, public)
         if isinstance(of, type) and of.__module__ == name:
-            yield from _members(of)
+            lines = [line for c in (of, *takewhile(_has_no_section, of.__mro__[1:])) for line in _members(c)]
+            yield from (*lines, *[""] * bool(lines))
+
+
+def _has_no_section(cls: type) -> bool:
+    return cls.__module__.startswith("kernelforge") and cls.__module__ not in AUTHORS
 
 
 def _members(cls: type) -> Iterator[str]:
-    """Fields and public methods, each with the first line of what is said of it."""
+    """Fields and public methods, each with the first paragraph of what is said of it."""
     (definition,) = ast.parse(inspect.getsource(cls)).body
     assert isinstance(definition, ast.ClassDef)
-    lines: list[str] = []
     for statement, following in zip(definition.body, [*definition.body[1:], None], strict=True):
         if isinstance(statement, ast.AnnAssign):
             name, code, text = ast.unparse(statement.target), ast.unparse(statement), _literal_docstring(following)
@@ -117,9 +127,7 @@ def _members(cls: type) -> Iterator[str]:
             continue
         if not name.startswith("_"):
             first = " ".join(text.split("\n\n")[0].split())
-            lines.append(f"- `{code}`" + (f": {first}" if first else ""))
-    if lines:
-        yield from (*lines, "")
+            yield f"- `{code}`" + (f": {first}" if first else "")
 
 
 def public_names(module_name: str) -> Mapping[str, tuple[str, str]]:

@@ -138,6 +138,12 @@ def defined(module: str, name: str) -> bool:
     return inspect.isclass(of) or inspect.isfunction(of)
 
 
+def defining(module: str, name: str) -> str:
+    """The module that defines what another one lends its name to, such as `kernelforge_cpu.emit`."""
+    lent = getattr(importlib.import_module(module), name, None) if module.startswith("kernelforge_cpu.") else None
+    return str(getattr(lent, "__module__", module)) if inspect.isclass(lent) or inspect.isfunction(lent) else module
+
+
 def used_names() -> Iterator[tuple[str, str]]:
     """(module, name) of what the tests refer to."""
     for folder in (*ROOT.glob("kernelforge-*/tests"), *ROOT.glob("plugins-example/*/tests"), ROOT / "tests"):
@@ -146,7 +152,7 @@ def used_names() -> Iterator[tuple[str, str]]:
             imported: dict[str, tuple[str, str]] = {}
             for node in ast.walk(tree):
                 if isinstance(node, ast.ImportFrom) and node.module:
-                    imported.update({a.asname or a.name: (node.module, a.name) for a in node.names})
+                    imported.update({a.asname or a.name: (defining(node.module, a.name), a.name) for a in node.names})
             for node in ast.walk(tree):
                 if isinstance(node, ast.Name) and node.id in imported:
                     yield imported[node.id]

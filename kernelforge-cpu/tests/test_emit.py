@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kernelforge.errors import UsageError
-from kernelforge_cpu.emit import F32, I64, Builder, KernelBuilder, Pointer, Value, module_text, vec
+from kernelforge_cpu.emit import F32, I64, Builder, Function, KernelBuilder, Pointer, Type, Value, module_text, vec
 from kernelforge_cpu.isa import CpuTarget, host_target, host_targets
 from kernelforge_cpu.jit import KERNEL, assembly, compile_object, load
 
@@ -265,6 +265,11 @@ def test_lanes_of_narrow_types_move_without_conversion(target: CpuTarget, elemen
     np.testing.assert_array_equal(got.astype(np.float32), np.concatenate([x[::-1], inserted, x]).astype(np.float32))
 
 
+def test_types_are_spelled_as_in_mlir() -> None:
+    assert [str(Type(*t)) for t in (("f32",), ("i1", 4), ("ptr",))] == ["f32", "vector<4xi1>", "!llvm.ptr"]
+    assert (Type("bf16", 8).movable, Type("f32", 8).movable) == (Type("i16", 8), Type("f32", 8))
+
+
 @each_target
 def test_branches_loops_calls_and_scratch(target: CpuTarget) -> None:
     """Collatz steps through a private function, into stack scratch, with a branch that has results."""
@@ -278,6 +283,7 @@ def test_branches_loops_calls_and_scratch(target: CpuTarget) -> None:
         return even.results
 
     step = k.function("collatz_step", [I64], write)
+    assert step == Function("collatz_step", (I64,), (I64,))
     scratch, out = k.alloca("i64", 16), k.buffer(0, "i64")
     with k.for_(0, 16, init=[k.dim(0)]) as loop:
         scratch.store(loop.values[0], loop.i)

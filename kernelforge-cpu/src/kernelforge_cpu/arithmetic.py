@@ -7,7 +7,7 @@ from collections.abc import Callable
 from kernelforge_cpu.ssa import Number, Type, Value
 from kernelforge_cpu.writer import Writer
 
-INT_OPS = {
+_INT_OPS = {
     "add": "addi",
     "sub": "subi",
     "mul": "muli",
@@ -17,9 +17,9 @@ INT_OPS = {
     "shl": "shli",
     "shrs": "shrsi",
 }
-INT_OPS |= {"shru": "shrui", "divu": "divui", "remu": "remui", "min": "minsi", "max": "maxsi"}
-FLOAT_OPS = {"add": "addf", "sub": "subf", "mul": "mulf", "div": "divf"}
-FOLDS: dict[str, Callable[[int, int], int]] = {
+_INT_OPS |= {"shru": "shrui", "divu": "divui", "remu": "remui", "min": "minsi", "max": "maxsi"}
+_FLOAT_OPS = {"add": "addf", "sub": "subf", "mul": "mulf", "div": "divf"}
+_FOLDS: dict[str, Callable[[int, int], int]] = {
     "add": int.__add__,
     "sub": int.__sub__,
     "mul": int.__mul__,
@@ -36,37 +36,42 @@ class Arithmetic(Writer):
 
     # --- arithmetic ---
     def binary(self, kind: str, a: Value | Number, b: Value | Number) -> Value:
+        """What the operators of values write: `kind` is add, sub, mul, div, and, or, xor, shl, shrs, shru, min, max, divu, remu."""
         a, b = self.pair(a, b)
         if not a.type.is_float:
-            if isinstance(a.const, int) and isinstance(b.const, int) and kind in FOLDS:
-                return self.const(FOLDS[kind](a.const, b.const), a.type)
+            if isinstance(a.const, int) and isinstance(b.const, int) and kind in _FOLDS:
+                return self.const(_FOLDS[kind](a.const, b.const), a.type)
             if b.const == 0 and kind in ("add", "sub", "shl", "shrs", "shru", "or"):
                 return a
             if b.const == 1 and kind in ("mul", "divu"):
                 return a
             if (a.const == 0 and kind == "add") or (a.const == 1 and kind == "mul"):
                 return b
-        name = (FLOAT_OPS if a.type.is_float else INT_OPS).get(kind)
+        name = (_FLOAT_OPS if a.type.is_float else _INT_OPS).get(kind)
         if name is None:
             raise TypeError(f"no '{kind}' for {a.type}" + ("; use // for integers" if kind == "div" else ""))
         return self.op(f"arith.{name} {a.name}, {b.name} : {a.type}", a.type)
 
     def floordiv(self, a: Value, b: Value | int) -> Value:
+        """a // b of integers: rounds down."""
         a, b = self.pair(a, b)
         if isinstance(b.const, int) and b.const > 0 and b.const & (b.const - 1) == 0:
             return self.binary("shrs", a, b.const.bit_length() - 1)
         return self.op(f"arith.floordivsi {a.name}, {b.name} : {a.type}", a.type)
 
     def modulo(self, a: Value, b: Value | int) -> Value:
+        """a % b of integers: has the divisor's sign."""
         a, b = self.pair(a, b)
         if isinstance(b.const, int) and b.const > 0 and b.const & (b.const - 1) == 0:
             return self.binary("and", a, b.const - 1)
         return a - self.floordiv(a, b) * b
 
     def shift_right_logical(self, a: Value, b: Value | int) -> Value:
+        """a >> b of integers, with zeros coming in."""
         return self.binary("shru", a, b)
 
     def negate(self, a: Value) -> Value:
+        """-a."""
         return self.op(f"arith.negf {a.name} : {a.type}", a.type) if a.type.is_float else self.binary("sub", 0, a)
 
     def fma(self, a: Value, b: Value | Number, c: Value | Number) -> Value:
@@ -84,10 +89,12 @@ class Arithmetic(Writer):
         return self.extreme("min", "lt", a, b)
 
     def extreme(self, kind: str, keep: str, a: Value | Number, b: Value | Number) -> Value:
+        """`max` and `min`: `keep` is the comparison by which `a` is taken."""
         a, b = self.pair(a, b)
         return self.select(self.compare(keep, a, b), a, b) if a.type.is_float else self.binary(kind, a, b)
 
     def compare(self, kind: str, a: Value | Number, b: Value | Number) -> Value:
+        """i1 lanes: `kind` is eq, ne, lt, le, gt or ge, signed for integers; for floats all but ne are false beside a NaN."""
         a, b = self.pair(a, b)
         if a.type.is_float:
             text = f"arith.cmpf {'une' if kind == 'ne' else 'o' + kind}"
@@ -108,9 +115,11 @@ class Arithmetic(Writer):
         return self.op(f"math.{op} {a.name} : {a.type}", a.type)
 
     def sqrt(self, a: Value) -> Value:
+        """The square root, rounded to nearest."""
         return self.unary("sqrt", a)
 
     def abs(self, a: Value) -> Value:
+        """The magnitude of floats or integers."""
         return self.unary("absf" if a.type.is_float else "absi", a)
 
     # --- conversions ---
@@ -123,7 +132,6 @@ class Arithmetic(Writer):
 
     def convert(self, a: Value, element: str, *, unsigned: bool = False) -> Value:
         """By value: between integer widths, integers and floats, float widths (to nearest even).
-
         `unsigned` is about the integer side.
         """
         src, dst = a.type, a.type.of(element)
@@ -146,6 +154,7 @@ class Arithmetic(Writer):
         return self.op(f"arith.{op} {a.name} : {src} to {dst}", dst)
 
     def convert_float(self, a: Value, element: str) -> Value:
+        """`convert` between float widths."""
         from kernelforge_cpu import halves
 
         src, dst = a.type, a.type.of(element)

@@ -21,7 +21,8 @@ called, so imports of what is heavy belong inside of it. It is written in one of
   `parts` of the results: any number of parts, in any order, at once. It sees arrays of any layout, raises nothing, and refers
   to nothing but arguments, modules and numbers.
 - `mlir`: `function(k, problem, **config)` writes the kernel with `k`, a `kernelforge_cpu.emit.KernelBuilder`, or returns MLIR
-  text that defines the function `k.name` with the signature that `kernelforge_cpu.kernel` describes.
+  text that defines the function `k.name` with the signature that `kernelforge_cpu.kernel` describes. Attributes are read with
+  `problem.attr(name)`; tensors have no gaps.
 
 A kernel that needs more (packed weights, scratch, several phases) is a `KernelVariant` whose `build` returns a `NativeKernel`.
 """

@@ -10,7 +10,7 @@ from kernelforge.errors import UsageError
 from kernelforge_cpu.arithmetic import Arithmetic
 from kernelforge_cpu.control import Branch, Loop
 from kernelforge_cpu.pointer import Pointer
-from kernelforge_cpu.ssa import I64, Function, Type, Value, movable, vec
+from kernelforge_cpu.ssa import I64, Function, Type, Value, vec
 from kernelforge_cpu.stack import KERNEL_BYTES
 
 if TYPE_CHECKING:
@@ -26,20 +26,24 @@ class Builder(Arithmetic):
 
     # --- lanes ---
     def extract(self, a: Value, lane: int | Value) -> Value:
+        """One lane as a scalar."""
         lanes = self.movable(a)
         one = Type(lanes.type.element)
         text = f"vector.extract {lanes.name}[{self.position(lane)}] : {one} from {lanes.type}"
         return self.bitcast(self.op(text, one), Type(a.type.element))
 
     def insert(self, a: Value, scalar: Value, lane: int | Value) -> Value:
+        """The vector with a scalar in one lane."""
         lanes, one = self.movable(a), self.movable(scalar)
         text = f"vector.insert {one.name}, {lanes.name}[{self.position(lane)}] : {one.type} into {lanes.type}"
         return self.bitcast(self.op(text, lanes.type), a.type)
 
     def movable(self, a: Value) -> Value:
-        return self.bitcast(a, movable(a.type))
+        """The lanes in a type that moves as they are: see `Type.movable`."""
+        return self.bitcast(a, a.type.movable)
 
     def position(self, lane: int | Value) -> str:
+        """A lane's number as MLIR text."""
         if isinstance(lane, int):
             return str(lane)
         name = self.fresh()
@@ -53,6 +57,7 @@ class Builder(Arithmetic):
         return self.bitcast(self.op(text, vec(len(lanes), x.type.element)), vec(len(lanes), a.type.element))
 
     def slice(self, a: Value, start: int, lanes: int) -> Value:
+        """`lanes` lanes from lane `start` on."""
         return self.shuffle(a, a, range(start, start + lanes))
 
     def concat(self, *parts: Value) -> Value:
@@ -92,9 +97,11 @@ class Builder(Arithmetic):
         return self.halve(self.max, a)
 
     def reduce_min(self, a: Value) -> Value:
+        """The smallest lane, by `min`: with a NaN lane either NaN or the smallest of the others."""
         return self.halve(self.min, a)
 
     def halve(self, combine: Callable[[Value, Value], Value], a: Value) -> Value:
+        """A reduction of all lanes by halves: log2 n times `combine`."""
         while (n := a.type.lanes // 2) >= 1:
             a = combine(self.slice(a, 0, n), self.slice(a, n, n))
         return self.extract(a, 0)
@@ -120,14 +127,12 @@ class Builder(Arithmetic):
     # --- control ---
     def for_(self, lo: Value | int, hi: Value | int, step: Value | int = 1, init: Sequence[Value] = ()) -> Loop:
         """A counted loop: `with k.for_(lo, hi, step, init=[a]) as loop:`.
-
         Inside: `loop.i`, `loop.values`, and at the end `loop.yield_(...)`. Afterwards: `loop.results`.
         """
         return Loop(self, self.value(lo, I64), self.value(hi, I64), self.value(step, I64), list(init))
 
     def if_(self, condition: Value) -> Branch:
         """`with k.if_(c) as branch: branch.yield_(a)`, then `with branch.else_(): branch.yield_(b)`.
-
         Afterwards: `branch.results`. A branch without results needs neither `yield_` nor `else_`.
         """
         return Branch(self, condition)
@@ -142,7 +147,6 @@ class Builder(Arithmetic):
         init: Sequence[Value] = (),
     ) -> list[Value]:
         """Calls `body(i, valid, *carried)` for i from lo to hi in steps of `lanes` (default: the target's).
-
         `valid` is None for full vectors, and the number of lanes left (i64) for the last one, if it is not full.
         `body` returns the next carried values (None if `init` is empty); returns the last ones.
         """
@@ -168,6 +172,7 @@ class Builder(Arithmetic):
         return lo, self.min(hi, n)
 
     def call(self, function: Function, *args: Value) -> list[Value]:
+        """Calls a function of `KernelBuilder.function`; its results."""
         types = ", ".join(map(str, function.params))
         results = ", ".join(map(str, function.results))
         text = f"func.call @{function.name}({', '.join(a.name for a in args)}) : ({types}) -> ({results})"

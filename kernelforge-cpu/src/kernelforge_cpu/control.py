@@ -36,7 +36,7 @@ class Loop:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            self.k.lines.append(yield_text(self.yielded or [], [v.type for v in self.init]))
+            self.k.lines.append(_yield_text(self.yielded or [], [v.type for v in self.init]))
             self.k.lines.append("}")
 
 
@@ -70,7 +70,7 @@ class Branch:
                 f"{self.name}:{len(types)} = scf.if {self.condition.name} -> ({', '.join(map(str, types))}) {{"
             )
             self.results = [Value(self.k, f"{self.name}#{i}", t) for i, t in enumerate(types)]
-            self.k.lines.append(yield_text(self.yielded, types))
+            self.k.lines.append(_yield_text(self.yielded, types))
         self.k.lines.append("}")
 
     class Else:
@@ -90,11 +90,11 @@ class Branch:
             if kind is None:
                 branch = self.branch
                 if branch.results:
-                    branch.k.lines.append(yield_text(branch.yielded, [v.type for v in branch.results]))
+                    branch.k.lines.append(_yield_text(branch.yielded, [v.type for v in branch.results]))
                 branch.k.lines.append("}")
 
 
-def yield_text(values: Sequence[Value], types: Sequence[Type]) -> str:
+def _yield_text(values: Sequence[Value], types: Sequence[Type]) -> str:
     if [v.type for v in values] != list(types):
         raise TypeError(f"yielded ({', '.join(map(str, values))}) where ({', '.join(map(str, types))}) is expected")
     names = ", ".join(v.name for v in values)

@@ -72,7 +72,6 @@ class KernelBuilder(Builder):
         self, name: str, params: Sequence[Type], write: Callable[..., Sequence[Value]], *, inline: bool = True
     ) -> Function:
         """A private function: `write(builder, *params)` writes its body into its own builder and returns its results.
-
         Kernels of one module share functions of the same name, which must then have the same text. One that is never
         inlined keeps the loops around its calls quick to compile.
         """

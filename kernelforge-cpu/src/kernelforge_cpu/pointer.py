@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kernelforge_cpu.ssa import BITS, I64, PTR, Number, Type, Value, movable
+from kernelforge_cpu.ssa import BITS, I64, PTR, Number, Type, Value
 
 if TYPE_CHECKING:
     from kernelforge_cpu.builder import Builder
@@ -51,13 +51,12 @@ class Pointer(Value):
         align: int | None = None,
     ) -> Value:
         """`lanes` elements from `offset` (0: one scalar), as they are in memory.
-
         With `valid` (i64) only that many are read, the other lanes are `fill`. `align` in bytes; default: one element.
         """
         k, at, t = self.k, self.at(offset), Type(self.element, lanes)
         align = align or self.alignment
         if valid is None:
-            moved = movable(t)
+            moved = t.movable
             text = f"llvm.load {at.name} {{alignment = {align} : i64}} : !llvm.ptr -> {moved}"
         else:
             mask, other = k.mask(valid, lanes), k.movable(k.const(fill, t))

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from kernelforge_cpu.emit import Builder
 
 Number = int | float
+"""What stands for a constant."""
 BITS = {"i1": 1, "i8": 8, "i16": 16, "i32": 32, "i64": 64, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "ptr": 64}
+"""Of one element, by its type."""
 
 
 class Type(NamedTuple):
@@ -24,7 +26,7 @@ class Type(NamedTuple):
     lanes: int = 0
 
     def __str__(self) -> str:
-        return spelled(self.element, self.lanes)
+        return _spelled(self.element, self.lanes)
 
     @property
     def is_float(self) -> bool:
@@ -39,21 +41,22 @@ class Type(NamedTuple):
         """The same lanes with another element type."""
         return Type(element, self.lanes)
 
+    @property
+    def movable(self) -> Type:
+        """16-bit floats as integers: where a target has no such type, LLVM moves their lanes through conversion calls."""
+        return self.of("i16") if self.is_float and self.bits == 16 else self
+
 
 @cache
-def spelled(element: str, lanes: int) -> str:
+def _spelled(element: str, lanes: int) -> str:
     if element not in BITS:
         raise ValueError(f"unknown element type {element!r}; known: {', '.join(BITS)}")
     name = "!llvm.ptr" if element == "ptr" else element
     return f"vector<{lanes}x{name}>" if lanes else name
 
 
-def movable(t: Type) -> Type:
-    """16-bit floats as integers: where a target has no such type, LLVM moves their lanes through conversion calls."""
-    return t.of("i16") if t.is_float and t.bits == 16 else t
-
-
 def vec(lanes: int, element: str = "f32") -> Type:
+    """The type of a vector; of a scalar for no lanes."""
     return Type(element, lanes)
 
 
@@ -61,8 +64,8 @@ I1, I32, I64, F32, PTR = Type("i1"), Type("i32"), Type("i64"), Type("f32"), Type
 
 
 class Value:
-    """One SSA value. `const` holds the Python number when the value is a scalar constant, so that index arithmetic
-    folds.
+    """One SSA value, with the operators `+ - * /`, for integers also `// % & | ^ << >>`, and comparisons by name. `const` holds
+    the Python number when the value is a scalar constant, so that index arithmetic folds.
     """
 
     __slots__ = ("const", "k", "name", "type")

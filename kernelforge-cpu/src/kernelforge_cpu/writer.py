@@ -31,6 +31,7 @@ class Writer:
 
     # --- writing ---
     def fresh(self) -> str:
+        """A name that no value has yet."""
         self.count += 1
         return f"%{self.count}"
 
@@ -41,6 +42,7 @@ class Writer:
         return self._value(name, t)
 
     def at_entry(self, text: str, t: Type) -> Value:
+        """As `op`, at the top of the function and once for each text: for what every use may share."""
         value = self.cache.get(text)
         if value is None:
             value = self.cache[text] = self._value(self.fresh(), t)
@@ -75,27 +77,30 @@ class Writer:
         return [self._value(f"{name}#{i}", t) for i, t in enumerate(types)]
 
     def body(self, results: Sequence[Value] = ()) -> str:
+        """The function's body as text, with its return."""
         names, types = ", ".join(v.name for v in results), ", ".join(str(v.type) for v in results)
         return "\n".join([*self.entry, *self.lines, f"return {names} : {types}" if results else "return"])
 
     # --- constants ---
     def const(self, value: Number, t: Type) -> Value:
         """A constant; of a vector type, in every lane."""
-        text = literal(value, t.element)
+        text = _literal(value, t.element)
         made = self.at_entry(f"arith.constant {f'dense<{text}>' if t.lanes else text} : {t}", t)
         if not t.lanes:
             made.const = value
         return made
 
     def i64(self, value: int) -> Value:
+        """An i64 constant: what indices and sizes are."""
         return self.const(value, I64)
 
     def f32(self, value: float, lanes: int = 0) -> Value:
+        """An f32 constant; a vector of it where there are lanes."""
         return self.const(value, vec(lanes))
 
     def consts(self, values: Sequence[Number], element: str) -> Value:
         """A vector constant, lane by lane."""
-        text = ", ".join(literal(v, element) for v in values)
+        text = ", ".join(_literal(v, element) for v in values)
         t = vec(len(values), element)
         return self.at_entry(f"arith.constant dense<[{text}]> : {t}", t)
 
@@ -110,6 +115,7 @@ class Writer:
         raise TypeError(f"a value of type {value.type} cannot be used as {t}: convert it first")
 
     def pair(self, a: Value | Number, b: Value | Number) -> tuple[Value, Value]:
+        """Both operands in the type of the vector among them, else of the value among them."""
         if isinstance(a, Value) and isinstance(b, Value):
             t = b.type if b.type.lanes and not a.type.lanes else a.type
         elif isinstance(a, Value):
@@ -121,6 +127,7 @@ class Writer:
         return self.value(a, t), self.value(b, t)
 
     def broadcast(self, a: Value, lanes: int) -> Value:
+        """A scalar in every lane of a vector. Raises TypeError for a vector."""
         if a.type.lanes:
             raise TypeError(f"only a scalar can be broadcast, not {a.type}")
         t = vec(lanes, a.type.element)
@@ -129,7 +136,7 @@ class Writer:
         return self.op(f"vector.broadcast {a.name} : {a.type} to {t}", t)
 
 
-def literal(value: Number, element: str) -> str:
+def _literal(value: Number, element: str) -> str:
     """A number as MLIR writes it, exact for the element type."""
     if "f" not in element:
         return ("true" if value else "false") if element == "i1" else str(int(value))
