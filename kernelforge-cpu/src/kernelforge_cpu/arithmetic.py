@@ -36,7 +36,7 @@ class Arithmetic(Writer):
 
     # --- arithmetic ---
     def binary(self, kind: str, a: Value | Number, b: Value | Number) -> Value:
-        """What the operators of values write: `kind` is add, sub, mul, div, and, or, xor, shl, shrs, shru, min, max, divu, remu."""
+        """What the operators write: `kind` is add, sub, mul, div, and, or, xor, shl, shrs, shru, min, max, divu or remu."""
         a, b = self.pair(a, b)
         if not a.type.is_float:
             if isinstance(a.const, int) and isinstance(b.const, int) and kind in _FOLDS:
