@@ -17,7 +17,8 @@ from kernelforge.testing.case import LEVELS, Outcome, reproduce
 from kernelforge.testing.collect import Scope, collect
 from kernelforge.testing.expectations import expectations_of, parse
 from kernelforge.testing.families import family_of
-from kernelforge.testing.kernel_cases import KernelCases, edges_of, kernel_cases, restrided, some_configs
+from kernelforge.testing.kernel_cases import KernelCases, edges_of, kernel_cases, some_configs
+from kernelforge.testing.layouts import restrided
 from kernelforge.testing.memory import POISONS, Guarded
 from kernelforge.testing.pairwise import pairwise
 from kernelforge.testing.values import fill, value_names

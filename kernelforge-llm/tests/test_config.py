@@ -10,7 +10,8 @@ import pytest
 
 from kernelforge.errors import AssetError, KernelForgeWarning
 from kernelforge_llm import config as config_module
-from kernelforge_llm.config import ModelConfig, RopeConfig, architecture_name, read_config
+from kernelforge_llm.config import ModelConfig, RopeConfig
+from kernelforge_llm.config_file import architecture_name, read_config
 
 ORACLES = Path(__file__).parent / "data" / "oracles"
 TINYPY = Path(config_module.__file__).parent / "assets" / "tinypy"

@@ -16,7 +16,8 @@ from kernelforge.quant import dequantize, quantize
 from kernelforge.registry import default_registry
 from kernelforge_llm.architecture import find_architecture
 from kernelforge_llm.checkpoint import Checkpoint
-from kernelforge_llm.config import ModelConfig, read_config
+from kernelforge_llm.config import ModelConfig
+from kernelforge_llm.config_file import read_config
 from kernelforge_llm.gguf.writer import ALIGNMENT, TYPES, gguf_name, write_gguf
 from kernelforge_llm.source import open_source
 

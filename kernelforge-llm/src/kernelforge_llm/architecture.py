@@ -54,7 +54,7 @@ class Architecture(Protocol):
 
 def find_architecture(raw: Mapping[str, Any], registry: Registry, *, source: str) -> Architecture:
     """The architecture that config.json names. Raises AssetError, which names the file `source`, when it is unknown."""
-    from kernelforge_llm.config import architecture_name
+    from kernelforge_llm.config_file import architecture_name
 
     specs: tuple[ArchitectureSpec, ...] = registry.extra("kernelforge_architectures")
     try:

@@ -1,22 +1,14 @@
-"""A model's configuration, read from the `config.json` of a Hugging Face checkpoint.
-
-Both spellings are read: the present one (`rope_parameters`, `dtype`) and the older one that most published checkpoints
-carry (`rope_scaling` with `type` or `rope_type`, `rope_theta`, `torch_dtype`). A key that changes results and is not
-supported is an error that names it; one that is known to change nothing is ignored; one that is not known at all is
-named in a `KernelForgeWarning`.
-"""
+"""A model's configuration: sizes and switches, checked. `config_file` reads one from a checkpoint."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
-from kernelforge.errors import AssetError, KernelForgeWarning
-from kernelforge_llm.config_keys import COMMON_KEYS, SLIDING_KEYS, shorten, unknown_keys
-from kernelforge_llm.files import read_json_object
+from kernelforge.errors import AssetError
+from kernelforge_llm.config_keys import shorten
+from kernelforge_llm.config_values import check_size, is_int, set_number
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -33,8 +25,11 @@ _SIZES = {
     "max_position": ("max_position_embeddings", 1 << 27),
 }
 
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
 # gelu_new, gelu_fast and gelu_pytorch_tanh are one formula, the tanh approximation.
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -42,8 +37,19 @@ _ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+"""Spellings of activations in checkpoints, each with the op that it is."""
 
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
+ROPE_KEYS: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_position_embeddings": "original_max_position",
+    },
+}
+"""For each kind of RoPE the keys that it reads, each with its field in RopeConfig; keys of another kind have no effect."""
 
 
 @dataclass(frozen=True)
@@ -63,30 +69,17 @@ class RopeConfig:
     original_max_position: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in _ROPE_KEYS:
+        if self.kind not in ROPE_KEYS:
             raise AssetError(
                 f"rope_type {shorten(self.kind)} is not supported",
-                hint=f"supported kinds of RoPE: {', '.join(_ROPE_KEYS)}",
+                hint=f"supported kinds of RoPE: {', '.join(ROPE_KEYS)}",
             )
-        _set_number(self, "theta", "rope_theta", above=0.0, most=1e15)
-        _set_number(self, "factor", "factor", above=0.0, most=1e6)
+        set_number(self, "theta", "rope_theta", above=0.0, most=1e15)
+        set_number(self, "factor", "factor", above=0.0, most=1e6)
         if self.kind == "llama3":
-            _set_number(self, "low_freq_factor", "low_freq_factor", above=0.0, most=1e6)
-            _set_number(self, "high_freq_factor", "high_freq_factor", above=self.low_freq_factor, most=1e6)
-            _check_size("original_max_position_embeddings", self.original_max_position, 1 << 27)
-
-
-# kind of RoPE -> the keys it reads, each with its field in RopeConfig; a key of another kind is without effect
-_ROPE_KEYS: dict[str, dict[str, str]] = {
-    "default": {},
-    "linear": {"factor": "factor"},
-    "llama3": {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_position_embeddings": "original_max_position",
-    },
-}
+            set_number(self, "low_freq_factor", "low_freq_factor", above=0.0, most=1e6)
+            set_number(self, "high_freq_factor", "high_freq_factor", above=self.low_freq_factor, most=1e6)
+            check_size("original_max_position_embeddings", self.original_max_position, 1 << 27)
 
 
 @dataclass(frozen=True)
@@ -128,23 +121,23 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name, (key, limit) in _SIZES.items():
-            _check_size(key, getattr(self, name), limit)
+            check_size(key, getattr(self, name), limit)
         if self.num_heads % self.num_kv_heads:
             raise AssetError(
                 f"num_attention_heads {self.num_heads} is not a multiple of num_key_value_heads {self.num_kv_heads}"
             )
         if self.head_dim % 2:
             raise AssetError(f"head_dim {self.head_dim} is odd; RoPE turns pairs")
-        _set_number(self, "rms_norm_eps", "rms_norm_eps", above=0.0, most=1.0)
-        if self.hidden_act not in _ACTIVATIONS.values():
+        set_number(self, "rms_norm_eps", "rms_norm_eps", above=0.0, most=1.0)
+        if self.hidden_act not in ACTIVATIONS.values():
             raise AssetError(
-                f"hidden_act {shorten(self.hidden_act)} is not supported", hint=f"supported: {', '.join(_ACTIVATIONS)}"
+                f"hidden_act {shorten(self.hidden_act)} is not supported", hint=f"supported: {', '.join(ACTIVATIONS)}"
             )
         for name in ("tie_word_embeddings", "attention_bias", "qkv_bias", "mlp_bias", "qk_norm"):
             if not isinstance(getattr(self, name), bool):
                 raise AssetError(f"{name} must be true or false, not {shorten(getattr(self, name))}")
         if self.sliding_window is not None:
-            _check_size("sliding_window", self.sliding_window, 1 << 27)
+            check_size("sliding_window", self.sliding_window, 1 << 27)
         if self.sliding_layers and len(self.sliding_layers) != self.num_layers:
             raise AssetError(f"layer_types has {len(self.sliding_layers)} entries for {self.num_layers} layers")
         if any(self.sliding_layers) and self.sliding_window is None:
@@ -153,7 +146,7 @@ class ModelConfig:
             raise AssetError(f"dtype {shorten(self.dtype)} is not supported", hint=f"supported: {', '.join(_DTYPES)}")
         for key, ids in (("bos_token_id", (self.bos_token_id,)), ("eos_token_id", self.eos_token_ids)):
             for token in ids:
-                if token is not None and not (_is_int(token) and 0 <= token < self.vocab_size):
+                if token is not None and not (is_int(token) and 0 <= token < self.vocab_size):
                     raise AssetError(f"{key} must be an integer from 0 to {self.vocab_size - 1}, not {shorten(token)}")
 
     def window(self, layer: int) -> int | None:
@@ -180,153 +173,15 @@ class ModelConfig:
         handles itself, whether it has sliding windows, biases on q, k and v only, norms of queries and keys.
         Raises `AssetError` with file and key.
         """
-        values = {**(defaults or {}), **raw}
-        try:
-            rope, unused = _parse_rope(values)
-            known = COMMON_KEYS | known_keys | (SLIDING_KEYS if sliding else frozenset())
-            unused += unknown_keys(values, known)
-            window, sliding_layers = _parse_sliding(values) if sliding else (None, ())
-            generation = generation or {}
-            activation = _string(values, "hidden_act", "silu")
-            config = cls(
-                architecture=architecture_name(values),
-                model_type=_string(values, "model_type", ""),
-                vocab_size=_required(values, "vocab_size"),
-                hidden_size=_required(values, "hidden_size"),
-                intermediate_size=_required(values, "intermediate_size"),
-                num_layers=_required(values, "num_hidden_layers"),
-                num_heads=_required(values, "num_attention_heads"),
-                num_kv_heads=_or(values, "num_key_value_heads", values.get("num_attention_heads")),
-                head_dim=_head_dim(values),
-                max_position=_required(values, "max_position_embeddings"),
-                rms_norm_eps=_or(values, "rms_norm_eps", 1e-6),
-                hidden_act=_ACTIVATIONS.get(activation, activation),
-                tie_word_embeddings=_or(values, "tie_word_embeddings", False),
-                attention_bias=_or(values, "attention_bias", False),
-                qkv_bias=qkv_bias,
-                mlp_bias=_or(values, "mlp_bias", False),
-                qk_norm=qk_norm,
-                sliding_window=window,
-                sliding_layers=sliding_layers,
-                rope=rope,
-                dtype=_string(values, "dtype", _string(values, "torch_dtype", "")).removeprefix("torch.") or None,
-                bos_token_id=_or(generation, "bos_token_id", values.get("bos_token_id")),
-                eos_token_ids=_parse_ids(_or(generation, "eos_token_id", values.get("eos_token_id"))),
-            )
-        except AssetError as error:
-            raise AssetError(f"{source}: {error}", hint=error.hint) from None
-        if unused:
-            keys = ", ".join(sorted(unused))
-            warnings.warn(f"{source}: ignored without knowing what they mean: {keys}", KernelForgeWarning, stacklevel=2)
-        return config
+        from kernelforge_llm.config_file import model_config
 
-
-def architecture_name(raw: Mapping[str, Any]) -> str:
-    """The first of a config's `architectures`, such as `LlamaForCausalLM`; empty if it has none."""
-    names = raw.get("architectures") or [""]
-    if not isinstance(names, list) or not isinstance(names[0], str):
-        raise AssetError(f"architectures must be a list of names, not {shorten(names)}")
-    return names[0]
-
-
-def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A checkpoint's config.json and generation_config.json (empty if there is none). Raises `AssetError`."""
-    raw = read_json_object(folder / CONFIG_FILE)
-    generation = folder / GENERATION_FILE
-    return raw, read_json_object(generation) if generation.is_file() else {}
-
-
-def _parse_rope(values: Mapping[str, Any]) -> tuple[RopeConfig, list[str]]:
-    """RoPE's configuration, and the names of keys that have no effect on its kind."""
-    given: dict[str, Any] = {}
-    for key in ("rope_parameters", "rope_scaling"):
-        part = _or(values, key, {})
-        if not isinstance(part, dict):
-            raise AssetError(f"{key} must be an object, not {shorten(part)}")
-        given.update(part)
-    kind = _string(given, "rope_type", _string(given, "type", "default"))
-    theta = _or(given, "rope_theta", _or(values, "rope_theta", 10000.0))
-    if _or(given, "partial_rotary_factor", 1) != 1:
-        raise AssetError("partial_rotary_factor other than 1 is not supported")
-    if values.get("original_max_position_embeddings") is not None and kind == "llama3":
-        given.setdefault("original_max_position_embeddings", values["original_max_position_embeddings"])
-    keys = _ROPE_KEYS.get(kind, {})
-    rope = RopeConfig(theta=theta, kind=kind, **{field: _required(given, key) for key, field in keys.items()})
-    rest = given.keys() - keys.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    if unsupported := sorted(rest - _ROPE_KEYS["llama3"].keys()):
-        raise AssetError(f"rope_parameters has {shorten(unsupported[0])}, which is not supported")
-    return rope, [f"rope_parameters.{key}" for key in rest]
-
-
-def _parse_sliding(values: Mapping[str, Any]) -> tuple[int | None, tuple[bool, ...]]:
-    """The window, and for each layer whether it has it."""
-    window, kinds = values.get("sliding_window"), values.get("layer_types")
-    if not values.get("use_sliding_window", True) or (window is None and kinds is None):
-        return None, ()
-    if kinds is None:
-        first, count = _or(values, "max_window_layers", 0), _required(values, "num_hidden_layers")
-        if not _is_int(first):
-            raise AssetError(f"max_window_layers must be an integer, not {shorten(first)}")
-        _check_size("num_hidden_layers", count, 1 << 10)
-        layers = tuple(layer >= first for layer in range(count))
-    elif isinstance(kinds, list) and all(kind in ("full_attention", "sliding_attention") for kind in kinds):
-        layers = tuple(kind == "sliding_attention" for kind in kinds)
-    else:
-        raise AssetError(f"layer_types must be a list of full_attention and sliding_attention, not {shorten(kinds)}")
-    return (window, layers) if any(layers) else (None, ())
-
-
-def _parse_ids(value: Any) -> tuple[Any, ...]:
-    return () if value is None else tuple(value) if isinstance(value, list) else (value,)
-
-
-def _head_dim(values: Mapping[str, Any]) -> Any:
-    if values.get("head_dim") is not None:
-        return values["head_dim"]
-    hidden, heads = _required(values, "hidden_size"), _required(values, "num_attention_heads")
-    _check_size("hidden_size", hidden, 1 << 17)
-    _check_size("num_attention_heads", heads, 1 << 14)
-    if hidden % heads:
-        raise AssetError(
-            f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and there is no head_dim"
+        return model_config(
+            raw,
+            generation or {},
+            source,
+            defaults or {},
+            known_keys,
+            sliding=sliding,
+            qkv_bias=qkv_bias,
+            qk_norm=qk_norm,
         )
-    return hidden // heads
-
-
-def _or(values: Mapping[str, Any], key: str, default: Any) -> Any:
-    value = values.get(key)
-    return default if value is None else value
-
-
-def _required(values: Mapping[str, Any], key: str) -> Any:
-    if values.get(key) is None:
-        raise AssetError(f"{key} is missing")
-    return values[key]
-
-
-def _string(values: Mapping[str, Any], key: str, default: str) -> str:
-    value = _or(values, key, default)
-    if not isinstance(value, str):
-        raise AssetError(f"{key} must be a string, not {shorten(value)}")
-    return value
-
-
-def _is_int(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_size(key: str, value: object, limit: int) -> None:
-    if not _is_int(value):
-        raise AssetError(f"{key} must be an integer, not {shorten(value)}")
-    if not 1 <= value <= limit:
-        raise AssetError(f"{key} must be from 1 to {limit}, not {shorten(value)}")
-
-
-def _set_number(config: RopeConfig | ModelConfig, name: str, key: str, *, above: float, most: float) -> None:
-    """Checks a field and makes it a float, as JSON may have an integer there."""
-    value = getattr(config, name)
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise AssetError(f"{key} must be a number, not {shorten(value)}")
-    if not above < value <= most:  # false for a NaN too
-        raise AssetError(f"{key} must be above {above:g} and at most {most:g}, not {shorten(value)}")
-    object.__setattr__(config, name, float(value))

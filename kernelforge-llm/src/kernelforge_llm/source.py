@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kernelforge_llm.checkpoint import Checkpoint, TensorSource, resolve_model
-from kernelforge_llm.config import CONFIG_FILE, read_config
+from kernelforge_llm.config import CONFIG_FILE
+from kernelforge_llm.config_file import read_config
 from kernelforge_llm.gguf import is_gguf, open_gguf
 from kernelforge_llm.quantised_folder import WEIGHTS, QuantisedFolder
 from kernelforge_llm.shapes import NAMED_SHAPES, random_checkpoint

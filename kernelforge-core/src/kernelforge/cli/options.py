@@ -15,7 +15,6 @@ from kernelforge.session import Session
 M = Annotated[int | None, typer.Option(help="Rows of the left operand.")]
 N = Annotated[int | None, typer.Option(help="Columns of the right operand.")]
 K = Annotated[int | None, typer.Option(help="Columns of the left operand: the length of the sums.")]
-Dtype = Annotated[str, typer.Option(help="Type of the right operand (the weights): f32, bf16 or f16.")]
 Constant = Annotated[bool, typer.Option(help="The right operand is a weight, known when compiling, or an activation.")]
 Dtypes = Annotated[
     str,

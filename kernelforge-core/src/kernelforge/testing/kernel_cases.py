@@ -10,13 +10,12 @@ from hashlib import sha256
 from itertools import cycle, islice
 from typing import Any
 
-from kernelforge.errors import UsageError
 from kernelforge.op import OpDef
-from kernelforge.problem import Problem, TensorType
-from kernelforge.problem_plan import memory_of
+from kernelforge.problem import Problem
 from kernelforge.testing.case import Case
 from kernelforge.testing.families import Choice, Family, dtype_label, family_of
-from kernelforge.testing.kernels import ARRANGEMENTS, KernelRun, check_arrangement, check_kernel, check_plain
+from kernelforge.testing.kernels import KernelRun, check_arrangement, check_kernel, check_plain
+from kernelforge.testing.layouts import ARRANGEMENTS, restrided
 from kernelforge.testing.pairwise import pairwise
 from kernelforge.testing.values import value_names
 from kernelforge.variant import Accept, Config, ConfigSpace, DeviceInfo, KernelVariant, Reject
@@ -242,57 +241,6 @@ def _layouts(made: KernelCases) -> None:
         for arrangement in ARRANGEMENTS:
             check = partial(check_arrangement, arrangement=arrangement)
             made.add(3, arrangement, made.run(problem), check)
-
-
-def restrided(problem: Problem, op: OpDef) -> Iterator[tuple[str, Problem]]:
-    """The problem with one operand, then with all, in other layouts."""
-    written = {operand for _, operand in op.in_place}
-    able = [
-        i
-        for i, t in enumerate(problem.operands)
-        if t is not None and not t.constant and not t.quantised and i not in written
-    ]
-    for layout in LAYOUTS:
-        for chosen in [[i] for i in able] + ([able] if len(able) > 1 else []):
-            operands = list(problem.operands)
-            for i in chosen:
-                operands[i] = _strided(problem.operand(i), layout) or operands[i]
-            if operands != list(problem.operands):
-                which = "all" if len(chosen) > 1 else str(chosen[0])
-                yield f"{layout}-{which}", replace(problem, operands=tuple(operands))
-
-
-LAYOUTS = ("rows-apart", "packed", "transposed", "steps")
-"""Rows with gaps between them, a third of a packed tensor, the last two axes in the other order, every other element."""
-
-
-def _strided(t: TensorType, layout: str) -> TensorType | None:
-    inner = [d for d in t.shape[1:] if isinstance(d, int)]
-    if t.rank == 0 or len(inner) != t.rank - 1 or (layout != "steps" and t.rank < 2):
-        return None
-    widths = list(inner)
-    step = 1
-    if layout == "rows-apart":
-        widths[-1] += 3
-    elif layout == "packed":
-        widths[0] *= 3
-    elif layout == "steps":
-        step = 2
-    strides = [step]
-    for width in reversed(widths):
-        strides.append(strides[-1] * width)
-    strides.reverse()
-    if layout == "transposed":
-        if not t.static:
-            return None
-        rows = t.static_shape()[-2]
-        strides[-2:] = [1, rows]
-    made = replace(t, strides=tuple(strides))
-    try:
-        memory_of(made)
-    except UsageError:
-        return None
-    return made
 
 
 def _edge_values(made: KernelCases) -> None:

@@ -15,6 +15,7 @@ from kernelforge.problem import Problem
 from kernelforge.problem_plan import memory_of, operand_names
 from kernelforge.reference import HostBuffer
 from kernelforge.testing.case import Failure
+from kernelforge.testing.layouts import arrange
 from kernelforge.testing.memory import POISONS, Guarded
 from kernelforge.testing.values import fill
 from kernelforge.tolerance import Expected, Mismatch, compare, expect
@@ -267,36 +268,10 @@ def _unmutated(subject: Subject, inputs: Mapping[str, Array], before: Mapping[st
             raise Failure("input-mutated", f"{subject.run}: wrote to its operand '{name}'")
 
 
-ARRANGEMENTS = ("fortran", "gaps", "reversed", "broadcast", "read-only", "misaligned")
-
-
 def arranged(subject: Subject, arrays: Arrays, arrangement: str) -> dict[str, Array]:
-    """Inputs as numpy arrays: axes in reversed order, with gaps, backwards, one row repeated by stride 0, read-only, or at
-    addresses that are not multiples of the element size. Only "broadcast" changes values."""
+    """Inputs as numpy arrays in an arrangement; see `kernelforge.testing.layouts.arrange`."""
     inputs: dict[str, Array] = {}
     for name, array, t in zip(subject.names, arrays, subject.run.static.operands, strict=True):
         if array is not None and t is not None and not t.constant:
-            inputs[name] = _arranged(array, arrangement)
+            inputs[name] = arrange(array, arrangement)
     return inputs
-
-
-def _arranged(array: Array, arrangement: str) -> Array:
-    if arrangement == "fortran":
-        return np.array(array, order="F")
-    if arrangement == "gaps" and array.ndim:
-        wide = np.zeros((*array.shape[:-1], 2 * array.shape[-1] + 1), array.dtype)
-        wide[..., 1::2] = array
-        return wide[..., 1::2]
-    if arrangement == "reversed" and array.ndim:
-        return array[::-1].copy()[::-1]
-    if arrangement == "broadcast" and array.ndim > 1 and array.shape[0] and array.dtype.kind != "i":
-        return np.broadcast_to(array[:1], array.shape)
-    if arrangement == "misaligned":
-        raw = np.zeros(array.nbytes + 1, np.uint8)
-        moved: Array = raw[1:].view(array.dtype).reshape(array.shape) if array.size else array.copy()
-        moved[...] = array
-        return moved
-    copy = array.copy()
-    if arrangement == "read-only":
-        copy.flags.writeable = False
-    return copy

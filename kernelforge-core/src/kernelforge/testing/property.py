@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from kernelforge.errors import AssetError
 from kernelforge.testing.case import Case, Failure, NotClaimed
-from kernelforge.testing.kernel_cases import LAYOUTS, KernelCases, restrided
+from kernelforge.testing.kernel_cases import KernelCases
 from kernelforge.testing.kernels import check_kernel
+from kernelforge.testing.layouts import LAYOUTS, restrided
 from kernelforge.testing.values import value_names
 
 if TYPE_CHECKING:
