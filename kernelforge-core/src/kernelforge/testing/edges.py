@@ -128,6 +128,17 @@ def first_and_last_positions(problem: Problem, arrays: Arrays, rng: Generator) -
     return arrays
 
 
+def spoilt_padding(problem: Problem, arrays: Arrays, rng: Generator) -> Arrays:
+    """RoPE, alone and with caches: every other token is padding, and one element of each of its heads is infinite or NaN."""
+    rows, positions = (arrays[:1], arrays[1]) if len(arrays) == 2 else (arrays[:3], arrays[5])
+    assert positions is not None
+    positions[::2] = -1
+    for a in rows:
+        assert a is not None
+        a[::2, :, int(rng.integers(a.shape[-1]))] = rng.choice([np.inf, -np.inf, np.nan])
+    return arrays
+
+
 def first_and_last_ids(problem: Problem, arrays: Arrays, rng: Generator) -> Arrays:
     ids = _present(arrays, 1)
     ids[...] = np.resize([problem.operand(0).static_shape()[0] - 1, 0], ids.shape)

@@ -88,6 +88,12 @@ def emit_turned(k: KernelBuilder, heads: Heads, row: Pointer, size: int, pairs: 
         emit_copied(k, heads, 2 * pairs, size)
 
 
+def emit_angles(k: KernelBuilder, turns: Pointer, position: Value, table: Array) -> Pointer:
+    """The row of a position in the table; that of position 0 where it has none."""
+    places, _, pairs = table.shape
+    return turns.at(k.select(emit_inside(position, k.i64(places)), position, 0) * (2 * pairs))
+
+
 def emit_copied(k: KernelBuilder, heads: Heads, first: int, size: int) -> None:
     """Copies the elements of the heads from `first` on."""
     with k.for_(0, heads.number) as head:
@@ -110,8 +116,6 @@ def build_rope(problem: Problem, config: Config, device: DeviceInfo) -> NativeKe
         source, result = x.pointer.at(token.i * steps[0][0]), out.pointer.at(token.i * steps[2][0])
         heads = Heads(source, result, count, (steps[0][1], steps[2][1]))
         position = k.convert(positions.pointer.load(token.i * steps[1][0]), "i64")
-        with k.if_(emit_inside(position, k.i64(table.shape[0]))) as branch:
-            emit_turned(k, heads, turns.at(position * (2 * pairs)), size, pairs, interleaved=interleaved)
-        with branch.else_():
-            emit_copied(k, heads, 0, size)
+        angles = emit_angles(k, turns, position, table)
+        emit_turned(k, heads, angles, size, pairs, interleaved=interleaved)
     return NativeKernel((Phase(k.name, shared(problem, size_of(*shape), GRAIN)),), k.text(), tables=(table,))

@@ -10,7 +10,7 @@ from kernelforge_cpu.kernel import NativeKernel, Phase
 from kernelforge_cpu.kernels.axes import emit_inside, emit_size, shared, size_of
 from kernelforge_cpu.kernels.cache import as_plain, emit_quantised, takes_cache
 from kernelforge_cpu.kernels.common import new_kernel
-from kernelforge_cpu.kernels.rope import GRAIN, Heads, emit_copied, emit_turned, rotations, takes_rope
+from kernelforge_cpu.kernels.rope import GRAIN, Heads, emit_angles, emit_copied, emit_turned, rotations, takes_rope
 from kernelforge_cpu.kernels.strided import tensor
 
 if TYPE_CHECKING:
@@ -59,9 +59,9 @@ def build_rope_cache_update(problem: Problem, config: Config, device: DeviceInfo
                 of(QUERIES, token.i), of(ROTATED, token.i), query_count, (steps[QUERIES][1], steps[ROTATED][1])
             )
             inside = emit_inside(position, k.min(capacity, table.shape[0])) & emit_inside(slot, slot_count)
-            with k.if_(inside) as branch:
-                angles = k.buffer(TABLE, "f32").at(position * (2 * pairs))
-                emit_turned(k, queries, angles, size, pairs, interleaved=interleaved)
+            angles = emit_angles(k, k.buffer(TABLE, "f32"), position, table)
+            emit_turned(k, queries, angles, size, pairs, interleaved=interleaved)
+            with k.if_(inside):
                 key, value = (of(i, token.i) for i in (KEYS, VALUES))
                 key_row, value_row = (place(i, slot, position) for i in (KEY_CACHE, VALUE_CACHE))
                 if turned is None:
@@ -73,8 +73,6 @@ def build_rope_cache_update(problem: Problem, config: Config, device: DeviceInfo
                     emit_turned(k, keys, angles, size, pairs, interleaved=interleaved)
                     emit_quantised(k, turned, key_row, int(groups), k.i64(size), size)
                     emit_quantised(k, value, value_row, int(groups), steps[VALUES][1], size)
-            with branch.else_():
-                emit_copied(k, queries, 0, size)
         return k.text()
 
     def scratch(dims: Sequence[int], threads: int) -> int:

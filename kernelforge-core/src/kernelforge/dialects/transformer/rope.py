@@ -92,7 +92,8 @@ def inverse_frequencies(head_size: int, attrs: Attrs) -> Array:
 def rope_reference(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
     """Rotate the pairs (i, i + d/2), or (2i, 2i + 1) if interleaved, by position * frequency[i].
 
-    Rows at negative positions are unchanged. Raises UsageError for a position that is not below `max_position`.
+    Negative positions count as 0, where finite rows stay as they are. Raises UsageError for a position that is not below
+    `max_position`.
     """
     import numpy as np
 

@@ -81,7 +81,7 @@ ROPE = Family(
     {"tokens": SIZES, "heads": (3, 1, 8)},
     dynamic="tokens",
     zero=("tokens",),
-    values={"ends": edges.first_and_last_positions},
+    values={"ends": edges.first_and_last_positions, "spoilt-padding": edges.spoilt_padding},
 )
 
 
@@ -108,6 +108,7 @@ ROPE_CACHE_UPDATE = Family(
     {"tokens": SIZES, "groups": (2, 1, 3), "queries": (3, 1, 2), "slots": (3, 1, 2), "capacity": (40, 1, 7)},
     dynamic="tokens",
     zero=("tokens",),
+    values={"spoilt-padding": edges.spoilt_padding},
 )
 
 
