@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,10 @@ from kernelforge.errors import AssetError, PluginError, UsageError
 from kernelforge.graph import Graph
 from kernelforge.module import Module
 from kernelforge.op import Part
-from kernelforge.plan import ALIGNMENT, Plan
+from kernelforge.plan import ALIGNMENT, Plan, Step, Value
 from kernelforge.planning import make_plan
 from kernelforge.plugins import core_registry
-from kernelforge.problem import Problem
+from kernelforge.problem import Problem, TensorType
 from kernelforge.reference import INFO, HostBuffer, ReferenceDevice
 from kernelforge.selection import select
 
@@ -121,6 +122,17 @@ def test_in_place_ops_copy_when_the_old_contents_must_survive(change: Any) -> No
     before = inputs["cache"].array.copy()
     run(plan, inputs, {"w": np.ones((8, 12), np.float32)})
     np.testing.assert_array_equal(inputs["cache"].array, before)
+
+
+def test_a_cache_is_copied_where_the_same_op_reads_it_otherwise() -> None:
+    """What is written to it comes from itself: without a copy, rows would be read that were overwritten already."""
+    g = Graph()
+    cache = g.input("cache", (1, 16, 2, 4), "f32", donated=True)
+    positions, slots = (g.input(name, (16,), "i32") for name in ("positions", "slots"))
+    g.output(g.kv_cache_update(cache, cache.reshape(16, 2, 4), positions, slots), "out")
+    plan = plan_of(g.text())
+    assert ops(plan)[:2] == ["cast", "kv_cache_update"]
+    assert plan.root(plan.steps[1].operands[0] or 0) != plan.root(plan.steps[1].operands[1] or 0)
 
 
 QUANTISED_CACHE = """
@@ -329,6 +341,22 @@ def test_values_that_live_together_never_share_memory_and_memory_is_reused() -> 
     assert layout.nbytes < len(layout.offsets) * size
     line = plan_of(chain(9).replace("return %s9", "return %9"))
     assert line.pack({"tokens": 5}).nbytes < layout.nbytes
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_values_of_any_size_that_live_together_never_share_memory(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    values = tuple(Value(TensorType((int(n),), "f32"), "arena") for n in rng.integers(1, 600, 24))
+    spans = {v: sorted(rng.integers(0, 12, 2).tolist()) for v in range(len(values))}
+    problem = REGISTRY.ops["transformer.silu"].problem([TensorType((1,), "f32")], {})
+    steps = tuple(Step(problem, (), (v,), (v,), "", {}, group) for v, span in spans.items() for group in span)
+    plan = Plan("reference", values, steps, (), ())
+    layout = plan.pack({})
+    places = {v: range(o, o + 4 * int(values[v].type.shape[0])) for v, o in layout.offsets.items()}
+    assert max(place.stop for place in places.values()) <= layout.nbytes
+    for (v, a), (w, b) in combinations(places.items(), 2):
+        if spans[v][0] <= spans[w][1] and spans[w][0] <= spans[v][1]:
+            assert a.stop <= b.start or b.stop <= a.start
 
 
 def test_independent_steps_share_a_group_and_dependent_ones_never() -> None:

@@ -81,6 +81,7 @@ def test_one_that_was_never_measured_goes_first_if_its_priority_is_higher() -> N
     variants = (variant("new", priority=5), variant("old"))
     assert order(*variants, known={"old": [exact(1e-6)]}) == ["new", "old"]
     assert reasons(*variants, known={"old": [exact(1e-6)]})[0] == "not measured yet, but of higher priority than 'old'"
+    assert order(variant("equal", priority=5), variants[0], known={"new": [exact(1e-6)]}) == ["new", "equal"]
 
 
 def test_records_of_other_shapes_lend_their_config_but_do_not_rank() -> None:

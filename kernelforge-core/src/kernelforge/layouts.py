@@ -38,7 +38,7 @@ class _Kernel:
 
     def follows(self, operand: int) -> bool:
         """Whether others decide on the layout: by default it reads the constant as it is."""
-        return self.step.config_source != "given" and operand not in self.by_default
+        return operand not in self.by_default
 
     def config(self, operand: int, layout: str) -> Config | None:
         """The config nearest to the step's that reads the constant in `layout`, and the other operands as before."""
