@@ -10,13 +10,13 @@ import contextlib
 import gc
 import os
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from kernelforge import __version__, registry
 from kernelforge.cli.output import Output, describe, use
-from kernelforge.errors import KernelForgeError, KernelForgeWarning, PluginError, UsageError
+from kernelforge.cli.streams import collected_warnings, open_closed_streams, quiet_stdout, reserve_stdout
+from kernelforge.errors import KernelForgeError, PluginError, UsageError
 from kernelforge.home import env_flag
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     out = Output(json=wants_json(given))
     try:
-        with use(out), _collected_warnings(out), _quiet_stdout(out):
+        with use(out), collected_warnings(out), quiet_stdout(out):
             code, errors = _run_reported(given, out)
         if out.json:
             out.write_envelope(errors)
@@ -105,35 +105,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def console_script() -> None:
     """The entry point of the `kernelforge` script."""
-    _open_closed_streams()
+    open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         # Generated text may hold characters that a console's code page lacks.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a TextIOWrapper in a started process
     json = wants_json(sys.argv[1:])
     if json:
-        _reserve_stdout()
+        reserve_stdout()
     gc.set_threshold(*GC_THRESHOLD)
     code = main()
     if json:
         sys.stdout = sys.stderr  # the document is out: what code of plugins prints at exit is none of it
     gc.freeze()  # the interpreter would look through all of it for garbage on its way out, for a fifth of a start's time
     sys.exit(code)
-
-
-def _open_closed_streams() -> None:
-    """A process may be started without standard streams (`>&-`, services): the null device takes their places, so that
-    no file of ours does."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
-
-
-def _reserve_stdout() -> None:
-    """Keep standard output for the envelope: what native code and child processes write there goes to stderr."""
-    with contextlib.suppress(OSError):  # one of them is closed
-        kept = os.dup(sys.stdout.fileno())
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        sys.stdout = open(kept, "w", encoding=sys.stdout.encoding, errors="replace")  # noqa: PTH123, SIM115
 
 
 def _run_reported(given: Sequence[str], out: Output) -> tuple[int, list[dict[str, Any]]]:
@@ -300,32 +284,3 @@ def _only_plugins(names: Sequence[str]) -> Iterator[None]:
     finally:
         os.environ.pop(variable) if before is None else os.environ.update({variable: before})
         registry.default_registry.cache_clear()
-
-
-@contextlib.contextmanager
-def _collected_warnings(out: Output) -> Iterator[None]:
-    """Send KernelForgeWarnings to `out`; others take their usual way."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", KernelForgeWarning)
-        usual = warnings.showwarning
-
-        def show(
-            message: Warning | str,
-            category: type[Warning],
-            filename: str,
-            lineno: int,
-            file: TextIO | None = None,
-            line: str | None = None,
-        ) -> None:
-            if issubclass(category, KernelForgeWarning):
-                out.warn(str(message))
-            else:
-                usual(message, category, filename, lineno, file, line)
-
-        warnings.showwarning = show
-        yield
-
-
-def _quiet_stdout(out: Output) -> contextlib.AbstractContextManager[Any]:
-    """In --json mode, what anything prints on stdout goes to stderr: stdout is for the envelope alone."""
-    return contextlib.redirect_stdout(sys.stderr) if out.json else contextlib.nullcontext()
