@@ -8,15 +8,14 @@ import math
 import os
 import re
 import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from kernelforge.errors import AssetError, KernelForgeError, UsageError
+from kernelforge.errors import AssetError
 from kernelforge_llm.config import CONFIG_FILE, GENERATION_FILE
+from kernelforge_llm.draft import new_folder
 from kernelforge_llm.files import read_json_object
 from kernelforge_llm.safetensors_file import TensorEntry, read_header
 
@@ -142,36 +141,6 @@ def save_checkpoint(
             write_json(draft / GENERATION_FILE, generation)
         write_tokenizer(draft, tokenizer_from)
         _write_weights(draft, tensors, shard_bytes)
-
-
-@contextmanager
-def new_folder(folder: Path, stale: Callable[[str], bool]) -> Iterator[Path]:
-    """A draft of a folder to be filled, which then appears whole or not at all; in one that is there already, each file is
-    replaced at once, and those that were not written and whose name is `stale` are deleted.
-
-    Raises `UsageError` if `folder` is a file, `KernelForgeError` if it cannot be written.
-    """
-    folder = Path(folder).absolute()
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file, not a folder")
-    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft.mkdir()
-        yield draft
-        if not folder.exists():
-            draft.replace(folder)
-            return
-        written = sorted(path.name for path in draft.iterdir())
-        for name in written:
-            (draft / name).replace(folder / name)
-        for path in folder.iterdir():
-            if stale(path.name) and path.name not in written:
-                path.unlink()
-    except OSError as error:
-        raise KernelForgeError(f"{folder} cannot be written: {error}", hint="choose another folder") from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def write_tokenizer(folder: Path, tokenizer_from: Path | Tokenizer | None) -> None:

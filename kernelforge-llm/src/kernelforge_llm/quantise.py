@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from kernelforge.dtype import FLOATS, GROUP, WEIGHT_FORMATS, from_numpy
 from kernelforge.errors import KernelForgeWarning, UsageError
 from kernelforge.quant import dequantize, quantize, warn_not_quantised
-from kernelforge_llm.checkpoint import new_folder, write_json, write_tokenizer
+from kernelforge_llm.checkpoint import write_json, write_tokenizer
 from kernelforge_llm.config import CONFIG_FILE, GENERATION_FILE
+from kernelforge_llm.draft import new_folder
 from kernelforge_llm.layer_error import product_error, product_inputs
 from kernelforge_llm.quantised_folder import PACKED, WEIGHTS, PackedWriter, QuantisedFolder, WeightsWriter
 from kernelforge_llm.scale_search import search_q4
