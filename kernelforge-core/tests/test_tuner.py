@@ -156,6 +156,20 @@ def test_failures_are_recorded_and_never_timed_or_tried_again(store: RecordStore
     assert tune(store, *variants).known == 4
 
 
+def test_what_is_timed_beside_one_that_fails_begins_again(store: RecordStore, tmp_path: Path) -> None:
+    times = iter(range(100))
+
+    def fail_late() -> None:
+        if next(times) > 2:
+            raise RuntimeError("device lost")
+
+    good = variant("good", lambda c: Kernel(seconds=0.02))
+    (alone,) = tune(RecordStore(tmp_path / "alone.jsonl"), good).records
+    result = tune(store, good, variant("lost", lambda c: Kernel(on_measure=fail_late)))
+    assert [(r.variant, r.ok) for r in result.records] == [("lost", False), ("good", True)]
+    assert len(result.records[1].samples_s) == len(alone.samples_s)
+
+
 def crash(problem: Problem, operands: Sequence[Array | None], results: Outputs) -> Outputs:
     os.abort()
 

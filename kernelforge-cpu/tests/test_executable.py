@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from kernelforge.plugins import load_registry
 from kernelforge.problem import Problem, parse_problem
 from kernelforge.selection import NO_RECORDS
 from kernelforge.session import Session
-from kernelforge.variant import Config, DeviceInfo, KernelVariant
+from kernelforge.variant import Config, ConfigSpace, DeviceInfo, KernelVariant
 from kernelforge_cpu.authoring import kernel
 from kernelforge_cpu.emit import KernelBuilder
 from kernelforge_cpu.kernel import NativeKernel, Phase, PythonKernel, one_part
@@ -63,6 +65,35 @@ def counts(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel
     return NativeKernel((Phase(k.name, parts),), k.text())
 
 
+_ended: list[str] = []
+"""Parts of `phased`, as they ended."""
+
+FOREIGN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+
+
+def phased(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
+    """Two phases in Python, the first of parts that take longer and longer."""
+
+    def first(buffers: int, dims: int, part: int, parts: int) -> None:
+        time.sleep(0.01 * part)
+        _ended.append("first")
+
+    calls = [FOREIGN(first), FOREIGN(lambda *_: _ended.append("second"))]
+    addresses = [ctypes.cast(call, ctypes.c_void_p).value or 0 for call in calls]
+    return NativeKernel((Phase(addresses[0], lambda dims, threads: 4), Phase(addresses[1], one_part)), keep=calls)
+
+
+def tells_config(problem: Problem, config: Config, device: DeviceInfo) -> PythonKernel:
+    def call(operands: Sequence[Array | None], results: Sequence[Array]) -> None:
+        results[0][...] = config["number"]
+
+    return PythonKernel(call)
+
+
+def numbered(problem: Problem, device: DeviceInfo) -> ConfigSpace:
+    return ConfigSpace((("number", (1, 2, 3)),))
+
+
 HELD = threading.Lock()
 HOLDS = threading.Event()
 
@@ -85,6 +116,8 @@ class Plugin:
             KernelVariant("slow", "transformer.silu", "cpu", slow_silu, priority=-1000),
             KernelVariant("counts", "transformer.silu", "cpu", counts, priority=-1000),
             KernelVariant("holds", "transformer.silu", "cpu", holds, priority=-1000),
+            KernelVariant("config", "transformer.silu", "cpu", tells_config, space=numbered, priority=-1000),
+            KernelVariant("phased", "transformer.silu", "cpu", phased, priority=-1000),
             KernelVariant("torn", "transformer.silu", "cpu", torn, priority=-1000),
             KernelVariant("unfit", "transformer.silu", "cpu", lambda problem, config, device: 7, priority=-1000),
         ]
@@ -179,6 +212,45 @@ def test_inputs_that_are_not_plain(session: Session, how: str) -> None:
         executable.run({"a": plain, "b": plain})  # so that the quick way could be taken
         (out,) = executable.run({"a": given, "b": plain})
         np.testing.assert_array_equal(out, 2 * plain)
+
+
+def test_an_array_that_is_updated_in_place_is_the_callers_own(session: Session) -> None:
+    problem = "transformer.kv_cache_update(f32[1,4,1,8], f32[1,1,8], i32[1], i32[1]) -> (f32[1,4,1,8]) {}"
+    executable = session.compile_problem(parse_problem(problem))
+    cache, new, zero = numbers(1, 4, 1, 8), numbers(1, 1, 8, seed=1), np.zeros(1, np.int32)
+    before = cache.copy()
+    for _ in range(3):  # also when the quick way could be taken
+        (out,) = executable.run({"cache": cache, "new": new, "positions": zero, "slots": zero})
+        np.testing.assert_array_equal(np.asarray(out)[0, 0], new[0])
+        np.testing.assert_array_equal(cache, before)
+
+
+def test_each_config_has_a_kernel_of_its_own(session: Session) -> None:
+    problem = parse_problem("transformer.silu(f32[4]) -> (f32[4]) {}")
+    for number in (1, 2, 3, 1):
+        executable = session.compile_problem(problem, variant="config", config={"number": number})
+        assert one(executable.run({"x": numbers(4)})).tolist() == [number] * 4
+
+
+def test_constants_go_with_their_source(session: Session) -> None:
+    problem = parse_problem("transformer.add(f32[4,16], f32[4,16]@const) -> (f32[4,16]) {}")
+    b = numbers(4, 16)
+    known = weakref.ref(b)
+    executable = session.compile_problem(problem, constants={"b": b})
+    del b
+    assert known() is not None
+    del executable
+    gc.collect()
+    assert known() is None
+
+
+def test_a_phase_begins_when_all_parts_of_the_one_before_have_ended(session: Session) -> None:
+    problem = parse_problem("transformer.silu(f32[4]) -> (f32[4]) {}")
+    executable = session.compile_problem(problem, variant="phased")
+    for _ in range(3):
+        _ended.clear()
+        executable.run({"x": numbers(4)})
+        assert _ended == [*["first"] * 4, "second"]
 
 
 def test_outputs_in_the_callers_arrays(session: Session) -> None:
