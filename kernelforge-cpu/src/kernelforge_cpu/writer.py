@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Writer:
-    """What a `Builder` writes with; nothing else derives from it."""
+    """The part of `Builder` that has its lines: every writer is one."""
 
     def __init__(self, target: CpuTarget, params: Sequence[Type]) -> None:
         self.target = target

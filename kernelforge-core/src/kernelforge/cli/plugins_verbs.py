@@ -131,7 +131,7 @@ def _probe(status: PluginStatus, timeout: float) -> dict[str, Any]:
 
 def _count(status: PluginStatus) -> str:
     return ", ".join(
-        f"{len(names)} {hook.removeprefix('kernelforge_')}" for hook, names in status.contributions.items() if names
+        f"{hook.removeprefix('kernelforge_')}: {len(names)}" for hook, names in status.contributions.items() if names
     )
 
 
