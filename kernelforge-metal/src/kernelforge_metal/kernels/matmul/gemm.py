@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 MAX_SUMS = 128
 """Of a thread: more do not fit the registers."""
+MAX_GUARDS = 16
+"""Of loads in a loop, on software GPUs: the time that SwiftShader takes to compile is exponential in them."""
 NAMES = ("rows", "columns", "steps", "thread_rows", "thread_columns", "unroll", "prefetch", "block")
 LARGE = (256, 128, 8, 16, 8, 8, 3, 1)
 """For weights of f32, where workgroups have more than 32 KiB of memory. Of 16 bits they are loaded in too small pieces."""
@@ -59,7 +61,11 @@ def gemm_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
     threads = device.limit("max-compute-invocations-per-workgroup", 256)
     memory = device.limit("max-compute-workgroup-storage-size", 16384)
 
-    by_lines = _by_lines(product_of(problem), device)
+    g = product_of(problem)
+    by_lines, weights, software = _by_lines(g, device), constant_weights(g), SOFTWARE in device.features
+
+    def few_guards(c: Config) -> bool:
+        return not software or Gemm(g, tile_of(c), weights, device).guards <= MAX_GUARDS
 
     def shares(c: Config) -> bool:
         tile = tile_of(c)
@@ -93,6 +99,10 @@ def gemm_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
             (
                 "where two slabs take turns, all steps are written out",
                 lambda c: int(c["prefetch"]) != 3 or c["unroll"] == c["steps"],
+            ),
+            (
+                "drivers of software GPUs do not end compiling so many loads that depend on where the sums end",
+                few_guards,
             ),
         ),
     )
@@ -138,6 +148,15 @@ class Gemm(Tiled):
     """Sums in the registers of threads."""
 
     tile: Tile
+
+    @property
+    def guards(self) -> int:
+        """Conditions under which a thread loads its part of a slab: that the sums do not end before."""
+        sides = (
+            self.left,
+            *(self.right(n, Piece(0, self.product.columns, True)) for n in range(len(self.product.rhs))),
+        )
+        return sum(line.startswith("if ") for side in sides for line in side.load("slab")) if self.ragged else 0
 
     def body(self, left: Slab, rights: Sequence[Slab], result: Result, piece: Piece) -> Iterator[str]:
         yield from self.tile.places

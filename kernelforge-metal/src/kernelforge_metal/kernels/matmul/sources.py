@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -131,24 +131,30 @@ class Dense:
             yield f"var {n}_v{r} = vec4<f32>();"
 
     def load(self, n: str, block: str) -> Iterator[str]:
-        read, first = f"{self.name}_read", f"{BLOCK}u * {block}"
-        for r in range(self.lines):
-            v = f"{n}_v{r}"
-            if not self.along_steps:
-                yield self._guarded(
-                    f"{v} = {read}({n}_p + ({first} + {r}u) * {self.inner_step}u);", f"{first} + {r}u", v
-                )
-            elif self.wide:
-                yield self._guarded(f"{v} = {read}({n}_p{r} + {first});", first, v)
-            else:
-                for j, lane in enumerate("xyzw"):
-                    k, number = f"({first} + {j}u)", f"{v}.{lane}"
-                    text = f"{number} = {read}({n}_p{r} + {k} * {self.inner_step}u);"
-                    yield self._guarded(text, k, number, "f32")
+        read, first, rows = f"{self.name}_read", f"{BLOCK}u * {block}", range(self.lines)
+        if not self.along_steps:
+            for r in rows:
+                k = f"({first} + {r}u)"
+                yield from self._guarded(k, {f"{n}_v{r}": f"{read}({n}_p + {k} * {self.inner_step}u)"})
+        elif self.wide:
+            yield from self._guarded(first, {f"{n}_v{r}": f"{read}({n}_p{r} + {first})" for r in rows})
+        else:
+            for j, lane in enumerate("xyzw"):
+                k = f"({first} + {j}u)"
+                numbers = {f"{n}_v{r}.{lane}": f"{read}({n}_p{r} + {k} * {self.inner_step}u)" for r in rows}
+                yield from self._guarded(k, numbers, "f32")
 
-    def _guarded(self, text: str, step: str, variable: str, kind: str = "vec4<f32>") -> str:
-        """The load, or zeros behind the last step."""
-        return f"if ({step} < {self.inner}u) {{ {text} }} else {{ {variable} = {kind}(); }}" if self.ragged else text
+    def _guarded(self, step: str, loads: Mapping[str, str], kind: str = "vec4<f32>") -> Iterator[str]:
+        """Loads of one step into variables, or zeros behind the last step."""
+        if self.ragged:
+            yield f"if ({step} < {self.inner}u) {{"
+        for variable, value in loads.items():
+            yield f"{variable} = {value};"
+        if self.ragged:
+            yield "} else {"
+            for variable in loads:
+                yield f"{variable} = {kind}();"
+            yield "}"
 
     def vectors(self, n: str) -> Iterator[str]:
         for r in range(self.lines):
