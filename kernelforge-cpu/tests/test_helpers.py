@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -113,6 +114,28 @@ def test_what_a_helper_does_not_deliver_is_compiled_here(monkeypatch: pytest.Mon
     assert len(started) == 2
     assert all(process.returncode is not None for process in started)
     assert not helpers._spare
+
+
+@pytest.mark.usefixtures("two")
+def test_without_threads_to_feed_helpers_all_is_compiled_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    start = helpers._start
+
+    def noted() -> subprocess.Popen[bytes] | None:
+        process = start()
+        assert process is not None
+        started.append(process)
+        return process
+
+    def none_left(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(helpers, "_start", noted)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none_left)
+        assert set(compiled(TEXTS)) == set(TEXTS)
+    (process,) = started
+    assert process.poll() is not None
 
 
 @pytest.mark.usefixtures("two")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kernelforge.errors import UsageError
+from kernelforge.errors import KernelForgeWarning, UsageError
 from kernelforge.machine import probe
 from kernelforge_cpu.driver import StepTable, driver, driver_text
 from kernelforge_cpu.emit import KernelBuilder, module_text
@@ -444,7 +444,7 @@ def test_what_fails_on_the_thread_with_room_is_raised_by_the_caller(
     """Its caller would go on with results that nobody has written."""
 
     def none_left(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
+        raise MemoryError("no room")
 
     monkeypatch.setattr("kernelforge_cpu.team.start_with_room", none_left)
     monkeypatch.setattr("kernelforge_cpu.stack.stack_bytes", lambda: 1 << (17 if is_caller() else 23))
@@ -454,7 +454,7 @@ def test_what_fails_on_the_thread_with_room_is_raised_by_the_caller(
         return threading.current_thread() is caller
 
     def run() -> None:
-        with pytest.raises(RuntimeError, match="can't start new thread"):
+        with pytest.raises(MemoryError, match="no room"):
             Team(2).run(table([library.address("count")], [[np.zeros(4, np.int64)]], [4]))
         raised.append("by the caller")
 
@@ -462,6 +462,31 @@ def test_what_fails_on_the_thread_with_room_is_raised_by_the_caller(
     caller.start()
     caller.join()
     assert raised
+
+
+def test_a_team_that_gets_fewer_threads_says_so_once_and_works(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Containers often limit how many there may be."""
+    started: list[threading.Thread] = []
+
+    def two_left(thread: threading.Thread) -> None:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        thread.start()
+
+    monkeypatch.setattr("kernelforge_cpu.team.start_with_room", two_left)
+    out = np.zeros(16, np.int64)
+    team, steps = Team(7), table([library.address("count")] * 2, [[out]] * 2, [16] * 2)
+    with pytest.warns(KernelForgeWarning, match="^3 of 7 threads work: can't start new thread$"):
+        team.run(steps)
+    for _ in range(50):
+        time.sleep(2 * IDLE_SPIN_S)
+        team.run(steps)  # without a warning, which would be an error
+    assert out.tolist() == [102] * 16
+    team.close()
+    assert not any(thread.is_alive() for thread in started)
 
 
 def test_touching_the_stack_harms_nothing() -> None:

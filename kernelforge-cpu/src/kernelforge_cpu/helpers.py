@@ -61,8 +61,9 @@ def compile_each(
 
     helpers: list[Helper] = []
     try:
-        for _ in range(helper_count(texts, threads)):
-            helpers.append(Helper(todo, done, target))  # noqa: PERF401  # each is stopped also when the next is interrupted
+        with contextlib.suppress(RuntimeError):  # the system gives no more threads
+            for _ in range(helper_count(texts, threads)):
+                helpers.append(Helper(todo, done, target))  # noqa: PERF401  # each is stopped also when the next is interrupted
         while (text := _next(todo)) is not None:
             keep_one(text, jit.compile_object(text, cpu=target))
             while done:
@@ -95,7 +96,12 @@ class Helper:
         self._process = _spare_one() or _start()
         self._failed = True
         self.thread = threading.Thread(target=self._feed, name="kernelforge-compile", daemon=True)
-        self.thread.start()
+        try:
+            self.thread.start()
+        except RuntimeError:
+            if self._process is not None:
+                _end(self._process)
+            raise
 
     def _feed(self) -> None:
         if self._process is None:

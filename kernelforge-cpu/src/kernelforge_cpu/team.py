@@ -13,12 +13,13 @@ import os
 import sys
 import threading
 import time
+import warnings
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from kernelforge.errors import UsageError
+from kernelforge.errors import KernelForgeWarning, UsageError
 from kernelforge.locks import ForkLock
 from kernelforge.machine import probe
 from kernelforge_cpu.driver import StepTable, driver
@@ -54,6 +55,7 @@ class Team:
         self._members: set[int] = set()  # threads that are inside a run: theirs is not to wait for the lock
         self._wake = [threading.Semaphore(0) for _ in range(self.threads - 1)]
         self._workers: list[threading.Thread] = []
+        self._started = False
 
     def _start(self) -> None:
         spins = 1000
@@ -63,12 +65,17 @@ class Team:
         crowded = self.threads > probe().logical
         self._words[IDLE] = 0 if crowded else int(IDLE_SPIN_S * per_second)
         self._words[BUSY] = 0 if crowded else int(BUSY_SPIN_S * per_second)
-        self._words[WORKERS] = self.threads - 1
         self._words[YIELD] = _yield_address()
+        self._started = True
         for i in range(self.threads - 1):
             worker = threading.Thread(target=self._work, args=(i,), name=f"kernelforge-{i + 1}", daemon=True)
-            start_with_room(worker)
+            try:
+                start_with_room(worker)
+            except RuntimeError as error:  # nobody waits for a worker that is not there
+                warnings.warn(f"{i + 1} of {self.threads} threads work: {error}", KernelForgeWarning, stacklevel=3)
+                break
             self._workers.append(worker)
+            self._words[WORKERS] = i + 1
 
     def run(self, table: StepTable, first: int = 0, last: int | None = None, *, repeats: int = 1) -> None:
         """Run steps [first, last) of the table in order, `repeats` times, and return when all is done.
@@ -91,7 +98,7 @@ class Team:
             native.serial(table.address, first, last, repeats)
             return
         with self._lock:
-            if not self._workers:
+            if not self._started:
                 self._start()
             self._members.add(me)
             try:
