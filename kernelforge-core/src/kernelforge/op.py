@@ -126,6 +126,9 @@ class OpDef:
     """`(arrays, attrs) -> tuple[ndarray, ...]`, as `reference`: for each result the size of the terms whose sum or difference
     a kernel may compute it as (x for `x/2 + x/2 erf`), to which rounding errors are then relative. Without it an error is
     tolerated only as far as roundings of the operands explain it."""
+    undecided: Ref | None = None
+    """`(arrays, attrs) -> tuple[ndarray, ...]`, as `reference`, of an op that rounds to coarse steps on its way (8 bits): how
+    far each result may be off besides, since numbers between two steps become either, as roundings before decide."""
     parts: Ref | None = None
     """`(problem) -> tuple[Part, ...]`: the ops that a fused op stands for, empty where it stands for itself. They run in its
     place on a target that has no kernel for the whole (`kernelforge.fusion`)."""
@@ -232,6 +235,10 @@ class OpDef:
     def magnitudes(self, problem: Problem, arrays: Sequence[Array | None]) -> tuple[Array, ...] | None:
         """See `magnitude`; None when the op has none."""
         return None if self.magnitude is None else self._run(self.magnitude, problem, arrays)
+
+    def either_way(self, problem: Problem, arrays: Sequence[Array | None]) -> tuple[Array, ...] | None:
+        """See `undecided`; None when the op has none."""
+        return None if self.undecided is None else self._run(self.undecided, problem, arrays)
 
     def _run(self, function: Ref, problem: Problem, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
         import numpy as np

@@ -119,9 +119,10 @@ def expect(
     conditions = condition(problem, op, arrays, exact)
     magnitudes = op.magnitudes(problem, arrays) or tuple(np.zeros(e.shape) for e in exact)
     terms = [c + np.where(np.isfinite(m), np.abs(m), 0.0) for c, m in zip(conditions, magnitudes, strict=True)]
+    undecided = op.either_way(problem, arrays) or tuple(np.zeros(e.shape) for e in exact)
     others = op.compute(problem, [None if a is None else _flushed(a) for a in arrays]) if flushes else exact
     found = []
-    for e, other, m, c, t in zip(exact, others, models, terms, problem.results, strict=True):
+    for e, other, m, c, t, more in zip(exact, others, models, terms, problem.results, undecided, strict=True):
         size = np.abs(np.where(np.isfinite(e), e, 0.0))
         if t.quantised and m.result:
             size = np.repeat(_grouped(size).max(axis=-1, initial=0.0), GROUP, axis=-1)
@@ -130,7 +131,7 @@ def expect(
             apart = np.abs(np.asarray(other, np.float64) - e) if m.result and flushes else np.zeros(e.shape)
         apart = np.where(np.isfinite(apart), apart, 0.0)
         on_the_way = between * c if m.result else 0.0
-        found.append(Expected(e, factor * (m.result * size + m.sums * c) + on_the_way + smallest + apart))
+        found.append(Expected(e, factor * (m.result * size + m.sums * c) + on_the_way + smallest + apart + more))
     return tuple(found)
 
 

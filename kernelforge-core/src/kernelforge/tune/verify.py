@@ -37,15 +37,16 @@ class Error:
         return Error(max(self.largest, other.largest), max(self.norm, other.norm))
 
 
-def compare(got: Array, want: Array, limit: float, what: str) -> Error:
+def compare(got: Array, want: Array, limit: float, what: str, more: Array | float = 0.0) -> Error:
     """The error of `got`. NaN and infinity must be where they belong.
 
-    Raises WrongResultError, beginning with `what`, for another shape or dtype or a largest error above `limit`.
+    Raises WrongResultError, beginning with `what`, for another shape or dtype, or where an error is above `limit` of the
+    largest magnitude, and `more`.
     """
     expected = want.astype(np.float64)
     finite = np.isfinite(expected)
     scale = float(np.max(np.abs(expected), initial=0.0, where=finite)) or 1.0
-    largest = tolerance.compare(got, want, limit * scale, from_numpy(want.dtype), what)
+    largest = tolerance.compare(got, want, limit * scale + more, from_numpy(want.dtype), what)
     difference = np.subtract(got.astype(np.float64), expected, out=np.zeros_like(expected), where=finite)
     length = float(np.linalg.norm(expected[finite])) or 1.0
     return Error(largest, float(np.linalg.norm(difference)) / length)
@@ -58,6 +59,8 @@ class Case:
     inputs: Mapping[str, Array]
     """By operand name, without the constants; as `Session.compile_problem` takes them."""
     expected: tuple[Array, ...]
+    undecided: tuple[Array | float, ...]
+    """How far results may be off besides the tolerance (`OpDef.undecided`)."""
 
 
 class Workload:
@@ -100,7 +103,8 @@ class Workload:
             # An op that reads what it overwrites (an addition in place) cannot be poisoned.
             if np.array_equal(again[result], expected[result]):
                 arrays[position] = poisoned
-        return Case(self._inputs(arrays), expected)
+        undecided = self.op.either_way(self.problem, arrays) or (0.0,) * len(expected)
+        return Case(self._inputs(arrays), expected, undecided)
 
     def _inputs(self, arrays: Sequence[Array | None]) -> dict[str, Array]:
         return {
@@ -134,7 +138,7 @@ class Workload:
         outputs = executable.run(self.bind(case.inputs), poisoned)
         results = executable.plan.steps[-1].problem.results
         error = Error()
-        for i, (output, want) in enumerate(zip(outputs, case.expected, strict=True)):
+        for i, (output, want, more) in enumerate(zip(outputs, case.expected, case.undecided, strict=True)):
             name = self.op.results[i] if not self.op.variadic_results else f"{self.op.results[0][1:]}{i}"
             got = output if isinstance(output, np.ndarray) else output.numpy()
             limit = self.tolerance if results[i].dtype in FLOATS else 0.0
@@ -142,7 +146,7 @@ class Workload:
                 got, want = got.view(np.int8), want.view(np.int8)
             elif results[i].quantised:  # two roundings to groups: the kernel's and the reference's
                 got, want, limit = dequantize(got), dequantize(want), 2 * self.tolerance
-            error |= compare(got, want, limit, f"result '{name}' of {self.problem.op}")
+            error |= compare(got, want, limit, f"result '{name}' of {self.problem.op}", more)
         return error
 
 

@@ -11,7 +11,7 @@ from kernelforge.dialects.transformer.elementwise import ADD, CAST, GELU, MUL, S
 from kernelforge.dialects.transformer.layout import CONCAT, RESHAPE, SLICE, SPLIT, TRANSPOSE
 from kernelforge.dialects.transformer.lookup import ARGMAX, EMBEDDING, KV_CACHE_UPDATE
 from kernelforge.dialects.transformer.matmul import GLU_MATMUL, MATMUL
-from kernelforge.dialects.transformer.norm_matmul import RMS_NORM_GLU_MATMUL, RMS_NORM_MATMUL
+from kernelforge.dialects.transformer.norm_matmul import QUANTISING, RMS_NORM_GLU_MATMUL, RMS_NORM_MATMUL
 from kernelforge.dialects.transformer.norms import ADD_RMS_NORM, LAYER_NORM, RMS_NORM, RMS_NORM_QUANTIZE, SOFTMAX
 from kernelforge.dialects.transformer.quantisation import DEQUANTIZE, QUANTIZE
 from kernelforge.dialects.transformer.rope import ROPE
@@ -28,6 +28,7 @@ OPS = (
     RMS_NORM_QUANTIZE,
     RMS_NORM_MATMUL,
     RMS_NORM_GLU_MATMUL,
+    *QUANTISING.values(),
     LAYER_NORM,
     ADD_RMS_NORM,
     ROPE,

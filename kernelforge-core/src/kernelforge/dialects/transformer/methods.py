@@ -104,6 +104,59 @@ class TransformerMethods(ABC):
         attrs: dict[str, Attr] = {"eps": eps, "transpose_rhs": transpose_rhs, "activation": activation}
         return self._one(norm_matmul.RMS_NORM_GLU_MATMUL, x, gain, gate, up, **attrs)
 
+    def quantize_matmul(
+        self,
+        lhs: Tensor,
+        rhs: Tensor,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        *,
+        transpose_rhs: bool = False,
+        epilogue: str = "none",
+    ) -> Tensor:
+        """`matmul` of lhs [..., M, K] in the format "q8a", K a multiple of 32, with quantised weights rhs."""
+        attrs: dict[str, Attr] = {"transpose_rhs": transpose_rhs, "epilogue": epilogue}
+        return self._one(norm_matmul.QUANTIZE_MATMUL, lhs, rhs, bias, residual, **attrs)
+
+    def quantize_glu_matmul(
+        self, x: Tensor, gate: Tensor, up: Tensor, *, transpose_rhs: bool = False, activation: str = "silu"
+    ) -> Tensor:
+        """`glu_matmul` of x [..., M, K] in the format "q8a", K a multiple of 32, with quantised weights."""
+        attrs: dict[str, Attr] = {"transpose_rhs": transpose_rhs, "activation": activation}
+        return self._one(norm_matmul.QUANTIZE_GLU_MATMUL, x, gate, up, **attrs)
+
+    def rms_norm_quantize_matmul(
+        self,
+        lhs: Tensor,
+        gain: Tensor,
+        rhs: Tensor,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        *,
+        eps: float = 1e-5,
+        transpose_rhs: bool = False,
+        epilogue: str = "none",
+    ) -> Tensor:
+        """`matmul` of the rms_norm_quantize of lhs [..., M, K] with gain [K], and quantised weights rhs."""
+        operands = (lhs, gain, rhs, bias, residual)
+        attrs: dict[str, Attr] = {"eps": eps, "transpose_rhs": transpose_rhs, "epilogue": epilogue}
+        return self._one(norm_matmul.RMS_NORM_QUANTIZE_MATMUL, *operands, **attrs)
+
+    def rms_norm_quantize_glu_matmul(
+        self,
+        x: Tensor,
+        gain: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        *,
+        eps: float = 1e-5,
+        transpose_rhs: bool = False,
+        activation: str = "silu",
+    ) -> Tensor:
+        """`glu_matmul` of the rms_norm_quantize of x [..., M, K] with gain [K], and quantised weights."""
+        attrs: dict[str, Attr] = {"eps": eps, "transpose_rhs": transpose_rhs, "activation": activation}
+        return self._one(norm_matmul.RMS_NORM_QUANTIZE_GLU_MATMUL, x, gain, gate, up, **attrs)
+
     def attention(
         self,
         q: Tensor,

@@ -1,27 +1,27 @@
-"""Matrix products of rows that are RMS-normalised first: `rms_norm_matmul`, and the gated pair `rms_norm_glu_matmul`."""
+"""Matrix products of rows that are RMS-normalised first, quantised to 8 bits, or both: `rms_norm_matmul`, `quantize_matmul`,
+`rms_norm_quantize_matmul`, and the same of the gated pair.
+
+A kernel for one quantises, or normalises, in its own workgroup what it multiplies, and saves a step of its own. As weights
+beside 8-bit activations are quantised, so they are here.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
-from kernelforge.dialects.transformer.activation import EPILOGUES, GATES
-from kernelforge.dialects.transformer.checks import DIALECT, Attrs, float_attr, required, traffic
-from kernelforge.dialects.transformer.matmul import (
-    GLU_MATMUL,
-    MATMUL,
-    glu_magnitude,
-    glu_reference,
-    infer_glu,
-    infer_matmul,
-    matmul_magnitude,
-    matmul_reference,
-)
-from kernelforge.dialects.transformer.models import MODELS, f32, make, ragged, weight
-from kernelforge.dialects.transformer.norms import EPS, check_norm, rms_norm
-from kernelforge.dtype import WEIGHT_FORMATS
-from kernelforge.op import Cost, OpDef, Operand, OperandTypes, Part
+from kernelforge.dialects.transformer.activation import EPILOGUES, GATES, activate
+from kernelforge.dialects.transformer.checks import DIALECT, Attrs, required, traffic, want_float
+from kernelforge.dialects.transformer.matmul import GLU_MATMUL, MATMUL
+from kernelforge.dialects.transformer.models import ACTIVATIONS, MODELS, f32, make, ragged, weight
+from kernelforge.dialects.transformer.norms import RMS_NORM, RMS_NORM_QUANTIZE, check_norm
+from kernelforge.dialects.transformer.quantisation import QUANTIZE, want_groups
+from kernelforge.dtype import ACTIVATION_FORMAT, GROUP, WEIGHT_FORMATS, epsilon
+from kernelforge.lazy import resolve
+from kernelforge.op import Cost, OpDef, Operand, OperandTypes, OpError, Part
 from kernelforge.problem import Attr, Problem, TensorType
 
 if TYPE_CHECKING:
@@ -31,61 +31,164 @@ EARLY = (1, 7)
 """Tokens of the samples: with more, a norm of its own costs nothing beside the product."""
 
 
-def _product_attrs(attrs: Attrs) -> dict[str, Attr]:
-    return {name: value for name, value in attrs.items() if name != "eps"}
+def _attrs_of(op: OpDef, attrs: Attrs) -> dict[str, Attr]:
+    """Those of a part; what the whole has no attribute for is fixed."""
+    known = {"transpose_lhs": False, "format": ACTIVATION_FORMAT, **attrs}
+    return {a.name: known[a.name] for a in op.attributes}
 
 
-def _matmul_attrs(attrs: Attrs) -> dict[str, Attr]:
-    return {**_product_attrs(attrs), "transpose_lhs": False}
+@dataclass(frozen=True)
+class _Fed:
+    """What an op is that multiplies, as `product` does, what `feeder` makes of the first operand."""
+
+    feeder: OpDef
+    product: OpDef
+
+    def _split(self, arrays: Arrays) -> tuple[Arrays, Arrays]:
+        """The feeder's and the product's other operands."""
+        own = len(self.feeder.operands)
+        return arrays[:own], arrays[own:]
+
+    @property
+    def quantises(self) -> bool:
+        return self.feeder is not RMS_NORM
+
+    def infer(self, operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ...]:
+        own = len(self.feeder.operands)
+        name, lhs, rhs = self.product.operands[0].name, required(operands, 0), required(operands, own)
+        if self.feeder is QUANTIZE:
+            want_float(name, lhs)
+        else:
+            check_norm(name, lhs, "gain", required(operands, 1), attrs)
+        if self.quantises:
+            want_groups(name, lhs)
+            if rhs.dtype not in WEIGHT_FORMATS:
+                known = " or ".join(WEIGHT_FORMATS)
+                raise OpError(f"operand '{self.product.operands[1].name}' must be of type {known}, got {rhs.dtype}")
+            lhs = TensorType(lhs.shape, ACTIVATION_FORMAT)
+        return self.product.infer_types((lhs, *operands[own:]), _attrs_of(self.product, attrs))
+
+    def _fed(self, arrays: Arrays, attrs: Attrs) -> Arrays:
+        """The product's operands, in float64."""
+        from kernelforge.quant import quantize, widened
+
+        own, others = self._split(arrays)
+        (lhs,) = resolve(self.feeder.reference)(own, _attrs_of(self.feeder, attrs))
+        if self.quantises:
+            lhs = widened(lhs if self.feeder.exact else quantize(lhs, ACTIVATION_FORMAT))
+        return [lhs, *others]
+
+    def reference(self, arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
+        """The product of what the first part of the op gives; in 8 bits, of the numbers that the groups stand for."""
+        made: tuple[Array, ...] = resolve(self.product.reference)(
+            self._fed(arrays, attrs), _attrs_of(self.product, attrs)
+        )
+        return made
+
+    def magnitude(self, arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
+        """As of the product."""
+        assert self.product.magnitude is not None
+        made: tuple[Array, ...] = resolve(self.product.magnitude)(
+            self._fed(arrays, attrs), _attrs_of(self.product, attrs)
+        )
+        return made
+
+    def undecided(self, arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
+        """A norm that is rounded otherwise, in f32, moves numbers that lie between two steps of 8 bits to the other one."""
+        own, others = self._split(arrays)
+        (norm,) = resolve(self.feeder.reference)(own, _attrs_of(self.feeder, attrs))
+        lhs, *_ = self._fed(arrays, attrs)
+        return (_EFFECT[self.product.name]([lhs, *others], _steps(norm), _attrs_of(self.product, attrs)),)
+
+    def parts(self, problem: Problem) -> tuple[Part, ...]:
+        names, attrs = [o.name for o in _operands(self.feeder, self.product)], dict(problem.attrs)
+        own = len(self.feeder.operands)
+        return (
+            Part(self.feeder.full_name, tuple(names[:own]), ("fed",), _attrs_of(self.feeder, attrs)),
+            Part(
+                self.product.full_name,
+                ("fed", *names[own:]),
+                self.product.results,
+                _attrs_of(self.product, attrs),
+            ),
+        )
+
+    def cost(self, problem: Problem) -> Cost:
+        """The operations of both parts; what is between them never reaches memory."""
+        own, attrs = len(self.feeder.operands), dict(problem.attrs)
+        feeder = self.feeder.problem(problem.operands[:own], _attrs_of(self.feeder, attrs))
+        product = self.product.problem((*feeder.results, *problem.operands[own:]), _attrs_of(self.product, attrs))
+        flops = self.feeder.problem_cost(feeder).flops + self.product.problem_cost(product).flops
+        return Cost(flops, traffic(problem))
 
 
-def infer_rms_norm_matmul(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ...]:
-    lhs, gain = required(operands, 0), required(operands, 1)
-    check_norm("lhs", lhs, "gain", gain, attrs)
-    return infer_matmul((lhs, *operands[2:]), _matmul_attrs(attrs))
+def _operands(feeder: OpDef, product: OpDef) -> tuple[Operand, ...]:
+    gain = (Operand("gain"),) if len(feeder.operands) > 1 else ()
+    return (product.operands[0], *gain, *product.operands[1:])
 
 
-def rms_norm_matmul_reference(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
-    """act(rms_norm(lhs, gain) @ rhs + bias) + residual."""
-    return _of_normed(matmul_reference, arrays, attrs, _matmul_attrs(attrs))
-
-
-def rms_norm_matmul_magnitude(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
-    """As of `matmul`."""
-    return _of_normed(matmul_magnitude, arrays, attrs, _matmul_attrs(attrs))
-
-
-def _of_normed(
-    product: Callable[[Arrays, Attrs], tuple[Array, ...]], arrays: Arrays, attrs: Attrs, product_attrs: Attrs
-) -> tuple[Array, ...]:
-    x, gain, *others = arrays
-    return product([rms_norm(x, gain, float_attr(attrs, "eps")), *others], product_attrs)
-
-
-def _parts(problem: Problem, op: OpDef, attrs: Attrs) -> tuple[Part, ...]:
-    x, *others = (o.name for o in op.operands)
-    return (
-        Part("transformer.rms_norm", (x, "gain"), ("norm",), {"eps": float_attr(dict(problem.attrs), "eps")}),
-        Part(op.full_name, ("norm", *others), op.results, attrs),
+def _op(feeder: OpDef, product: OpDef, summary: str, sample: Callable[[random.Random], Iterator[Problem]]) -> OpDef:
+    fed = _Fed(feeder, product)
+    own = tuple(a for a in feeder.attributes if a.name != "format")
+    return OpDef(
+        name=f"{feeder.name}_{product.name}",
+        summary=summary,
+        operands=_operands(feeder, product),
+        results=product.results,
+        attributes=(*own, *(a for a in product.attributes if a.name != "transpose_lhs")),
+        infer=fed.infer,
+        reference=fed.reference,
+        sample=sample,
+        cost=fed.cost,
+        magnitude=fed.magnitude,
+        undecided=fed.undecided if feeder is RMS_NORM_QUANTIZE else None,
+        parts=fed.parts,
+        dialect=DIALECT,
     )
 
 
-def rms_norm_matmul_parts(problem: Problem) -> tuple[Part, ...]:
-    return _parts(problem, MATMUL, _matmul_attrs(dict(problem.attrs)))
+def _steps(norm: Array) -> Array:
+    """How far each number of a norm moves if f32 rounds it to the other of two steps between which it lies, 0 for most."""
+    import numpy as np
+
+    groups = norm.reshape(*norm.shape[:-1], -1, GROUP)
+    size = np.abs(groups)
+    step = size.max(axis=-1, keepdims=True) / 127
+    code = size / step
+    # A sum of K squares, in any order, and what is done with it (see `kernelforge.tolerance`).
+    margin = 8 * epsilon("f32") * np.sqrt(norm.shape[-1])
+    near = np.abs(code - np.floor(code) - 0.5) <= margin * code
+    moved = np.where(near, step, 0.0)
+    # Near the smallest step, a group is its numbers or 0.
+    moved = np.where(step < 2 * float(np.finfo(np.float32).tiny), size, moved)
+    return np.where(np.isfinite(moved), moved, 0.0).reshape(norm.shape)
 
 
-def _cost(problem: Problem, op: OpDef, attrs: Attrs) -> Cost:
-    """Four operations for each element that is normalised, then those of the product."""
-    x, _, *others = problem.operands
-    product = op.problem_cost(op.problem((x, *others), attrs))
-    return Cost(4 * problem.operand(0).size() + product.flops, traffic(problem))
+_SLOPE = 1.2
+"""Above the slope of every activation (1.13 of gelu)."""
 
 
-def rms_norm_matmul_cost(problem: Problem) -> Cost:
-    return _cost(problem, MATMUL, _matmul_attrs(dict(problem.attrs)))
+def _matmul_effect(arrays: Arrays, moved: Array, attrs: Attrs) -> Array:
+    import numpy as np
+
+    rhs = np.abs(arrays[1].swapaxes(-1, -2))
+    return np.asarray(_SLOPE * (moved @ rhs))
 
 
-def rms_norm_matmul_samples(rng: random.Random) -> Iterator[Problem]:
+def _glu_effect(arrays: Arrays, moved: Array, attrs: Attrs) -> Array:
+    import numpy as np
+
+    x, gate, up = arrays
+    by_gate, by_up = (moved @ np.abs(w.T) for w in (gate, up))
+    size = np.abs(x @ up.T) + by_up
+    return np.asarray(_SLOPE * by_gate * size + np.abs(activate(attrs["activation"], x @ gate.T)) * by_up)
+
+
+_EFFECT = {MATMUL.name: _matmul_effect, GLU_MATMUL.name: _glu_effect}
+"""By product: how far its results move, at most, when the left-hand side's numbers do by so much."""
+
+
+def _matmul_samples(rng: random.Random) -> Iterator[Problem]:
     yield make(RMS_NORM_MATMUL, f32(1, 1), f32(1), f32(1, 1))
     yield make(RMS_NORM_MATMUL, f32(3, 5), f32(5), f32(5, 2))
     yield make(RMS_NORM_MATMUL, f32(2, 3, 5), weight("bf16", 5), weight("f32", 5, 2), eps=1e-6)
@@ -108,47 +211,7 @@ def rms_norm_matmul_samples(rng: random.Random) -> Iterator[Problem]:
                 yield make(RMS_NORM_MATMUL, x, gain, weight(dtype, n, model.width), transpose_rhs=True)
 
 
-RMS_NORM_MATMUL = OpDef(
-    name="rms_norm_matmul",
-    summary="act(rms_norm(lhs, gain) @ rhs + bias) + residual",
-    operands=(Operand("lhs"), Operand("gain"), *MATMUL.operands[1:]),
-    results=("out",),
-    attributes=(EPS, *(a for a in MATMUL.attributes if a.name != "transpose_lhs")),
-    infer=infer_rms_norm_matmul,
-    reference=rms_norm_matmul_reference,
-    sample=rms_norm_matmul_samples,
-    cost=rms_norm_matmul_cost,
-    magnitude=rms_norm_matmul_magnitude,
-    parts=rms_norm_matmul_parts,
-    dialect=DIALECT,
-)
-
-
-def infer_rms_norm_glu(operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ...]:
-    x, gain = required(operands, 0), required(operands, 1)
-    check_norm("x", x, "gain", gain, attrs)
-    return infer_glu((x, *operands[2:]), _product_attrs(attrs))
-
-
-def rms_norm_glu_reference(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
-    """act(y @ gate) * (y @ up) of y = rms_norm(x, gain)."""
-    return _of_normed(glu_reference, arrays, attrs, _product_attrs(attrs))
-
-
-def rms_norm_glu_magnitude(arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
-    """As of `glu_matmul`."""
-    return _of_normed(glu_magnitude, arrays, attrs, _product_attrs(attrs))
-
-
-def rms_norm_glu_parts(problem: Problem) -> tuple[Part, ...]:
-    return _parts(problem, GLU_MATMUL, _product_attrs(dict(problem.attrs)))
-
-
-def rms_norm_glu_cost(problem: Problem) -> Cost:
-    return _cost(problem, GLU_MATMUL, _product_attrs(dict(problem.attrs)))
-
-
-def rms_norm_glu_samples(rng: random.Random) -> Iterator[Problem]:
+def _glu_samples(rng: random.Random) -> Iterator[Problem]:
     yield make(RMS_NORM_GLU_MATMUL, f32(1, 1), f32(1), f32(1, 1), f32(1, 1))
     yield make(RMS_NORM_GLU_MATMUL, f32(2, 3, 5), f32(5), f32(5, 2), f32(5, 2))
     for activation in GATES:
@@ -172,17 +235,50 @@ def rms_norm_glu_samples(rng: random.Random) -> Iterator[Problem]:
                 yield make(RMS_NORM_GLU_MATMUL, x, gain, w, w, transpose_rhs=True)
 
 
-RMS_NORM_GLU_MATMUL = OpDef(
-    name="rms_norm_glu_matmul",
-    summary="act(y @ gate) * (y @ up) of y = rms_norm(x, gain)",
-    operands=(Operand("x"), Operand("gain"), *GLU_MATMUL.operands[1:]),
-    results=("out",),
-    attributes=(EPS, *GLU_MATMUL.attributes),
-    infer=infer_rms_norm_glu,
-    reference=rms_norm_glu_reference,
-    sample=rms_norm_glu_samples,
-    cost=rms_norm_glu_cost,
-    magnitude=rms_norm_glu_magnitude,
-    parts=rms_norm_glu_parts,
-    dialect=DIALECT,
-)
+def _quantised_samples(rng: random.Random, feeder: OpDef, product: OpDef) -> Iterator[Problem]:
+    op, gated = QUANTISING[feeder.name, product.name], product is GLU_MATMUL
+
+    def problem(x: TensorType, n: int, dtype: str, *others: TensorType, **attrs: Attr) -> Problem:
+        k = x.static_shape()[-1]
+        gain = (weight("f32", k),) * (len(feeder.operands) - 1)
+        weights = (weight(dtype, n, k),) * (2 if gated else 1)
+        return make(op, x, *gain, *weights, *others, transpose_rhs=True, **attrs)
+
+    yield problem(f32(1, 32), 1, "q8")
+    yield problem(f32(2, 3, 64), 5, "q4")
+    for activation in GATES if gated else EPILOGUES:
+        m, n, k = ragged(rng, 2, 8), ragged(rng, 2, 70), 32 * rng.randrange(1, 9)
+        others = () if gated else (weight("f32", n), f32(m, n))
+        yield problem(f32(m, k), n, "q4", *others, **{"activation" if gated else "epilogue": activation})
+    for dtype in ACTIVATIONS:
+        m, n, k = ragged(rng, 2, 8), ragged(rng, 2, 70), 32 * rng.randrange(1, 9)
+        yield problem(TensorType((m, k), dtype), n, "q8")
+    for model in MODELS:
+        for tokens in EARLY:
+            for name in WEIGHT_FORMATS:
+                yield problem(f32(tokens, model.width), model.hidden, name)
+
+
+RMS_NORM_MATMUL = _op(RMS_NORM, MATMUL, "act(rms_norm(lhs, gain) @ rhs + bias) + residual", _matmul_samples)
+RMS_NORM_GLU_MATMUL = _op(RMS_NORM, GLU_MATMUL, "act(y @ gate) * (y @ up) of y = rms_norm(x, gain)", _glu_samples)
+QUANTISING = {
+    (feeder.name, product.name): _op(
+        feeder, product, summary, partial(_quantised_samples, feeder=feeder, product=product)
+    )
+    for feeder, product, summary in (
+        (QUANTIZE, MATMUL, "act(quantize(lhs) @ rhs + bias) + residual: lhs in 8-bit groups (q8a), rhs in q8 or q4"),
+        (QUANTIZE, GLU_MATMUL, "act(y @ gate) * (y @ up) of y = quantize(x): 8-bit groups (q8a), weights in q8 or q4"),
+        (
+            RMS_NORM_QUANTIZE,
+            MATMUL,
+            "act(rms_norm_quantize(lhs, gain) @ rhs + bias) + residual: rhs in q8 or q4",
+        ),
+        (
+            RMS_NORM_QUANTIZE,
+            GLU_MATMUL,
+            "act(y @ gate) * (y @ up) of y = rms_norm_quantize(x, gain): weights in q8 or q4",
+        ),
+    )
+}
+"""By feeder and product."""
+QUANTIZE_MATMUL, QUANTIZE_GLU_MATMUL, RMS_NORM_QUANTIZE_MATMUL, RMS_NORM_QUANTIZE_GLU_MATMUL = QUANTISING.values()

@@ -8,15 +8,19 @@ from kernelforge.testing.transformer.elementwise import BINARY, CAST, UNARY
 from kernelforge.testing.transformer.layout import moving
 from kernelforge.testing.transformer.lookup import ARGMAX, EMBEDDING, KV_CACHE_UPDATE, SAMPLE
 from kernelforge.testing.transformer.norms import NORM, NORM_QUANTIZE, SOFTMAX
-from kernelforge.testing.transformer.products import GLU_MATMUL, MATMUL, normed
+from kernelforge.testing.transformer.products import GLU_MATMUL, MATMUL, fed
 
 FAMILIES = {
     f"transformer.{name}": family
     for name, family in {
         "matmul": MATMUL,
         "glu_matmul": GLU_MATMUL,
-        "rms_norm_matmul": normed(MATMUL, matmul.MATMUL),
-        "rms_norm_glu_matmul": normed(GLU_MATMUL, matmul.GLU_MATMUL),
+        "rms_norm_matmul": fed(MATMUL, matmul.MATMUL, norm=True, quantise=False),
+        "rms_norm_glu_matmul": fed(GLU_MATMUL, matmul.GLU_MATMUL, norm=True, quantise=False),
+        "quantize_matmul": fed(MATMUL, matmul.MATMUL, norm=False, quantise=True),
+        "quantize_glu_matmul": fed(GLU_MATMUL, matmul.GLU_MATMUL, norm=False, quantise=True),
+        "rms_norm_quantize_matmul": fed(MATMUL, matmul.MATMUL, norm=True, quantise=True),
+        "rms_norm_quantize_glu_matmul": fed(GLU_MATMUL, matmul.GLU_MATMUL, norm=True, quantise=True),
         "attention": ATTENTION,
         "softmax": SOFTMAX,
         "rms_norm": NORM,

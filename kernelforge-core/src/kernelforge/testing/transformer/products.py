@@ -1,4 +1,4 @@
-"""Matrix products, alone and of normalised rows."""
+"""Matrix products, alone and of rows that are normalised or quantised first."""
 
 from __future__ import annotations
 
@@ -82,26 +82,36 @@ GLU_MATMUL = Family(
 )
 
 
-def normed(family: Family, product: OpDef) -> Family:
-    """Of the op that multiplies, as `product` does, rows that it normalises first."""
+def fed(family: Family, product: OpDef, *, norm: bool, quantise: bool) -> Family:
+    """Of the op that multiplies, as `product` does, rows that it normalises or quantises first, or both."""
 
     def make(op: OpDef, c: Choice) -> Problem:
-        plain = family.make(product, {**c, "transpose_lhs": False})
-        lhs, *others = plain.operands
-        gain = TensorType(plain.operand(0).shape[-1:], c["gain"], constant=c["constant"])
+        x, w = types_of(c)
+        types = f"{ACTIVATION_FORMAT}*{w}" if quantise else c["dtype"]
+        plain = family.make(product, {**c, "transpose_lhs": False, "dtype": types})
+        shape = plain.operand(0).shape
+        gain = [TensorType(shape[-1:], c["gain"], constant=c["constant"])] if norm else []
         attrs = {name: value for name, value in plain.attrs if name != "transpose_lhs"}
-        return op.problem([lhs, gain, *others], {**attrs, "eps": c["eps"]})
+        if norm:
+            attrs["eps"] = c["eps"]
+        return op.problem([TensorType(shape, x), *gain, *plain.operands[1:]], attrs)
 
     factors = {name: values for name, values in family.factors.items() if name != "transpose_lhs"}
-    factors["dtype"] = [types for types in factors["dtype"] if not types.startswith(ACTIVATION_FORMAT)]
+    floats = [types for types in factors["dtype"] if not types.startswith(ACTIVATION_FORMAT)]
+    factors["dtype"] = [types for types in floats if types in QUANTISED] if quantise else floats
+    if quantise:
+        factors["transpose_rhs"] = (True,)
+    if norm:
+        factors |= {"gain": FLOATS, "eps": (1e-5, 1e-2)}
+    long = {"m": 3, "n": 5, "k": LONG}
     return replace(
         family,
-        factors={**factors, "gain": FLOATS, "eps": (1e-5, 1e-2)},
+        factors=factors,
         make=make,
+        sizes={**family.sizes, "k": (64, 32, 96, 320)} if quantise else family.sizes,
         zero=("m", "n"),
-        extremes={
-            "long-k": {"m": 3, "n": 5, "k": LONG},
-            "long-k-4-bit": {"m": 3, "n": 5, "k": LONG, "dtype": "f32*q4"},
-        },
-        values=NORM_VALUES,
+        extremes={"wide": {"m": 8, "n": 65, "k": 2048}, "long-k": long}
+        if quantise
+        else {"long-k": long, "long-k-4-bit": {**long, "dtype": "f32*q4"}},
+        values=NORM_VALUES if norm else {},
     )
