@@ -23,6 +23,9 @@ AUTHORS = (
     "kernelforge.variant",
     "kernelforge.problem",
     "kernelforge.op",
+    "kernelforge.graph",
+    "kernelforge.module",
+    "kernelforge.session",
     "kernelforge.passes",
     "kernelforge.passes.rewriting",
     "kernelforge.tune.tuner",
@@ -106,7 +109,8 @@ def _module(name: str) -> Iterator[str]:
         yield from (f"### {public}", "", f"`{signature}`", "", text, "")
         of = getattr(module, public)
         if isinstance(of, type) and of.__module__ == name:
-            lines = [line for c in (of, *takewhile(_has_no_section, of.__mro__[1:])) for line in _members(c)]
+            bases = takewhile(_has_no_section, of.__mro__[1:])
+            lines = [*_members(of), *(line for base in bases for line in _members(base, made=False))]
             yield from (*lines, *[""] * bool(lines))
 
 
@@ -114,8 +118,8 @@ def _has_no_section(cls: type) -> bool:
     return cls.__module__.startswith("kernelforge") and cls.__module__ not in AUTHORS
 
 
-def _members(cls: type) -> Iterator[str]:
-    """Fields and public methods, each with the first paragraph of what is said of it."""
+def _members(cls: type, *, made: bool = True) -> Iterator[str]:
+    """Fields, how it is made if that is asked, and public methods, each with the first paragraph of what is said of it."""
     (definition,) = ast.parse(inspect.getsource(cls)).body
     assert isinstance(definition, ast.ClassDef)
     for statement, following in zip(definition.body, [*definition.body[1:], None], strict=True):
@@ -123,6 +127,8 @@ def _members(cls: type) -> Iterator[str]:
             name, code, text = ast.unparse(statement.target), ast.unparse(statement), _literal_docstring(following)
         elif isinstance(statement, ast.FunctionDef):
             name, code, text = statement.name, _member(statement), _prose(ast.get_docstring(statement) or "")
+            if name == "__init__" and made:
+                name, code = cls.__name__, code.replace("__init__", cls.__name__, 1).removesuffix(" -> None")
         else:
             continue
         if not name.startswith("_"):

@@ -8,7 +8,7 @@ import pytest
 from kernelforge.dialects.transformer import OPS
 from kernelforge.errors import UsageError
 from kernelforge.mlir import ir
-from kernelforge.module import Argument, Module, location_text
+from kernelforge.module import Argument, Module, Node, OpCatalog, location_text
 from kernelforge.op import OpDef
 from kernelforge.problem import TensorType
 
@@ -18,7 +18,7 @@ class Catalog:
     ops: Mapping[str, OpDef]
 
 
-CATALOG = Catalog({op.full_name: op for op in OPS})
+CATALOG: OpCatalog = Catalog({op.full_name: op for op in OPS})
 
 TEXT = """func.func @decode(
     %x: tensor<?x8xf32> {kernelforge.name = "x"},
@@ -57,7 +57,7 @@ def test_arguments_and_results() -> None:
 def test_nodes_number_values_and_carry_named_dimensions_and_constants() -> None:
     cast, pick, matmul = read().function().nodes
     assert (cast.operands, cast.results) == ((2,), (5,))
-    assert (pick.operands, pick.results) == ((0, 1), (6,))
+    assert pick == Node("transformer.embedding", (0, 1), (6,), pick.problem, "pick")
     assert (matmul.operands, matmul.results) == ((6, 5, None, None), (7,))
     assert pick.problem.results == (TensorType(("rows", 8), "f32"),)
     assert dict(pick.problem.attrs) == {"dtype": ""}

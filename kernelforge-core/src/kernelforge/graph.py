@@ -128,10 +128,10 @@ def _type(shape: Sequence[Dim], dtype: str) -> TensorType:
 
 
 class Graph(TransformerMethods):
-    """A function under construction. `catalog` is where `op()` looks up ops; None: the installed plugins'. The ops of the
-    transformer dialect are methods, those of others go through `op()`."""
+    """A function under construction. The ops of the transformer dialect are methods, those of others go through `op()`."""
 
     def __init__(self, name: str = "main", catalog: OpCatalog | None = None) -> None:
+        """`catalog` is where `op()` looks up ops; None: the installed plugins'. Raises UsageError for a name that is none."""
         if not name.isidentifier():
             raise UsageError(f"'{name}' is not a function name")
         self.name = name

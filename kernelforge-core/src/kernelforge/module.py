@@ -27,9 +27,13 @@ if TYPE_CHECKING:
     from kernelforge.mlir import ir
 
 NAME = "kernelforge.name"
+"""Attribute of arguments and results; see above."""
 CONSTANT = "kernelforge.constant"
+"""Attribute of arguments; see above."""
 DONATED = "kernelforge.donated"
+"""Attribute of arguments; see above."""
 DIMS = "kernelforge.dims"
+"""Attribute of arguments; see above."""
 
 TOKENS = "tokens"
 """The dynamic dimension that needs no name."""
@@ -110,6 +114,7 @@ class Module:
 
     @property
     def context(self) -> ir.Context:
+        """MLIR's context, to be entered by what makes types or attributes."""
         return self.mlir.context
 
     @property

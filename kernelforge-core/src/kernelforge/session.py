@@ -32,12 +32,8 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """An opened device of a target, with the plugins and records that decide what runs on it.
-
-    `variants` names kernels by op (`{"transformer.matmul": "blocked"}`); what one of them refuses another runs, with a warning.
-    `pipeline` is a pass pipeline's text, the default one when None; `records` answers for measurements, by default the user's
-    own file.
-    """
+    """An opened device of a target, with the plugins and records that decide what runs on it. A context manager: it ends with
+    `close`."""
 
     def __init__(
         self,
@@ -50,6 +46,13 @@ class Session:
         variants: Mapping[str, str] | None = None,
         pipeline: str | None = None,
     ) -> None:
+        """Open `device` of a target by name, the target's first when None, with the target's own number of threads unless told.
+
+        `variants` names kernels by op (`{"transformer.matmul": "blocked"}`); what one of them refuses another runs, with a
+        warning. `pipeline` is a pass pipeline's text, the default one when None; `records` answers for measurements, by default
+        the user's own file; `registry` holds the plugins, by default those installed. Raises UsageError for an unknown target,
+        device or pass, DeviceError where there is no such device, PluginError for a target whose plugin fails.
+        """
         from kernelforge.registry import default_registry
 
         self.registry = registry if registry is not None else default_registry()
@@ -93,13 +96,13 @@ class Session:
         return device_roofline(self.device, self.registry, again=again)
 
     def named(self, op: str) -> str | None:
-        """The variant of `variants` to run an op by."""
+        """The variant of `variants` to run an op by, None where it has none."""
         self._sought.add(op)
         return self.variants.get(op)
 
     @property
     def unused_variants(self) -> dict[str, str]:
-        """Those of `variants` whose ops nothing had so far."""
+        """Those of `variants` whose ops were in nothing that was planned so far."""
         return {op: name for op, name in self.variants.items() if op not in self._sought}
 
     def select(self, problem: Problem) -> Selection:
@@ -140,7 +143,8 @@ class Session:
         return replace(self.fusions[key], dims=problem.dims)
 
     def lower(self, module: str | Module) -> Module:
-        """Parse `module` if it is text, and run the pass pipeline over it."""
+        """Parse `module` if it is text, and run the pass pipeline over it. Raises UsageError for text that does not parse or
+        verify, KernelForgeError when a pass fails."""
         from kernelforge.module import Module
 
         parsed = Module.parse(module, self.registry) if isinstance(module, str) else module
@@ -160,7 +164,8 @@ class Session:
         dims: Mapping[str, int] | None = None,
         max_dims: Mapping[str, int] | None = None,
     ) -> Plan:
-        """Lower `module` and plan it. `dims` fixes dynamic dimensions; `max_dims` bounds the others for the arena.
+        """Lower `module` and plan it. `dims` fixes dynamic dimensions; `max_dims` says for which sizes of the others memory is
+        reserved at the start. Raises as `lower`, and UsageError for an unknown dimension and an op that no kernel takes.
 
         The plan of a text is kept on disk; see `kernelforge.plan_cache`.
         """
@@ -245,11 +250,13 @@ class Session:
         dims: Mapping[str, int] | None = None,
         max_dims: Mapping[str, int] | None = None,
     ) -> Executable:
-        """Lower, plan and build `module`. `constants` holds the tensors that its constant arguments name."""
+        """Lower, plan and build `module`. `constants` holds the tensors that its constant arguments name. Raises as `plan` and
+        `build`."""
         return self.build(self.plan(module, dims=dims, max_dims=max_dims), constants)
 
     def build(self, plan: Plan, constants: TensorSource | Mapping[str, Array] | None = None) -> Executable:
-        """Build a plan that was made for this session's target."""
+        """Build a plan that was made for this session's target. Raises AssetError for a constant that is missing or of another
+        shape or type, PluginError for a kernel that cannot be built or compiled."""
         source = ArraySource(constants or {}) if constants is None or isinstance(constants, Mapping) else constants
         return self.device.compile(plan, source, self.registry)
 
