@@ -171,14 +171,89 @@ def test_what_templates_are_given(tmp_path: Path) -> None:
         ("a\n{{ 1 / 0 }}", "fails at line 2: division by zero"),
         ("{{ ''.__class__.__mro__ }}", "fails at line 1: access to attribute '__class__'"),
         ("{{ messages.append(1) }}", "fails at line 1"),
-        ("{{ 'a' * 10 ** 15 }}", "fails at line 1: MemoryError"),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "fails at line 1: Range too big"),
+        (
+            "{% for n in [messages] %}{% for i in range(9) recursive %}{{ loop(n) }}{% endfor %}{% endfor %}",
+            "recursion",
+        ),
+        ("{{ lipsum(n=9) }}", "'lipsum' is undefined"),
+        ("{{ '%99999d' % 1 }}", "fails at line 1: it formats to a width of more than 9999"),
+        ("{{ '{:99999}'.format(1) }}", "it formats to a width of more than 9999"),
+        ("{{ '%*d' % (10 ** 9, 1) }}", "it formats to a width .* not written there"),
+        ("{{ '{:{}}'.format(1, 10 ** 9) }}", "it formats to a width .* not written there"),
+        ("{{ '%*d' | format(10 ** 9, 1) }}", "it formats to a width .* not written there"),
+        ("{{ messages | tojson(indent=10 ** 9) }}", "an indent of more than 64"),
     ],
 )
 def test_a_broken_or_hostile_template(tmp_path: Path, template: str, message: str) -> None:
     tokenizer = load(changed(tmp_path, config={"chat_template": template}))
     with pytest.raises(AssetError, match=message):
         tokenizer.apply_chat_template(HELLO)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'a' * 10 ** 9 }}",
+        "{{ 10 ** (10 ** 10) }}",
+        "{{ [1] * 10 ** 9 }}",
+        "{{ 'a' | center(10 ** 9) }}",
+        "{{ 'a'.ljust(10 ** 9) }}",
+        "{{ 'ab' | indent(10 ** 9, true) }}",
+        "{% set n = namespace(x='a') %}{% for i in range(50) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{% set n = namespace(x='a') %}{% for i in range(50) %}{% set n.x = n.x + n.x %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}{% for i in range(50) %}{% set n.x = n.x.replace('a', n.x) %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}{% for i in range(50) %}{% set n.x = n.x | replace('a', n.x) %}{% endfor %}",
+        "{% set n = namespace(x=[1]) %}{% for i in range(50) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+        "{% set n = namespace(x={}) %}{% for i in range(50) %}{% set n.x = dict(a=n.x, b=n.x) %}{% endfor %}{{ n.x }}",
+        "{% for i in range(10 ** 5) %}" + "text " * 2000 + "{% endfor %}",
+        "{% macro m(n) %}" + "text " * 200 + "{{ m(n - 1) ~ m(n - 1) if n }}{% endmacro %}{{ m(60) }}",
+    ],
+)
+def test_a_template_that_makes_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str) -> None:
+    monkeypatch.setattr("kernelforge_llm.template_sandbox.MOST", 3_000_000)
+    tokenizer = load(changed(tmp_path, config={"chat_template": template}))
+    with pytest.raises(AssetError, match="fails at line 1: it makes more than 3 MB") as caught:
+        tokenizer.apply_chat_template(HELLO)
+    assert caught.value.exit_code == 13
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(10 ** 5) %}{% for j in range(10 ** 5) %}{% endfor %}{% endfor %}",
+        "{% macro m(n) %}{% if n %}{% set a = m(n - 1) %}{% set b = m(n - 1) %}{% endif %}{% endmacro %}{{ m(60) }}",
+        "{{ range(10 ** 5) | map('int') | map('list') | list if 0 }}{% for i in range(10 ** 5) %}"
+        "{% set x = range(10 ** 5) | map('abs') | sum %}{% endfor %}",
+    ],
+)
+def test_a_template_that_computes_for_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str) -> None:
+    monkeypatch.setattr("kernelforge_llm.template_sandbox.SECONDS", 0.2)
+    tokenizer = load(changed(tmp_path, config={"chat_template": template}))
+    with pytest.raises(AssetError, match=r"chat template fails at line 1: it computes for more than 0\.2 s"):
+        tokenizer.apply_chat_template(HELLO)
+
+
+def test_what_a_template_computes_is_what_jinja_computes(tmp_path: Path) -> None:
+    template = """{%- set ns = namespace(n=0, last=none) -%}
+{%- for message in messages[::-1] -%}{%- set ns.n = ns.n + 1 -%}{%- set ns.last = message -%}{%- endfor -%}
+{{- ns.n ~ ns.last.role }} {{ "%s-%d" % ("a", 1732665600) }} {{ "{}!".format(2 ** 10) }}
+{{- " " ~ ([1, 2] + [3]) }} {{ (1, "x") }} {{ {"a": [1]} }}
+{#- a tuple that is assigned to -#}
+{%- for a, b in [(1, 2), (3, 4)] if a > 1 %} {{ a * b }} {{ loop.first }} {{ loop.last }} {{ loop.length }}{% endfor %}
+{%- for a in [] %}{{ a }}{% else %} no{% endfor %}
+{%- set text %}<{{ "a b".split()[-1] | upper }}>{% endset %} {{ text | trim ~ 7 % 4 }} {{ "x" * 3 }} {{ "role" in messages[0] }}
+{%- macro twice(x, sep=", ") %}{{ [x, x] | join(sep) }}{% endmacro %} {{ twice("y") }}
+{{- " " ~ messages | map(attribute="role") | list | length }}"""
+    tokenizer = load(changed(tmp_path, config={"chat_template": template}))
+    want = "1user a-1732665600 1024! [1, 2, 3] (1, 'x') {'a': [1]} 12 True True 1 no <B>3 xxx True y, y 1"
+    assert tokenizer.apply_chat_template(HELLO) == want
+
+
+def test_a_long_conversation_is_no_burden(tmp_path: Path) -> None:
+    tokenizer = load(changed(tmp_path, config={"chat_template": CHAT, "bos_token": "<s>", "eos_token": None}))
+    messages = [{"role": "user", "content": "words " * 200}] * 1000
+    assert len(tokenizer.apply_chat_template(messages)) > 1_200_000
 
 
 def test_chat_requests_that_cannot_be_served(tmp_path: Path, tinypy: Tokenizer) -> None:

@@ -1,6 +1,6 @@
 """Chat templates: the Jinja text that turns a conversation into a prompt, as published beside a tokenizer.
 
-A template comes from strangers, so it runs in Jinja's immutable sandbox.
+A template comes from strangers, so it runs in a sandbox (`template_sandbox`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import datetime
 import json
 import traceback
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 _FILE = "chat_template.jinja"
+WIDEST_INDENT = 64
 _SOURCE_NAME = "<template>"  # what Jinja calls a template made from a string
 
 
@@ -77,13 +77,13 @@ class _RefusedError(Exception):
     """Raised by a template itself, through `raise_exception`."""
 
 
-@cache
 def _environment() -> Environment:
     """What published templates expect to find: the names and filters that transformers gives them."""
     from jinja2 import nodes
     from jinja2.ext import Extension
     from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from kernelforge_llm.template_sandbox import BoundedEnvironment
 
     class Generation(Extension):
         """`{% generation %}` marks the assistant's words for training; here its content stands as it is."""
@@ -95,6 +95,8 @@ def _environment() -> Environment:
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     def tojson(value: object, indent: int | None = None) -> str:
+        if indent is not None and indent > WIDEST_INDENT:
+            raise ValueError(f"an indent of more than {WIDEST_INDENT}")
         return json.dumps(value, ensure_ascii=False, indent=indent)
 
     def raise_exception(message: str) -> None:
@@ -103,9 +105,11 @@ def _environment() -> Environment:
     def strftime_now(pattern: str) -> str:
         return datetime.datetime.now().strftime(pattern)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    environment = BoundedEnvironment(
+        filters={"tojson": tojson},
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[Generation, "jinja2.ext.loopcontrols"],
     )
-    environment.filters["tojson"] = tojson
     environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
     return environment
