@@ -25,20 +25,7 @@ MOST = 100_000_000
 """Bytes that may be made in all, or by one operation."""
 
 _MULTIPLYING = frozenset(
-    {
-        "batch",
-        "center",
-        "expandtabs",
-        "indent",
-        "join",
-        "ljust",
-        "replace",
-        "rjust",
-        "slice",
-        "tojson",
-        "translate",
-        "zfill",
-    }
+    {"batch", "center", "expandtabs", "indent", "join", "ljust", "replace", "rjust", "slice", "translate", "zfill"}
 )
 """Filters and methods whose result may be as large as the product of what they take."""
 _WIDTH = re.compile(r"\d{5,}|%[-+ #0\d.]*\*|\{[^{}]*\{")
