@@ -19,7 +19,6 @@ from kernelforge.hookspecs import hookimpl
 from kernelforge.plugins import load_registry
 from kernelforge.problem import Problem, parse_problem
 from kernelforge.session import Session
-from kernelforge.tune.verify import Workload
 from kernelforge.variant import Config, DeviceInfo, KernelVariant
 from kernelforge_metal.bindings import MAX_BOUND
 from kernelforge_metal.buffer import GpuBuffer
@@ -269,15 +268,6 @@ def test_buffers_that_stay_remember_no_run_that_is_forgotten(session: Session) -
     assert sum(map(weakref.getweakrefcount, buffers)) == MAX_BOUND
     del executable
     assert not sum(map(weakref.getweakrefcount, buffers))
-
-
-def test_quantised_activations_run_on_the_host(session: Session) -> None:
-    work = Workload(session, parse_problem('transformer.quantize(f32[3,64]) -> (q8a[3,64]) {format="q8a"}'))
-    work.verify(session.compile_problem(work.problem))
-    attrs = '{epilogue="none", transpose_lhs=false, transpose_rhs=true}'
-    product = parse_problem(f"transformer.matmul(q8a[3,64], q8[5,64]@const, _, _) -> (f32[3,5]) {attrs}")
-    work = Workload(session, product)
-    work.verify(session.compile_problem(product, constants=work.constants))
 
 
 # Memory.

@@ -84,6 +84,22 @@ def test_bad_timestamps_are_replaced_by_the_slope_of_the_clock(clock: Clock, tic
     assert steps == pytest.approx([0.002, 0.002])
 
 
+@pytest.mark.parametrize(
+    ("pairs", "wall", "plausible"),
+    [
+        ([[0, 1], [2, 3]], 3.0, True),
+        ([[0, 1], [1, 2]], 2.0, True),
+        ([[0, 2], [1, 3]], 3.0, False),  # the second begins before the first ends
+        ([[0, 1], [2, 3]], 2.9, False),  # longer than the clock saw
+        ([[0, 0], [1, 2]], 3.0, False),
+        ([[0, 1], [math.nan, 3]], 3.0, False),
+        ([[0, 1], [2, math.inf]], math.inf, False),
+    ],
+)
+def test_times_are_plausible_only_if_all_of_it_is(pairs: list[list[float]], wall: float, plausible: bool) -> None:
+    assert timing.plausible(np.array(pairs, np.float64), wall) is plausible
+
+
 def test_good_timestamps_are_taken(clock: Clock) -> None:
     class Good(FakeGpu):
         def timestamps(self, count: int) -> Array:
