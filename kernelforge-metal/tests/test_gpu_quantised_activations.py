@@ -13,7 +13,8 @@ from kernelforge.problem import Problem, parse_tensor_type
 from kernelforge.quant import dequantize, quantize
 from kernelforge.session import Session
 from kernelforge.tune.verify import Workload
-from kernelforge.variant import Config, Reject
+from kernelforge.variant import Config, DeviceInfo, Reject
+from kernelforge_metal.kernels.matmul import gemm_integer
 from kernelforge_metal.kernels.matmul.gemm import NAMES
 
 DEFS = {op.name: op for op in OPS}
@@ -83,7 +84,7 @@ def test_what_a_norm_makes_of_nan_and_infinity(gpu: Session) -> None:
 
 
 @pytest.mark.parametrize("weight", ["q8", "q4"])
-@pytest.mark.parametrize(("variant", "n"), [("gemm", 45), ("direct", 12)])
+@pytest.mark.parametrize(("variant", "n"), [("gemm-integer", 45), ("gemm", 45), ("direct", 12)])
 def test_products(gpu: Session, variant: str, n: int, weight: str) -> None:
     """Rows and columns that fill no tile, batches that are no rows of one matrix."""
     w = f"{weight}[{n},96]@const"
@@ -95,19 +96,29 @@ def test_products(gpu: Session, variant: str, n: int, weight: str) -> None:
         work.verify(gpu.compile_problem(p, constants=work.constants, variant=variant))
 
 
-def test_a_slab_that_is_not_full(gpu: Session) -> None:
-    p = problem("matmul", "q8a[33,96]", "q8[36,96]@const", transpose_rhs=True)
+SLABS: dict[str, tuple[int, ...]] = {
+    "gemm": (32, 32, 32, 4, 4, 32, 3, 4),
+    "gemm-integer": (32, 64, 2, 4, 4, 4, 32, 1),
+}
+"""Configs of two groups in workgroup memory; in one more threads than units of q4."""
+
+
+@pytest.mark.parametrize(("variant", "weight"), [("gemm", "q8"), ("gemm-integer", "q8"), ("gemm-integer", "q4")])
+def test_a_slab_that_is_not_full(gpu: Session, variant: str, weight: str) -> None:
+    p = problem("matmul", "q8a[33,96]", f"{weight}[36,96]@const", transpose_rhs=True)
     work = Workload(gpu, p)
-    config: Config = dict(zip(NAMES, (32, 32, 32, 4, 4, 32, 3, 4), strict=True))
-    work.verify(gpu.compile_problem(p, constants=work.constants, variant="gemm", config=config))
+    names = NAMES if variant == "gemm" else gemm_integer.NAMES
+    config: Config = dict(zip(names, SLABS[variant], strict=True))
+    work.verify(gpu.compile_problem(p, constants=work.constants, variant=variant, config=config))
 
 
-def test_a_spoilt_group_spoils_its_row_alone(gpu: Session) -> None:
+@pytest.mark.parametrize("variant", ["gemm", "gemm-integer"])
+def test_a_spoilt_group_spoils_its_row_alone(gpu: Session, variant: str) -> None:
     rng = np.random.default_rng(1)
     x, weight = (rng.standard_normal(shape).astype(np.float32) for shape in ((40, 64), (12, 64)))
     x[5, 3] = np.nan
     p = problem("matmul", "q8a[40,64]", "q8[12,64]@const", transpose_rhs=True)
-    executable = gpu.compile_problem(p, constants={"rhs": quantize(weight, "q8")}, variant="gemm")
+    executable = gpu.compile_problem(p, constants={"rhs": quantize(weight, "q8")}, variant=variant)
     (found,) = executable.run({"lhs": quantize(x, FORMAT)})
     np.testing.assert_array_equal(np.isnan(np.asarray(found)).all(axis=1), np.arange(40) == 5)
     assert np.isfinite(np.delete(np.asarray(found), 5, axis=0)).all()
@@ -117,3 +128,19 @@ def test_formats_of_weights_are_not_computed_by_kernels(gpu: Session) -> None:
     found = gpu.select(problem("quantize", "f32[3,64]", format="q4")).decisions
     verdicts = {d.variant.name: d.verdict for d in found}
     assert verdicts["wgsl"] == Reject("makes q8a; q4 is computed when a module is compiled")
+
+
+def test_products_in_integers_want_bytes_and_their_dot_products() -> None:
+    weight = "q4[12,64]@const"
+    device = DeviceInfo("gpu", "a GPU", "", frozenset(), ())
+    verdict = gemm_integer.takes_integers(problem("matmul", "q8a[40,64]", weight, transpose_rhs=True), device)
+    assert isinstance(verdict, Reject)
+    assert verdict.reason.startswith("the device has no dot products of bytes")
+    verdict = gemm_integer.takes_integers(problem("matmul", "f32[40,64]", weight, transpose_rhs=True), device)
+    assert verdict == Reject("takes rows of q8a, not f32")
+
+
+@pytest.mark.parametrize("op", ["matmul", "glu_matmul"])
+def test_many_rows_are_multiplied_in_integers(gpu: Session, op: str) -> None:
+    weights = ["q4[12,64]@const"] * (2 if op == "glu_matmul" else 1)
+    assert gpu.select(problem(op, "q8a[n,64]", *weights, transpose_rhs=True)).variant.name == "gemm-integer"

@@ -30,6 +30,13 @@ _KINDS = (
         "gemm_cooperative:cooperative",
         22,
     ),
+    (
+        "gemm-integer",
+        "gemm_integer:build_integers",
+        "gemm_integer:takes_integers",
+        "gemm_integer:integers",
+        21,
+    ),
     ("gemm", "gemm:build_gemm", "gemm:takes_gemm", "gemm:gemm", 20),
 )
 """Name, build, supports, family of configs, priority."""
@@ -46,6 +53,7 @@ _SUMMARIES = {
     "gemv": "a few rows; each weight is read once, sums across subgroups",
     "gemv-shared": "the same, sums in workgroup memory",
     "gemm-cooperative": "tiles of the result, multiplied by cooperative matrices (tensor cores, simdgroup_matrix)",
+    "gemm-integer": "tiles of the result, from activations and weights of bytes, multiplied in integers",
     "gemm": "tiles of the result, their operands in workgroup memory",
 }
 
