@@ -48,6 +48,9 @@ class Work(NamedTuple):
 FULL = Work(((4096, 4096, 4096), (512, 2048, 8192)), ((14336, 4096), (4096, 14336)), 16, "llama-1b", 512)
 QUICK = Work(((64, 64, 64),), ((64, 96),), 3, "tinypy", 16, ("--repeat", "1"))
 WEIGHTS = ("f16", "q8", "q4")
+BY_F32, BY_Q8 = ("--activations", "f32"), ("--activations", "q8")
+VECTORS = (("f32",), ("f16",), *((dtype, *by) for dtype in ("q8", "q4") for by in (BY_F32, BY_Q8)))
+"""Weights that vectors are multiplied by, and quantised ones by what."""
 
 
 def ask(*words: str) -> Found:
@@ -114,9 +117,9 @@ def measure(work: Work) -> Found:
     ]
     row = ("--copies", str(work.copies))
     products += [
-        ask("benchmark-matmul", "--m", "1", "--shape", f"{n}x{k}", "--dtype", dtype, *row, *beside, *work.more)
+        ask("benchmark-matmul", "--m", "1", "--shape", f"{n}x{k}", "--dtype", *what, *row, *beside, *work.more)
         for n, k in work.vectors
-        for dtype in ("f32", "f16", "q8", "q4")
+        for what in VECTORS
     ]
     shape = ("--random", work.model, "--prompt-tokens", str(work.prompt), "--explain", *work.more)
     decoders = [ask("llm-bench", *shape, "--weights", weights) for weights in WEIGHTS]
@@ -131,7 +134,8 @@ def summary(found: Found) -> list[Found]:
     for r in (said["data"] for said in found["products"] if said["ok"]):
         unit = "GB/s" if r["m"] == 1 else "GFLOP/s"
         speed = "gbytes_s" if r["m"] == 1 else "gflops"
-        row = {"work": f"{r['dtype']} {r['m']}x{r['n']}x{r['k']}", "ours": r[speed], "unit": unit}
+        by = "" if r["activations"] == "f32" else f" by {r['activations']}"
+        row = {"work": f"{r['dtype']}{by} {r['m']}x{r['n']}x{r['k']}", "ours": r[speed], "unit": unit}
         peer, ratio = None, None
         for name, p in r["peers"].items():
             peer, ratio = f"{name} {p['computes']} {p['latency_ms']:.4g} ms, ours {r['latency_ms']:.4g} ms", p["ratio"]

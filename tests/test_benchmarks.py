@@ -162,6 +162,7 @@ def test_a_gpu_report_names_figures_peers_and_what_failed(monkeypatch: pytest.Mo
         if command == "benchmark-matmul":
             (n, k), m = values["--shape"].split("x"), int(values["--m"])
             data = {"m": m, "n": int(n), "k": int(k), "dtype": values["--dtype"], "timing_source": "timestamp-query"}
+            data["activations"] = "q8a" if values.get("--activations") == "q8" else "f32"
             speeds = {"latency_ms": 2.0, "gflops": 300.0, "gbytes_s": 20.0}
             peers = {"torch-cuda": {"latency_ms": 1.0, "ratio": 0.5, "computes": "f32"}} if "--peer" in words else {}
             row = {"copies": int(values.get("--copies", 0)), "gbytes_s": 40.0, "timing_source": "timestamp-query"}
@@ -188,6 +189,7 @@ def test_a_gpu_report_names_figures_peers_and_what_failed(monkeypatch: pytest.Mo
     assert rows["f32 4096x4096x4096", beside] == (300.0, "GFLOP/s", 0.5)
     assert rows["q8 1x14336x4096", beside] == (20.0, "GB/s", 0.5)
     assert rows["q8 1x14336x4096, 16 in a row", None] == (40.0, "GB/s", None)
+    assert rows["q8 by q8a 1x14336x4096, 16 in a row", None] == (40.0, "GB/s", None)
     assert rows["q4 prefill", "transformers f16 prefill 100"] == (900.0, "tokens/s", 9.0)
     assert rows["f16 decode", "transformers f16 decode_eager 30"] == (90.0, "tokens/s", 3.0)
     assert rows["f16 decode step, wall over device", None] == (1.25, "", None)

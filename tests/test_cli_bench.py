@@ -87,6 +87,7 @@ def test_benchmark_matmul_of_floats_and_quantised_weights() -> None:
         (("benchmark-matmul", "--peer", "torch"), 2, "needs KERNELFORGE_PEER_PYTHON"),
         (("benchmark-matmul", "--shape", "8x8x8"), 2, "--shape 8x8x8: not a shape of weights"),
         (("benchmark-matmul", "--shape", "8x40", "--dtype", "q8"), 2, "--k must be a multiple of 32 for q8 weights"),
+        (("benchmark-matmul", "--activations", "q8"), 2, "--activations is for quantised weights"),
         (("benchmark-matmul", "--m", "1", "--n", "100000000000", "--k", "1000000"), 1, "out of memory: "),
         (("--target", "tpu", "tune", "matmul", *SIZES), 2, "unknown target 'tpu'"),
         (("tune", "--model", "no/such/folder/model.onnx"), 13, "cannot read the model"),

@@ -163,6 +163,17 @@ def test_activations_are_in_8_bits_where_the_device_is_fastest_so() -> None:
         assert str(matmul_problem(opened.registry, 2, 48, 64, device=device).operand(0)) == "f32[2,64]"
 
 
+@pytest.mark.parametrize(("activations", "dtype"), [("f32", "f32"), ("q8", "q8a")])
+def test_activations_are_in_the_format_that_was_asked_for(activations: str, dtype: str) -> None:
+    with session() as opened:
+        info = opened.device.info
+        for device in (info, replace(info, features=info.features | {INT8_ACTIVATIONS})):
+            problem = matmul_problem(opened.registry, 2, 48, 64, "q4", activations=activations, device=device)
+            assert str(problem.operand(0)) == f"{dtype}[2,64]"
+        with pytest.raises(UsageError, match="unknown format of activations 'i8'"):
+            matmul_problem(opened.registry, 2, 48, 64, "q4", activations="i8")
+
+
 def test_products_in_a_row_have_weights_of_their_own() -> None:
     with session(variant("mine", lambda c: Kernel(seconds=1e-4))) as opened:
         problem = matmul_problem(opened.registry, 2, 48, 64, "q8")

@@ -191,6 +191,58 @@ def test_integers_are_exact_where_f32_sums_are(gpu: Session, w: str) -> None:
     assert abs(got[0] - exact[0]).max() <= 2.0**-23 * abs(exact[0]).max()
 
 
+@pytest.mark.parametrize("span", [1, 2])
+@pytest.mark.parametrize("w", QUANTISED)
+def test_gemv_of_bytes(gpu: Session, plain_gpu: Session, w: str, span: int) -> None:
+    """Of several tiles, the last of which are past the end; groups that not all threads have as many of."""
+    kept: Config = {"columns": 4, "tiles": 4, "threads": 64, "unroll": 4, "span": span}
+    loop: Config = {"columns": 4, "tiles": 1, "threads": 32, "unroll": 1, "span": span}
+    epilogue = ("bf16[20]", "f16[1,20]")
+    verify(
+        gpu,
+        matmul("q8a[1,800]", f"{w}[20,800]@const", *epilogue, transpose_rhs=True, epilogue="gelu"),
+        "gemv-bytes",
+        kept,
+    )
+    verify(gpu, linear(8, 37, 1056, w, "q8a"), "gemv-bytes", loop)
+    verify(gpu, glu("q8a[3,128]", f"{w}[21,128]@const", transpose_rhs=True), "gemv-bytes", {**loop, "unroll": 2})
+    verify(plain_gpu, linear(2, 36, 96, w, "q8a"), "gemv-bytes-shared", loop)
+    verify(plain_gpu, glu("q8a[1,288]", f"{w}[36,288]@const", transpose_rhs=True), "gemv-bytes-shared", loop)
+
+
+@pytest.mark.parametrize("w", QUANTISED)
+def test_products_of_bytes_are_exact_where_f32_sums_are(gpu: Session, w: str) -> None:
+    """With the largest values there are, and scales that are powers of two."""
+    rng = np.random.default_rng(5)
+    weight = quantize(rng.standard_normal((8, 96)).astype(np.float32), w)
+    weight["scale"] = 0.5
+    lhs = quantize(rng.integers(-127, 128, (3, 96)).astype(np.float32), "q8a")
+    lhs["values"][0] = -127
+    lhs["scale"] = 2.0**-10
+    assert gpu.select(linear(3, 8, 96, w, "q8a")).variant.name == "gemv-bytes"
+    executable = gpu.compile_problem(linear(3, 8, 96, w, "q8a"), constants={"rhs": weight})
+    got = np.asarray(executable.run({"lhs": lhs})[0])
+    assert np.array_equal(got, dequantize(lhs).astype(np.float64) @ dequantize(weight).astype(np.float64).T)
+
+
+@pytest.mark.parametrize("w", QUANTISED)
+@pytest.mark.parametrize("span", [1, 2])
+def test_a_group_of_nan_spoils_its_row(gpu: Session, w: str, span: int) -> None:
+    rng = np.random.default_rng(6)
+    x = rng.standard_normal((4, 96)).astype(np.float32)
+    x[0, 95], x[1, 7], x[2] = np.nan, np.inf, 0.0
+    weight = quantize(rng.standard_normal((12, 96)).astype(np.float32), w)
+    config: Config = {"columns": 4, "tiles": 1, "threads": 32, "unroll": 1, "span": span}
+    executable = gpu.compile_problem(
+        linear(4, 12, 96, w, "q8a"), constants={"rhs": weight}, variant="gemv-bytes", config=config
+    )
+    lhs = quantize(x, "q8a")
+    got = np.asarray(executable.run({"lhs": lhs})[0])
+    assert np.isnan(got[:2]).all()
+    assert (got[2] == 0).all()
+    assert np.allclose(got[3], dequantize(lhs)[3] @ dequantize(weight).T, atol=1e-4)
+
+
 SMALL: Config = dict(zip(NAMES, (32, 32, 32, 4, 4, 16, 1, 4), strict=True))
 TALL: Config = dict(zip(NAMES, (32, 32, 16, 8, 4, 16, 0, 4), strict=True))
 BRANCHLESS: Config = dict(zip(NAMES, (32, 32, 16, 4, 8, 16, 2, 4), strict=True))
@@ -339,7 +391,7 @@ EVERYTHING = info(
 def test_shaders_of_all_samples_are_written(variant: KernelVariant) -> None:
     """With shapes of real models; the default is legal, on devices with everything and with nothing."""
     op = next(op for op in OPS if op.full_name == variant.op)
-    taken, step = 0, 1 if "integer" in variant.name else 5  # few are quantised
+    taken, step = 0, 1 if variant.name.startswith(("gemv-integer", "gemv-bytes")) else 5  # few are quantised
     for problem in list(op.samples(random.Random(2)))[::step]:
         for device in (EVERYTHING, info("dot4")):
             verdict = variant.judge(problem, device)
@@ -351,7 +403,7 @@ def test_shaders_of_all_samples_are_written(variant: KernelVariant) -> None:
             assert isinstance(kernel, GpuKernel)
             for dispatch in kernel.dispatches:
                 text = shader(problem, kernel, dispatch, immediates=True)
-                assert ("subgroupAdd" in text) == (variant.name in ("gemv", "gemv-integer"))
+                assert ("subgroupAdd" in text) == (variant.name in ("gemv", "gemv-integer", "gemv-bytes"))
                 assert dispatch.grid([1] * len(problem.dims)) >= (1, 1, 1)
     assert taken > 3
 
@@ -403,6 +455,11 @@ def test_reasons_to_refuse() -> None:
         "gemv-shared", normed("f32[1,0]", "f32[8,0]@const", transpose_rhs=True), info()
     )
     assert "weights of q8 or q4, not f32" in reason("gemv-integer", one, info("subgroup", "dot4"))
+    assert reason("gemv-bytes", one, info("subgroup", "dot4")) == "takes rows of q8a, not f32"
+    assert reason("gemv-integer", linear(1, 8, 32, "q4", "q8a"), EVERYTHING) == "takes rows of floats, not q8a"
+    assert "no dot products of bytes" in reason("gemv-bytes", linear(1, 8, 32, "q4", "q8a"), info("subgroup"))
+    assert "no subgroups" in reason("gemv-bytes", linear(1, 8, 32, "q4", "q8a"), info("dot4"))
+    assert "1 to 8 rows, not 9" in reason("gemv-bytes-shared", linear(9, 8, 32, "q4", "q8a"), info("dot4"))
     assert "no dot products of bytes" in reason("gemv-integer", linear(1, 8, 32, "q4"), info("subgroup"))
     assert reason("gemv-integer", linear(1, 8, 32, "q4"), info("dot4")) == "the device has no subgroups"
     for name in ("gemv-shared", "gemm", "direct"):

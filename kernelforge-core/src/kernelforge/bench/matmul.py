@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 MATMUL = "transformer.matmul"
 
+ACTIVATIONS = ("auto", "f32", "q8")
+"""What quantised weights may be multiplied by."""
+
 _TURN_S = 0.1
 _PAUSE_S = 0.1
 """Thread pools spin for a while after their last run (OpenBLAS: about 30 ms) and would slow down who comes next."""
@@ -40,13 +43,17 @@ def matmul_problem(
     dtype: str = "f32",
     *,
     constant: bool = True,
+    activations: str = "auto",
     device: DeviceInfo | None = None,
 ) -> Problem:
     """f32[m,k] @ dtype[k,n], the right operand a weight if `constant`. One of "q8" or "q4" is [n,k] and transposed, for its
-    groups lie along k, and always a weight; the left one is in 8 bits where `device` is fastest so.
+    groups lie along k, and always a weight; the left one is in 8 bits for `activations` = "q8", or "auto" where `device` is
+    fastest so.
 
     Raises UsageError for sizes below 1, a k that is no multiple of a group, or a type that is neither.
     """
+    if activations not in ACTIVATIONS:
+        raise UsageError(f"unknown format of activations '{activations}'", hint=f"one of: {', '.join(ACTIVATIONS)}")
     for name, size in (("m", m), ("n", n), ("k", k)):
         if size < 1:
             raise UsageError(f"--{name} must be at least 1, got {size}")
@@ -56,8 +63,9 @@ def matmul_problem(
             raise UsageError(f"--k must be a multiple of {GROUP} for {dtype} weights, got {k}")
         if not constant:
             raise UsageError(f"{dtype} weights are constants", hint="leave --no-constant out")
-        integers = device is not None and INT8_ACTIVATIONS in device.features
-        lhs = TensorType((m, k), ACTIVATION_FORMAT if integers else "f32")
+        if activations == "auto":
+            activations = "q8" if device is not None and INT8_ACTIVATIONS in device.features else "f32"
+        lhs = TensorType((m, k), ACTIVATION_FORMAT if activations == "q8" else "f32")
         return op.problem((lhs, TensorType((n, k), dtype, constant=True)), {"transpose_rhs": True})
     if dtype not in FLOATS:
         raise UsageError(f"matmul has no dtype '{dtype}'", hint=f"one of: {', '.join((*FLOATS, *WEIGHT_FORMATS))}")

@@ -16,6 +16,7 @@ from kernelforge.bench.matmul import benchmark_matmul, matmul_problem, open_peer
 from kernelforge.bench.suite import CASES, chosen_cases, run_case, run_suite
 from kernelforge.cli import output
 from kernelforge.cli.options import Constant, Variant, open_session, write_file
+from kernelforge.dtype import WEIGHT_FORMATS
 from kernelforge.errors import KernelForgeError, RegressionError, UsageError, WrongResultError
 from kernelforge.roofline import STANDING_HEADERS, Roofline
 from kernelforge.session import Session
@@ -37,6 +38,10 @@ def matmul(
             help="Type of the right operand (the weights): f32 (default), bf16, f16, q8, q4. May be repeated."
         ),
     ] = None,
+    activations: Annotated[
+        str,
+        typer.Option(help="What q8 and q4 weights are multiplied by: f32, q8, or auto: as the device does best."),
+    ] = "auto",
     constant: Constant = True,
     variant: Variant = None,
     peer: Annotated[
@@ -56,10 +61,12 @@ def matmul(
     out = output.current()
     sizes = [(rows, *columns) for columns in map(_columns, shape or [f"{n}x{k}"]) for rows in m or [512]]
     dtypes = dtype or ["f32"]
+    if activations != "auto" and not set(dtypes) & set(WEIGHT_FORMATS):
+        raise UsageError("--activations is for quantised weights", hint="add --dtype q8 or --dtype q4")
     with closing(open_session()) as session:
-        registry, device = session.registry, session.device.info
+        lhs: dict[str, Any] = {"activations": activations, "device": session.device.info}
         cases = [
-            [matmul_problem(registry, *size, weights, constant=constant, device=device) for weights in dtypes]
+            [matmul_problem(session.registry, *size, weights, constant=constant, **lhs) for weights in dtypes]
             for size in sizes
         ]
         reports: list[dict[str, Any]] = []
@@ -111,12 +118,13 @@ def _print_products(reports: list[dict[str, Any]], summaries: dict[str, dict[str
     for r in reports:
         if r["dtype"] == reports[0]["dtype"]:
             first = r
-        row = [f"{r['m']}x{r['k']} @ {r['k']}x{r['n']}", r["dtype"], r["latency_ms"], r["gflops"], r["gbytes_s"]]
+        row = [f"{r['m']}x{r['k']} @ {r['k']}x{r['n']}", r["activations"], r["dtype"]]
+        row += [r["latency_ms"], r["gflops"], r["gbytes_s"]]
         row += [r["in_sequence"]["latency_ms"]] if "in_sequence" in r else []
         row += [r["peers"][name]["latency_ms"] for name in names]
         row += [min(p["ratio"] for p in r["peers"].values())] if names else []
         rows.append([*row, first["latency_ms"] / r["latency_ms"]] if several else row)
-    head = ["product", "weights", "median ms", "GFLOP/s", "GB/s"]
+    head = ["product", "activations", "weights", "median ms", "GFLOP/s", "GB/s"]
     head += [f"each of {reports[0]['in_sequence']['copies']} ms"] if "in_sequence" in reports[0] else []
     head += [f"{name} ms" for name in names]
     head += ["ours / best"] if names else []

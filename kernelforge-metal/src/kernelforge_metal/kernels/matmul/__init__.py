@@ -7,6 +7,8 @@ from kernelforge.variant import KernelVariant
 HERE = "kernelforge_metal.kernels.matmul"
 
 _KINDS = (
+    ("gemv-bytes", "gemv:build_bytes_subgroups", "gemv:takes_bytes_subgroups", "gemv:bytes", 45),
+    ("gemv-bytes-shared", "gemv:build_bytes", "gemv:takes_bytes", "gemv:bytes_shared", 42),
     (
         "gemv-integer",
         "gemv:build_integers_subgroups",
@@ -48,6 +50,8 @@ _SINGLE = ("gemm-cooperative",)
 """With one right-hand side only."""
 
 _SUMMARIES = {
+    "gemv-bytes": "a few rows of 8-bit activations (q8a) times quantised weights, sums across subgroups",
+    "gemv-bytes-shared": "the same, sums in workgroup memory",
     "gemv-integer": "a few rows times quantised weights in integers, sums across subgroups",
     "gemv-integer-shared": "the same, sums in workgroup memory",
     "gemv": "a few rows; each weight is read once, sums across subgroups",

@@ -5,12 +5,13 @@ from __future__ import annotations
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from kernelforge.dtype import ACTIVATION_FORMAT
 from kernelforge.variant import Accept, ConfigSpace, Reject
 from kernelforge_metal.adapters import DOT4
 from kernelforge_metal.kernel import GpuKernel
 from kernelforge_metal.kernels.matmul.common import takes_products
 from kernelforge_metal.kernels.matmul.gemv_kernel import Gemv
-from kernelforge_metal.kernels.matmul.gemv_products import FloatGemv, IntegerGemv
+from kernelforge_metal.kernels.matmul.gemv_products import ByteGemv, FloatGemv, IntegerGemv
 from kernelforge_metal.kernels.matmul.geometry import product_of, rhs_of
 from kernelforge_metal.kernels.matmul.result import stored_columns
 from kernelforge_metal.kernels.matmul.weights import QUAD, Quads, pieces, weights_of
@@ -29,6 +30,8 @@ MAX_WORDS = 16
 """Of 16 bytes that a thread has under way: more leave too few registers to the other threads."""
 UNROLL = (1, 2, 4)
 """Units that a thread has at once."""
+SPANS = (1, 2)
+"""Words that make a unit where lhs is in q8a."""
 MAX_TILES = 16
 """Of a workgroup: the sums of more fill its memory."""
 WORKGROUPS = (128, 256, 512, 1024)
@@ -45,6 +48,10 @@ def takes_gemv(problem: Problem, device: DeviceInfo) -> Verdict:
     """Of the kernel that adds up in workgroup memory."""
     if problem.operand(0).quantised:
         return Reject(f"takes rows of floats, not {problem.operand(0).dtype}")
+    return _takes_few_rows(problem, device)
+
+
+def _takes_few_rows(problem: Problem, device: DeviceInfo) -> Verdict:
     verdict = takes_products(problem, device)
     if isinstance(verdict, Reject):
         return verdict
@@ -63,9 +70,7 @@ def takes_gemv(problem: Problem, device: DeviceInfo) -> Verdict:
 
 
 def takes_gemv_subgroups(problem: Problem, device: DeviceInfo) -> Verdict:
-    if SUBGROUP not in device.features:
-        return Reject("the device has no subgroups")
-    return takes_gemv(problem, device)
+    return _takes_subgroups(device) or takes_gemv(problem, device)
 
 
 def takes_integers(problem: Problem, device: DeviceInfo) -> Verdict:
@@ -75,6 +80,25 @@ def takes_integers(problem: Problem, device: DeviceInfo) -> Verdict:
 
 def takes_integers_subgroups(problem: Problem, device: DeviceInfo) -> Verdict:
     return _takes_integers(problem, device) or takes_gemv_subgroups(problem, device)
+
+
+def takes_bytes(problem: Problem, device: DeviceInfo) -> Verdict:
+    """Of the kernel that adds up in workgroup memory."""
+    return _takes_bytes(problem, device) or _takes_few_rows(problem, device)
+
+
+def takes_bytes_subgroups(problem: Problem, device: DeviceInfo) -> Verdict:
+    return _takes_bytes(problem, device) or _takes_subgroups(device) or _takes_few_rows(problem, device)
+
+
+def _takes_bytes(problem: Problem, device: DeviceInfo) -> Reject | None:
+    if problem.operand(0).dtype != ACTIVATION_FORMAT:
+        return Reject(f"takes rows of {ACTIVATION_FORMAT}, not {problem.operand(0).dtype}")
+    return _takes_integers(problem, device)
+
+
+def _takes_subgroups(device: DeviceInfo) -> Reject | None:
+    return None if SUBGROUP in device.features else Reject("the device has no subgroups")
 
 
 def _takes_integers(problem: Problem, device: DeviceInfo) -> Reject | None:
@@ -105,6 +129,15 @@ def integers_shared_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
     return _space(IntegerGemv, problem, device, subgroups=False)
 
 
+def bytes_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
+    """Besides, how many words of a quad side by side a thread takes as one unit (`span`)."""
+    return _space(ByteGemv, problem, device, subgroups=True)
+
+
+def bytes_shared_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
+    return _space(ByteGemv, problem, device, subgroups=False)
+
+
 def _space(kind: type[Gemv], problem: Problem, device: DeviceInfo, *, subgroups: bool) -> ConfigSpace:
     g = product_of(problem)
     weights = weights_of(problem.operand(g.rhs[0]).dtype, g.columns, g.inner)
@@ -113,14 +146,18 @@ def _space(kind: type[Gemv], problem: Problem, device: DeviceInfo, *, subgroups:
     columns = [c for c in (1, 2, 4, 8, 16) if least <= c <= (16 if quads else 8)]
     tiles = {-(-g.columns // (c * workgroups)) for c in columns for workgroups in WORKGROUPS}
     most = device.limit("max-compute-invocations-per-workgroup", 256)
-    threads = {2**i for i in range(5, 11)} | ({weights.units // u for u in UNROLL} if subgroups else set())
+    spans = SPANS if kind is ByteGemv else (1,)
+    shares = {(weights.units // span, u) for span in spans for u in UNROLL} if subgroups else set()
+    exact = {_warps(n, u) if kind is ByteGemv else n // u for n, u in shares}
+    threads = {2**i for i in range(5, 11)} | exact
     memory = device.limit("max-compute-workgroup-storage-size", 16384)
 
     def kernel(config: Config) -> Gemv:
         return _kernel(kind, g, config, device, subgroups=subgroups)
 
     def words(config: Config) -> int:
-        return int(config["columns"]) // (QUAD if quads else 1) * int(config["unroll"]) * len(g.rhs)
+        each = int(config["columns"]) // (QUAD if quads else 1) * int(config.get("span", 1))
+        return each * int(config["unroll"]) * len(g.rhs)
 
     return ConfigSpace(
         (
@@ -128,10 +165,11 @@ def _space(kind: type[Gemv], problem: Problem, device: DeviceInfo, *, subgroups:
             ("tiles", tuple(sorted({1, 2, 4, 8, 16} | {n for n in tiles if n <= MAX_TILES}))),
             ("threads", tuple(sorted(t for t in threads if t % 32 == 0 and 32 <= t <= most))),
             ("unroll", UNROLL),
+            *((("span", spans),) if kind is ByteGemv else ()),
         ),
         (
             ("the sums do not fit the registers", lambda c: c["columns"] == least or kernel(c).sums.each <= MAX_SUMS),
-            ("too many words are under way", lambda c: c["unroll"] == 1 or words(c) <= MAX_WORDS),
+            ("too many words are under way", lambda c: c["unroll"] == c.get("span", 1) == 1 or words(c) <= MAX_WORDS),
             ("lhs does not stay in registers for the next tile", lambda c: c["tiles"] == 1 or kernel(c).keeps_lhs),
             ("the sums do not fit workgroup memory", lambda c: kernel(c).sums.nbytes <= memory),
         ),
@@ -221,6 +259,32 @@ def _integer_default(problem: Problem, space: ConfigSpace) -> Config:
     return next(c for c in chosen if c in space)
 
 
+def bytes_default(problem: Problem, device: DeviceInfo) -> Config:
+    return _byte_default(problem, bytes_space(problem, device))
+
+
+def bytes_shared_default(problem: Problem, device: DeviceInfo) -> Config:
+    return _byte_default(problem, bytes_shared_space(problem, device))
+
+
+def _byte_default(problem: Problem, space: ConfigSpace) -> Config:
+    """Four columns a workgroup, which has all their words under way at once: each thread two side by side, but for gate and up of
+    q4, which are two already. Measured on an NVIDIA H200."""
+    g = product_of(problem)
+    weights = Quads(problem.operand(g.rhs[0]).dtype, g.columns, g.inner)
+    first = 1 if weights.dtype == "q4" and len(g.rhs) == 2 else 2
+    shares = [(s, u, _warps(weights.units // s, u)) for s in (first, 3 - first) for u in UNROLL]
+    chosen: list[Config] = [
+        {"columns": QUAD, "tiles": 1, "threads": t, "unroll": u, "span": s} for s, u, t in shares if t <= 512
+    ]
+    return next(chain((c for c in chosen if c in space), space))
+
+
+def _warps(units: int, each: int) -> int:
+    """Threads of which each has so many units, in full subgroups of most GPUs."""
+    return -(-units // (each * 32)) * 32
+
+
 def tiles_of(columns: int, each: int, threads: int) -> int:
     """Tiles of `each` columns for a workgroup, so that all workgroups are at work at once on a large GPU; one where that would
     not share the columns evenly."""
@@ -245,6 +309,14 @@ def build_integers_subgroups(problem: Problem, config: Config, device: DeviceInf
     return _build(IntegerGemv, problem, config, device, subgroups=True)
 
 
+def build_bytes(problem: Problem, config: Config, device: DeviceInfo) -> GpuKernel:
+    return _build(ByteGemv, problem, config, device, subgroups=False)
+
+
+def build_bytes_subgroups(problem: Problem, config: Config, device: DeviceInfo) -> GpuKernel:
+    return _build(ByteGemv, problem, config, device, subgroups=True)
+
+
 def _build(kind: type[Gemv], problem: Problem, config: Config, device: DeviceInfo, *, subgroups: bool) -> GpuKernel:
     kernel = _kernel(kind, product_of(problem), config, device, subgroups=subgroups)
     pack = kernel.weights.packs(transposed=kernel.product.transpose_rhs)
@@ -256,4 +328,5 @@ def _kernel(kind: type[Gemv], g: Product, config: Config, device: DeviceInfo, *,
     weights = weights_of(g.problem.operand(g.rhs[0]).dtype, g.columns, g.inner)
     columns, tiles, threads, unroll = (int(config[name]) for name in ("columns", "tiles", "threads", "unroll"))
     names = ("w",) if len(g.rhs) == 1 else ("gate", "up")
-    return kind(g, weights, names, columns, threads, unroll, tiles, subgroups, device)
+    span = int(config.get("span", 1))
+    return kind(g, weights, names, columns, threads, unroll, tiles, subgroups, device, span)

@@ -10,12 +10,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from kernelforge_metal.kernel import Dispatch, Size
 from kernelforge_metal.kernels.matmul.gemv_sums import Sums
 from kernelforge_metal.kernels.matmul.result import Result
-from kernelforge_metal.kernels.matmul.vectors import Vectors
+from kernelforge_metal.kernels.matmul.vectors import Groups, Vectors
 from kernelforge_metal.kernels.matmul.weights import QUAD, Rows
 from kernelforge_metal.wgsl import FLAT, HALVES, IDS, SUBGROUP_IDS, grid
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kernelforge_metal.kernels.matmul.weights import Piece, Weights
 
 MAX_KEPT = 64
-"""Numbers of lhs that a thread keeps: more do not fit the registers beside words and sums."""
+"""Registers for what a thread keeps of lhs."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Gemv(ABC):
     """Of a workgroup. More than one only where a thread keeps its numbers of lhs (`keeps_lhs`)."""
     subgroups: bool
     device: DeviceInfo
+    span: int = 1
+    """Words of a quantised weight side by side that make a unit here."""
 
     # --- the product of a unit ---
 
@@ -72,6 +74,9 @@ class Gemv(ABC):
         """What a tile's sums need besides."""
         yield from ()
 
+    lhs_first: ClassVar[bool] = False
+    """Whether its numbers are asked for before words are."""
+
     # --- sizes ---
 
     @property
@@ -87,25 +92,41 @@ class Gemv(ABC):
         return f"z{(weight * self.rows + row) * self.columns + column}"
 
     @property
+    def steps(self) -> int:
+        """Of the inner dimension in a unit."""
+        return self.weights.steps * self.span
+
+    @property
+    def units(self) -> int:
+        """Of a column."""
+        return self.weights.units // self.span
+
+    @property
     def covered(self) -> int:
         """Steps of the inner dimension in all units."""
-        return self.weights.units * self.weights.steps
+        return self.units * self.steps
 
     @property
     def vectors(self) -> int:
         """Of four numbers of a row in a unit."""
-        return self.weights.steps // 4
+        return self.steps // 4
+
+    @property
+    def max_kept(self) -> int:
+        """Numbers of lhs that a thread keeps: more do not fit the registers beside words and sums."""
+        return MAX_KEPT
 
     @property
     def keeps_lhs(self) -> bool:
         """Whether a thread loads all its units at once and has registers for what it multiplies them by."""
-        units = -(-self.weights.units // self.threads)
-        return units <= self.unroll and units * self.rows * self.weights.steps <= MAX_KEPT
+        units = -(-self.units // self.threads)
+        return units <= self.unroll and units * self.rows * self.steps <= self.max_kept
 
     # --- lhs ---
 
     @property
-    def x(self) -> Vectors:
+    def x(self) -> Vectors | Groups:
+        """Rows of lhs."""
         g = self.product
         return Vectors(g, self.device, "x", 0, g.lhs_inner, g.rows.lhs, self.covered)
 
@@ -142,15 +163,20 @@ class Gemv(ABC):
                     yield f"w{i}_{n}_{c}", kind, f"{name}[start{c} + u{i}]"
                 continue
             for q in range(self.columns // QUAD):
-                yield f"w{i}_{n}_{q}", "vec4<u32>", f"{name}[start{q} + u{i}]"
-                scale = f"{name}_scales[scale{q} + u{i} / {w.group_units}u]"
+                for s in range(self.span):
+                    yield f"w{i}_{n}_{q}_{s}", "vec4<u32>", f"{name}[start{q} + {self.span}u * u{i} + {s}u]"
+                scale = f"{name}_scales[scale{q} + u{i} / {w.group_units // self.span}u]"
                 yield f"s{i}_{n}_{q}", "vec2<u32>", scale
 
-    def word(self, i: int, weight: int, column: int) -> tuple[str, str]:
-        """What was loaded of a quantised column for unit `i`: a u32, and the scale as f32."""
+    def word(self, i: int, weight: int, column: int, part: int = 0) -> str:
+        """A u32 that was loaded of a quantised column for unit `i`."""
         q, r = divmod(column, QUAD)
-        loaded = f"{i}_{weight}_{q}"
-        return f"w{loaded}.{'xyzw'[r]}", f"unpack2x16float(s{loaded}.{'xy'[r // 2]}).{'xy'[r % 2]}"
+        return f"w{i}_{weight}_{q}_{part}.{'xyzw'[r]}"
+
+    def scale(self, i: int, weight: int, column: int) -> str:
+        """The scale of a quantised column's unit `i` as f32."""
+        q, r = divmod(column, QUAD)
+        return f"unpack2x16float(s{i}_{weight}_{q}.{'xy'[r // 2]}).{'xy'[r % 2]}"
 
     def column(self, tile: str) -> str:
         """The first of a tile."""
@@ -180,7 +206,7 @@ class Gemv(ABC):
         """lhs is read again by each workgroup, `unroll` units after the other."""
         yield from self.place(piece, "0u")
         yield from self.zeros()
-        full, left = divmod(self.weights.units, self.threads)
+        full, left = divmod(self.units, self.threads)
         loops = full // self.unroll
         if loops > 1:
             step = self.unroll * self.threads
@@ -201,17 +227,24 @@ class Gemv(ABC):
 
     def together(self, units: list[str]) -> Iterator[str]:
         """Units whose words are all loaded first."""
-        for i, unit in enumerate(units):
-            yield f"let u{i} = {unit};"
-            yield from (f"let {name} = {value};" for name, _, value in self.words(i))
-        for i in range(len(units)):
+
+        def numbers(i: int) -> Iterator[str]:
             yield from (f"var {name}: {kind};" for name, kind in self.lhs(i))
             yield from self.numbers(i)
+
+        for i, unit in enumerate(units):
+            yield f"let u{i} = {unit};"
+            if self.lhs_first:
+                yield from numbers(i)
+            yield from (f"let {name} = {value};" for name, _, value in self.words(i))
+        for i in range(len(units)):
+            if not self.lhs_first:
+                yield from numbers(i)
             yield from self.multiplied(i)
 
     def several_tiles(self, piece: Piece) -> Iterator[str]:
         """lhs stays in registers. The next tile's words are asked for as soon as those of one are used."""
-        full, left = divmod(self.weights.units, self.threads)
+        full, left = divmod(self.units, self.threads)
         guards = ["{"] * full + ([f"if (t < {left}u) {{"] if left else [])
 
         def fetched(tile: str) -> Iterator[str]:
@@ -221,17 +254,23 @@ class Gemv(ABC):
                 yield from (f"{name} = {value};" for name, _, value in self.words(i))
                 yield "}"
 
+        def numbers() -> Iterator[str]:
+            for i, guard in enumerate(guards):
+                yield from (f"var {name}: {kind};" for name, kind in self.lhs(i))
+                yield guard
+                yield from self.numbers(i)
+                yield "}"
+
         for i in range(len(guards)):
             yield f"let u{i} = t + {i * self.threads}u;"
             yield from (f"var {name}: {kind};" for name, kind, _ in self.words(i))
+        if self.lhs_first:
+            yield from numbers()
         yield "{"
         yield from fetched("0u")
         yield "}"
-        for i, guard in enumerate(guards):
-            yield from (f"var {name}: {kind};" for name, kind in self.lhs(i))
-            yield guard
-            yield from self.numbers(i)
-            yield "}"
+        if not self.lhs_first:
+            yield from numbers()
         yield f"for (var tile = 0u; tile < {self.tiles}u; tile++) {{" if self.tiles > 1 else "{ let tile = 0u;"
         yield from self.zeros()
         for i, guard in enumerate(guards):

@@ -1,16 +1,18 @@
 """What a thread of a GEMV does with a unit of weights: multiply it as floats, or in integers.
 
 Bytes take a fraction of the instructions of floats, so that four bits are read as fast as memory delivers them. A thread makes
-integers of its part of lhs in registers, which pays when it has many columns to multiply it by.
+integers of its part of a lhs of floats in registers, which pays when it has many columns to multiply it by; one of q8a has them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kernelforge_metal.kernels.matmul.gemv_kernel import Gemv
+from kernelforge.dtype import GROUP
+from kernelforge_metal.kernels.matmul.gemv_kernel import MAX_KEPT, Gemv
 from kernelforge_metal.kernels.matmul.integers import INTEGERS, UNIT
 from kernelforge_metal.kernels.matmul.numbers import Q4, Q8, floats
+from kernelforge_metal.kernels.matmul.vectors import Groups
 from kernelforge_metal.kernels.matmul.weights import QUAD, Quads
 
 
@@ -43,7 +45,7 @@ class FloatGemv(Gemv):
     def _quads(self, i: int) -> Iterator[str]:
         for n in range(len(self.names)):
             for c in range(self.columns):
-                word, scale = self.word(i, n, c)
+                word, scale = self.word(i, n, c), self.scale(i, n, c)
                 yield "{"
                 if self.vectors == 1:
                     yield f"let a = q8_numbers({word});"
@@ -85,7 +87,7 @@ class IntegerGemv(Gemv):
     def multiplied(self, i: int) -> Iterator[str]:
         for n in range(len(self.names)):
             for c in range(self.columns):
-                word, scale = self.word(i, n, c)
+                word, scale = self.word(i, n, c), self.scale(i, n, c)
                 for m in range(self.rows):
                     z = self.sum(n, m, c)
                     yield f"{z} = fma(product(d{i}_{m}, {word}), {scale}, {z});"
@@ -114,3 +116,65 @@ class IntegerGemv(Gemv):
                 column = f"{QUAD}u * quad{c // QUAD} + {c % QUAD}u"
                 yield f"{self.sum(n, row, c)} += x * {name}_at({column}, {self.weights.steps}u * unit + j);"
         yield "} } }"
+
+
+class ByteGemv(Gemv):
+    """The text of a GEMV kernel whose lhs is in q8a: the sum of a unit's products is an integer, which both scales multiply."""
+
+    lhs_first = True
+
+    @property
+    def functions(self) -> str:
+        return ""
+
+    @property
+    def max_kept(self) -> int:
+        return 4 * MAX_KEPT
+
+    @property
+    def x(self) -> Groups:
+        return Groups(self.product)
+
+    def lhs(self, i: int) -> Iterator[tuple[str, str]]:
+        for m in range(self.rows):
+            yield f"d{i}_{m}", "f32"
+            yield from ((f"x{i}_{m}_{j}", "u32") for j in range(self.vectors))
+            if self._offset:
+                yield f"eights{i}_{m}", "i32"
+
+    @property
+    def _offset(self) -> bool:
+        """Whether weights are stored plus 8."""
+        return self.weights.dtype == "q4"
+
+    def numbers(self, i: int) -> Iterator[str]:
+        for m in range(self.rows):
+            yield f"d{i}_{m} = x_scale({m}u, u{i} / {GROUP // self.steps}u);"
+            if self.vectors == 1:
+                yield f"x{i}_{m}_0 = x_eight({m}u, u{i} >> 1u)[u{i} & 1u];"
+            for j in range(self.vectors // 2):
+                yield f"let p{i}_{m}_{j} = x_eight({m}u, {self.vectors // 2}u * u{i} + {j}u);"
+                yield f"x{i}_{m}_{2 * j} = p{i}_{m}_{j}.x; x{i}_{m}_{2 * j + 1} = p{i}_{m}_{j}.y;"
+            if self._offset:
+                sums = " + ".join(f"dot4I8Packed(x{i}_{m}_{j}, 0x08080808u)" for j in range(self.vectors))
+                yield f"eights{i}_{m} = {sums};"
+
+    def multiplied(self, i: int) -> Iterator[str]:
+        for n in range(len(self.names)):
+            for c in range(self.columns):
+                scale = self.scale(i, n, c)
+                yield "{"
+                parts = []
+                for s in range(self.span):
+                    word = self.word(i, n, c, s)
+                    if self._offset:
+                        yield f"let low{s} = {word} & 0x0f0f0f0fu; let high{s} = ({word} >> 4u) & 0x0f0f0f0fu;"
+                        parts += [f"low{s}", f"high{s}"]
+                    else:
+                        parts.append(word)
+                for m in range(self.rows):
+                    z = self.sum(n, m, c)
+                    dots = [f"dot4I8Packed({part}, x{i}_{m}_{j})" for j, part in enumerate(parts)]
+                    product = " + ".join(dots) + (f" - eights{i}_{m}" if self._offset else "")
+                    yield f"{z} = fma(f32({product}), {scale} * d{i}_{m}, {z});"
+                yield "}"

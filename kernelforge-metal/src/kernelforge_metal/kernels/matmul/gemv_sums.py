@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-NARROWEST, USUAL = 4, 32
-"""Lanes of a subgroup: at least, and on most GPUs."""
+NARROWEST, USUAL, WIDEST = 4, 32, 128
+"""Lanes of a subgroup: at least, on most GPUs, and at most."""
+FEW_REGISTERS = 512
+"""Threads of a workgroup from which on each has so few that text without loops is slower."""
 GUARANTEED = 16384
 """Bytes of workgroup memory that every device has."""
 
@@ -53,17 +55,18 @@ class Sums:
             f"  var sum = parts[i];\n  for (var s = 1u; s < ids.subgroups; s++) {{ sum += parts[s * {n}u + i]; }}\n"
             "  return sum;\n"
         )
+        usual = max(1, self.threads // USUAL)
         if self.own:
-            body = some
+            body = f"  if (ids.subgroups == {usual}u) {{ return {self._all_parts(usual)}; }}\n{some}"
         elif self.subgroups:
-            body = f"  if (ids.subgroups < {self.parts}u) {{\n{some}  }}\n  return {self._all_parts()};\n"
+            body = f"  if (ids.subgroups < {self.parts}u) {{\n{some}  }}\n  return {self._all_parts(self.parts)};\n"
         else:
             body = "  return parts[i];\n"
         return f"var<workgroup> parts: array<f32, {n * self.parts}>;\nfn total(i: u32, ids: Ids) -> f32 {{\n{body}}}\n"
 
-    def _all_parts(self) -> str:
-        """Those of sum `i`, added in pairs, so that the loads do not wait for each other."""
-        parts = [f"parts[i + {s * self.count}u]" for s in range(self.parts)]
+    def _all_parts(self, count: int) -> str:
+        """So many of sum `i`, added in pairs, so that the loads do not wait for each other."""
+        parts = [f"parts[i + {s * self.count}u]" for s in range(count)]
         while len(parts) > 1:
             pairs = zip(parts[::2], parts[1::2], strict=False)
             parts = [*(f"({a} + {b})" for a, b in pairs), *(parts[-1:] if len(parts) % 2 else [])]
@@ -116,7 +119,11 @@ class Sums:
                 kept, given = f"z{i}, z{i + half}, upper{half}", f"z{i + half}, z{i}, upper{half}"
                 yield f"z{i} = select({kept}) + subgroupShuffleXor(select({given}), {half}u);"
             half //= 2
-        yield f"for (var apart = {n}u; apart < ids.lanes; apart *= 2u) {{ z0 += subgroupShuffleXor(z0, apart); }}"
+        if self.threads > FEW_REGISTERS:
+            yield f"for (var apart = {n}u; apart < ids.lanes; apart *= 2u) {{ z0 += subgroupShuffleXor(z0, apart); }}"
+        else:
+            for apart in (2**i for i in range(n.bit_length() - 1, WIDEST.bit_length() - 1)):
+                yield f"if (ids.lanes > {apart}u) {{ z0 += subgroupShuffleXor(z0, {apart}u); }}"
         yield from self._kept(f"ids.lane < {n}u", [f"{place} + ids.lane"], ["z0"])
 
     def _kept(self, who: str, places: list[str], names: list[str]) -> Iterator[str]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kernelforge.dtype import GROUP
 from kernelforge_metal.kernel import Binding
 from kernelforge_metal.kernels.matmul.common import start_of
 from kernelforge_metal.kernels.matmul.numbers import floats, vector_element
+from kernelforge_metal.kernels.quantised_activations import GROUP_WORDS
 from kernelforge_metal.wgsl import element, load
 
 if TYPE_CHECKING:
@@ -60,3 +62,27 @@ class Vectors:
             read = load(self.name, self.dtype, self.device, f"{start} + (4u * i + {j}u) * {self.step}u")
             lines.append(f"  if (4u * i + {j}u < {g.inner}u) {{ v.{lane} = {read}; }}")
         return "\n".join([*lines, "  return v;", "}\n"])
+
+
+GROUP_PAIRS = GROUP_WORDS // 2
+"""The scale and two sums, then the int8."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Rows of lhs in q8a, as `kernelforge.quant` lays them out."""
+
+    product: Product
+
+    @property
+    def binding(self) -> Binding:
+        return Binding("x", 0, "vec2<u32>")
+
+    @property
+    def function(self) -> str:
+        """`x_scale(row, g)`: the scale of group `g` of a row; `x_eight(row, i)`: the int8 of elements 8 i to 8 i + 7."""
+        start = f"(row * {self.product.rows.lhs // GROUP}u + {{}}) * {GROUP_PAIRS}u"
+        return (
+            f"fn x_scale(row: u32, g: u32) -> f32 {{ return bitcast<f32>(x[{start.format('g')}].x); }}\n"
+            f"fn x_eight(row: u32, i: u32) -> vec2<u32> {{ return x[{start.format('(i >> 2u)')} + 1u + (i & 3u)]; }}\n"
+        )
