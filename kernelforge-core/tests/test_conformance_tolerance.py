@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from kernelforge.plugins import core_registry
-from kernelforge.problem import Problem, TensorType
+from kernelforge.problem import Problem, TensorType, parse_tensor_type
+from kernelforge.quant import quantize, widened
 from kernelforge.tolerance import Mismatch, compare, condition, expect, roundings
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -173,3 +174,68 @@ def test_gelu_may_be_a_difference() -> None:
     assert want.allowed[0] > 5 * 2.0**-24
     assert op.magnitudes(problem, arrays) is not None
     assert OPS["transformer.add"].magnitudes(problem, arrays) is None
+
+
+def normed_in_f32(x: Array, gain: Array) -> Array:
+    """With sums in another order than the reference's, and a root that is some roundings off."""
+    mean = np.cumsum(x * x, axis=-1, dtype=np.float32)[..., -1:] / np.float32(x.shape[-1])
+    return np.asarray(x * (np.float32(1 - 2.0**-22) / np.sqrt(mean + np.float32(1e-5))) * gain)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_numbers_between_two_steps_of_8_bits_may_become_either(gated: bool) -> None:
+    op = OPS["transformer.rms_norm_quantize_glu_matmul" if gated else "transformer.rms_norm_quantize_matmul"]
+    product = OPS["transformer.glu_matmul" if gated else "transformer.matmul"]
+    moved = 0
+    for seed in range(4):
+        types = ["f32[40,64]", "f32[64]", "q4[33,64]", *["q4[33,64]"] * gated]
+        problem = op.problem([parse_tensor_type(t) for t in types], {} if gated else {"epilogue": "gelu"})
+        arrays = op.make_inputs(problem, np.random.default_rng(seed))
+        x, gain, *weights = arrays
+        assert x is not None
+        assert gain is not None
+        x[...], gain[...] = np.random.default_rng(seed).integers(-4, 5, x.shape), 1.1  # many become 63.5
+        codes = quantize(normed_in_f32(x, gain), "q8a")
+        exact = widened(x) / np.sqrt(np.mean(widened(x) ** 2, axis=-1, keepdims=True) + 1e-5) * widened(gain)
+        moved += int((codes["values"] != quantize(exact, "q8a")["values"]).sum())
+        inner = product.problem([parse_tensor_type("q8a[40,64]"), *problem.operands[2:]], attrs_of(problem))
+        (got,) = product.evaluate(inner, [codes, *weights])
+        (want,) = expect(problem, op, arrays)
+        compare(got, want.exact, want.allowed, "f32", "y")
+    assert moved
+
+
+def attrs_of(problem: Problem) -> dict[str, Any]:
+    return {name: value for name, value in problem.attrs if name != "eps"}
+
+
+def test_other_numbers_may_not() -> None:
+    op, product = (OPS[f"transformer.{name}"] for name in ("rms_norm_quantize_matmul", "matmul"))
+    types = ["f32[5,64]", "f32[64]", "q8[33,64]"]
+    problem = op.problem([parse_tensor_type(t) for t in types], {})
+    arrays = op.make_inputs(problem, np.random.default_rng(0))
+    x, gain, rhs, *others = arrays
+    assert x is not None
+    assert gain is not None
+    codes = quantize(normed_in_f32(x, gain), "q8a")
+    inner = product.problem([parse_tensor_type("q8a[5,64]"), *problem.operands[2:]], attrs_of(problem))
+    (want,) = expect(problem, op, arrays)
+    (got,) = product.evaluate(inner, [codes, rhs, *others])
+    compare(got, want.exact, want.allowed, "f32", "y")
+    codes["values"][3, 1, 7] -= 1
+    (got,) = product.evaluate(inner, [codes, rhs, *others])
+    with pytest.raises(Mismatch, match="tolerated"):
+        compare(got, want.exact, want.allowed, "f32", "y")
+
+
+def test_a_group_that_is_spoilt_spoils_its_row_alone() -> None:
+    op = OPS["transformer.rms_norm_quantize_matmul"]
+    problem = op.problem([parse_tensor_type(t) for t in ("f32[5,64]", "f32[64]", "q8[33,64]")], {})
+    arrays = op.make_inputs(problem, np.random.default_rng(0))
+    x = arrays[0]
+    assert x is not None
+    x[1, 3], x[2, 4] = np.nan, np.inf
+    (want,) = expect(problem, op, arrays)
+    (got,) = op.evaluate(problem, arrays)
+    assert np.isnan(got).all(axis=1).tolist() == [False, True, True, False, False]
+    compare(got, want.exact, want.allowed, "f32", "y")

@@ -166,6 +166,8 @@ def test_a_kernel_that_is_asked_for_gives_way_where_it_refuses() -> None:
 def test_what_has_no_kernel_is_not_chosen() -> None:
     made = plan(HOME[1:])
     assert (kernels(made), reason(made)) == (["plain", "product"], "no kernel for the whole")
+    made = plan(HOME[1:], variants={NORM: "plain"})  # nothing gives way to what is asked for: no warning
+    assert (kernels(made), reason(made)) == (["plain", "product"], "no kernel for the whole")
     made = plan(HOME[:2], [BETTER])  # nothing multiplies
     assert kernels(made) == ["whole"]
     assert "no kernel on target 'fake' can run transformer.matmul" in reason(made)

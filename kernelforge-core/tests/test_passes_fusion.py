@@ -671,6 +671,69 @@ def test_a_norm_is_left_alone(build: Callable[[], Graph]) -> None:
     assert ops(check(g, NORM_MATMUL)) == ops(g)
 
 
+EIGHT_BITS = "fuse-norm-quantize,fuse-norm-matmul"
+
+
+def eight_bits(*, norm: bool = True) -> tuple[Graph, Tensor]:
+    g, x = start("tokens", 64, dtype="f32")
+    x = g.rms_norm(x, g.constant("n", (64,), "f32"), eps=1e-3) if norm else x
+    return g, g.quantize(x, "q8a")
+
+
+def in_groups(g: Graph, name: str, n: int, dtype: str = "q4") -> Tensor:
+    return g.quantize(g.constant(name, (n, 64), "f32"), dtype)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("epilogue", ["none", "gelu"])
+def test_what_is_multiplied_in_8_bits_is_quantised_in_the_product(norm: bool, epilogue: str) -> None:
+    g, x = eight_bits(norm=norm)
+    b, r = g.constant("b", (8,), "f32"), g.input("r", ("tokens", 8), "f32")
+    g.output(g.matmul(x, in_groups(g, "w", 8), b, r, transpose_rhs=True, epilogue=epilogue), "y")
+    after = check(g, EIGHT_BITS)
+    assert ops(after) == {"quantize": 1, "rms_norm_quantize_matmul" if norm else "quantize_matmul": 1}
+    problem = after.function().nodes[-1].problem
+    eps = {"eps": 1e-3} if norm else {}
+    assert dict(problem.attrs) == {**eps, "epilogue": epilogue, "transpose_rhs": True}
+    assert [t.dtype for t in problem.operands if t is not None] == ["f32"] * (1 + norm) + ["q4", "f32", "f32"]
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_what_a_gated_pair_multiplies_in_8_bits_is_quantised_in_it(norm: bool) -> None:
+    g, x = eight_bits(norm=norm)
+    gate, up = (in_groups(g, name, 8, "q8") for name in ("gate", "up"))
+    g.output(g.glu_matmul(x, gate, up, transpose_rhs=True, activation="gelu_tanh"), "y")
+    after = check(g, EIGHT_BITS)
+    assert ops(after) == {"quantize": 2, "rms_norm_quantize_glu_matmul" if norm else "quantize_glu_matmul": 1}
+    assert after.function().nodes[-1].problem.attr("activation") == "gelu_tanh"
+
+
+def quantised_for_two() -> Graph:
+    g, x = eight_bits()
+    for name in ("v", "w"):
+        g.output(g.matmul(x, in_groups(g, name, 8), transpose_rhs=True), name)
+    return g
+
+
+def quantised_that_is_read_otherwise() -> Graph:
+    g, x = eight_bits(norm=False)
+    g.output(g.dequantize(x), "x")
+    g.output(g.matmul(x, in_groups(g, "w", 8), transpose_rhs=True), "y")
+    return g
+
+
+def quantised_weights() -> Graph:
+    g, x = start("tokens", 64, dtype="f32")
+    g.output(g.matmul(x, in_groups(g, "w", 8), transpose_rhs=True), "y")
+    return g
+
+
+@pytest.mark.parametrize("build", [quantised_for_two, quantised_that_is_read_otherwise, quantised_weights])
+def test_what_is_quantised_is_left_alone(build: Callable[[], Graph]) -> None:
+    g = build()
+    assert ops(check(g, NORM_MATMUL)) == ops(g)
+
+
 # fuse-qkv
 
 

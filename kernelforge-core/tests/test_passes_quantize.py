@@ -137,11 +137,14 @@ def test_activations_are_quantised_once_for_all_that_multiply_them(pipeline: str
     text = pipeline.replace("DEFAULT", DEFAULT).replace("Q", "quantize{format=q8 activations=q8}")
     after = lowered(module, text)
     assert str(Module.parse(str(after), REGISTRY)) == str(after)
-    nodes = after.function().nodes
-    products = [n for n in nodes if n.op in ("transformer.matmul", "transformer.glu_matmul")]
-    assert {n.problem.operand(0).dtype for n in products} == {"q8a"}
-    made = [n for n in nodes if n.problem.results[0].dtype == "q8a"]
+    nodes, found = after.function().nodes, ops(after)
+    made = [n for n in nodes if n.problem.results[0].dtype == "q8a" or "quantize_" in n.op]
     assert len(made) == len({n.operands[0] for n in made}) == 5  # of x, mixed, h, the gated product and the last sum
+    if pipeline == "Q":
+        products = [n for n in nodes if n.op == "transformer.matmul"]
+        assert {n.problem.operand(0).dtype for n in products} == {"q8a"}
+    else:
+        assert (found["quantize_matmul"], found["quantize_glu_matmul"], found["matmul"]) == (4, 1, 0)
     inputs, constants = arrays_for(module.function(), {"tokens": 3}, seed=0)
     plain = execute(lowered(module, "quantize{format=q8}"), inputs, constants)["logits"]
     got = execute(after, inputs, constants)["logits"]

@@ -208,6 +208,10 @@ def test_ops_are_found_by_either_name_and_hints_are_problems() -> None:
             "rms_norm_matmul --shape 8x64,64,16x64,16 --dtype q4 --attr transpose_rhs=true",
             "transformer.rms_norm_matmul(f32[8,64], f32[64]@const, q4[16,64]@const, f32[16]@const, _)",
         ),
+        (
+            "rms_norm_quantize_glu_matmul --shape 8x64,64,16x64,16x64 --dtype q4",
+            "transformer.rms_norm_quantize_glu_matmul(f32[8,64], f32[64]@const, q4[16,64]@const, q4[16,64]@const)",
+        ),
         ("matmul --shape 8x16,16x4 --no-constant", "transformer.matmul(f32[8,16], f32[16,4], _, _)"),
         ("rms_norm --shape ?x16,16 --dtype bf16", "transformer.rms_norm(f32[?0,16], bf16[16]@const)"),
         ("silu --shape 3x5 --dtype bf16", "transformer.silu(bf16[3,5])"),

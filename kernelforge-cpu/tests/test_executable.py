@@ -22,6 +22,7 @@ from kernelforge.constant import ArraySource
 from kernelforge.errors import PluginError, UsageError
 from kernelforge.graph import Graph
 from kernelforge.hookspecs import hookimpl
+from kernelforge.passes import DEFAULT
 from kernelforge.plugins import load_registry
 from kernelforge.problem import Problem, parse_problem
 from kernelforge.selection import NO_RECORDS
@@ -514,6 +515,37 @@ def test_a_table_that_is_also_the_head_is_kept_once(session: Session, dtype: str
         assert isinstance(got, np.ndarray)
         assert isinstance(want, np.ndarray)
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+
+
+def test_what_a_product_would_quantise_runs_in_its_parts(session: Session) -> None:
+    """Just as without the pass that fuses them: the same kernels and groups of steps, the same bits."""
+    g = Graph()
+    x, gain = g.input("x", ("tokens", 64), "f32"), g.constant("gain", (64,), "f32")
+    gate, up, down, head = (
+        g.quantize(g.constant(name, shape, "f32"), "q4")
+        for name, shape in (("gate", (96, 64)), ("up", (96, 64)), ("down", (64, 96)), ("head", (77, 64)))
+    )
+    hidden = g.glu_matmul(g.quantize(g.rms_norm(x, gain), "q8a"), gate, up, transpose_rhs=True)
+    y = g.matmul(g.quantize(hidden, "q8a"), down, residual=x, transpose_rhs=True)
+    g.output(g.matmul(g.quantize(g.rms_norm(y, gain), "q8a"), head, transpose_rhs=True), "scores")
+    arrays = {"gain": numbers(64), "gate": numbers(96, 64), "up": numbers(96, 64), "down": numbers(64, 96)}
+    source, inputs = ArraySource({**arrays, "head": numbers(77, 64)}), {"x": numbers(5, 64)}
+    unfused = DEFAULT.replace("fuse-norm-matmul,", "")
+    with Session("cpu", threads=2, registry=session.registry, records=NO_RECORDS, pipeline=unfused) as opened:
+        plain = opened.compile(g.text(), constants=source)
+        (want,) = plain.run(inputs)
+    fused = session.compile(g.text(), constants=source)
+    assert {f.problem.op.partition(".")[2] for f in fused.plan.fusions if f.apart} == {
+        "quantize_matmul",
+        "rms_norm_quantize_glu_matmul",
+        "rms_norm_quantize_matmul",
+    }
+    (got,) = fused.run(inputs)
+    assert np.array_equal(np.asarray(got), np.asarray(want))
+    ran, wanted = (
+        [(s.problem, s.variant, s.config, s.config_source, s.group) for s in made.plan.steps] for made in (fused, plain)
+    )
+    assert ran == wanted
 
 
 def test_a_kernel_that_packs_otherwise_than_it_tells_is_an_error() -> None:

@@ -1,10 +1,10 @@
 """Whether a fused op runs whole or as the ops that it stands for (`OpDef.parts`), and why.
 
-The first of these rules that applies decides. A kernel that the user named, of the whole or of a part. A whole that nothing runs
-but the target's fallback is taken apart. Where the whole and all parts were measured on exactly these problems, the quicker way
-is taken; a problem of any size never was: who wins at one may lose at another. A whole that the target's own kernel would run
-is taken apart where a plugin's kernel was chosen for a part, and no part is left to the fallback: who brings a better kernel for
-an op need not know what fuses that op. Else it stays whole.
+The first of these rules that applies decides. A kernel of the whole that the user named. A whole that nothing runs but the
+target's fallback is taken apart. A kernel of a part that the user named. Where the whole and all parts were measured on exactly
+these problems, the quicker way is taken; a problem of any size never was: who wins at one may lose at another. A whole that the
+target's own kernel would run is taken apart where a plugin's kernel was chosen for a part, and no part is left to the fallback:
+who brings a better kernel for an op need not know what fuses that op. Else it stays whole.
 """
 
 from __future__ import annotations
@@ -65,12 +65,13 @@ def _weigh(
     kept = bool(whole) and as_named(whole[0])
     theirs = next((s for s in parts if foreign(s)), None)
     took, sum_of_parts = _seconds(whole), _seconds(parts)
+    forced = kept
     if kept:
         apart, reason = False, f"'{whole[0].variant.name}' was asked for"
-    elif asked is not None:
-        apart, reason = True, f"'{asked.variant.name}' was asked for to run {asked.problem.op}"
     elif not whole or registry.is_fallback(whole[0].variant):
         apart, reason = True, "no kernel for the whole"
+    elif asked is not None:
+        apart, forced, reason = True, True, f"'{asked.variant.name}' was asked for to run {asked.problem.op}"
     elif lacking:
         apart, reason = False, lacking
     elif took < math.inf and sum_of_parts < math.inf:
@@ -84,7 +85,6 @@ def _weigh(
     else:
         apart, reason = False, "one kernel in place of several"
     kernels = tuple(PartKernel(str(s.problem), s.variant.name, str(s.variant.provenance)) for s in parts)
-    forced = kept or asked is not None
     return Fusion(problem.canonical(), problem.dims, apart, reason, forced, kernels), parts if apart else whole
 
 

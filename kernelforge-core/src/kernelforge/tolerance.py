@@ -129,7 +129,7 @@ def expect(
         smallest = _SMALLEST[t.dtype] if m.result else 0.0
         with np.errstate(invalid="ignore"):
             apart = np.abs(np.asarray(other, np.float64) - e) if m.result and flushes else np.zeros(e.shape)
-        apart = np.where(np.isfinite(apart), apart, 0.0)
+        apart, more = (np.where(np.isfinite(a), a, 0.0) for a in (apart, more))
         on_the_way = between * c if m.result else 0.0
         found.append(Expected(e, factor * (m.result * size + m.sums * c) + on_the_way + smallest + apart + more))
     return tuple(found)

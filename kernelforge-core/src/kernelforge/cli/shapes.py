@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from kernelforge.dtype import FLOATS, QUANTISED
+from kernelforge.dtype import FLOATS, QUANTISED, WEIGHT_FORMATS
 from kernelforge.errors import UsageError
 from kernelforge.op import OpDef, OpError
 from kernelforge.problem import Attr, Dim, Problem, TensorType
@@ -17,8 +17,7 @@ def shaped_problem(op: OpDef, shape: str, dtype: str, attrs: Sequence[str] = (),
 
     `dtype` is a list of one for each shape, or the type of the op's weights, or of all its float operands when none of
     them is ever a weight; the other operands have the types that they usually have, as do biases and gains beside
-    quantised weights. Raises UsageError for texts that
-    cannot be read and when the op refuses the problem.
+    quantised weights. Raises UsageError for texts that cannot be read and when the op refuses the problem.
     """
     shapes = [_dims(text) for text in shape.split(",")]
     usual = _usual_types(op)
@@ -32,7 +31,7 @@ def shaped_problem(op: OpDef, shape: str, dtype: str, attrs: Sequence[str] = (),
         kind = slot.dtype
         if len(dtypes) > 1:
             kind = dtypes[i]
-        elif kind in FLOATS:
+        elif kind in FLOATS or (slot.constant and dtype in WEIGHT_FORMATS):
             wide = "f64" if dtype == "f64" else "f32"
             vector = slot.constant and dims is not None and len(dims) < 2  # a bias or gain, never in groups
             kind = wide if (weighted and not slot.constant) or (vector and dtype in QUANTISED) else dtype

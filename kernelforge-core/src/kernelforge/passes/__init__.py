@@ -28,8 +28,8 @@ its activation or residual rather than lose it to a merger. They also come befor
 goes into a sum and the sum into a norm, a matmul that adds in its epilogue and then a norm touch memory four times
 (residual and sum read, sum and norm written), a plain matmul and then add_rms_norm five times. What no matmul could
 take is left to fuse-add-norm. fuse-rope-attention builds on what fuse-rope-cache makes. fuse-norm-quantize takes what
-norms are left after that and are read in 8 bits, fuse-norm-matmul those whose one reader is a product, when that has all
-it gets from the other passes.
+norms are left after that and are read in 8 bits, fuse-norm-matmul norms and 8-bit activations whose one reader is a product,
+when that has all it gets from the other passes.
 """
 
 

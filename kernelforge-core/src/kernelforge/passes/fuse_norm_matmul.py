@@ -1,36 +1,37 @@
-"""`fuse-norm-matmul`: an RMS norm whose one reader is a product with a constant becomes part of that product."""
+"""`fuse-norm-matmul`: an RMS norm, a quantisation to 8 bits, or both become part of the product that alone reads the result."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
+from kernelforge.dtype import ACTIVATION_FORMAT
 from kernelforge.module import Module
 from kernelforge.passes import Pass
-from kernelforge.passes.matmuls import GLU_MATMUL, MATMUL, RMS_NORM_GLU_MATMUL, RMS_NORM_MATMUL
+from kernelforge.passes.matmuls import GLU_MATMUL, MATMUL, QUANTIZE, RMS_NORM, RMS_NORM_QUANTIZE
 from kernelforge.passes.rewriting import Body
-
-RMS_NORM = "transformer.rms_norm"
-FUSED = {MATMUL: RMS_NORM_MATMUL, GLU_MATMUL: RMS_NORM_GLU_MATMUL}
 
 
 @dataclass(frozen=True)
 class FuseNormMatmul(Pass):
-    """Targets without a kernel for the whole, or for as many rows, run norm and product one after the other."""
+    """Targets without a kernel for the whole, or for as many rows, run its parts one after the other."""
 
     name: ClassVar[str] = "fuse-norm-matmul"
 
     def run(self, module: Module) -> None:
         body = Body(module)
-        for product in body.walk(*FUSED):
+        for product in body.walk(MATMUL, GLU_MATMUL):
             x, rhs, *others = product.operands
-            norm = body.feeder(x, RMS_NORM)
+            feeder = body.feeder(x, RMS_NORM, QUANTIZE, RMS_NORM_QUANTIZE)
             attrs = dict(product.attrs)
-            if norm is None or rhs is None or not body.is_constant(rhs) or attrs.pop("transpose_lhs", False):
+            if feeder is None or rhs is None or not body.is_constant(rhs) or attrs.pop("transpose_lhs", False):
                 continue
-            if body.is_constant(norm.result):
+            if body.is_constant(feeder.result):
                 continue  # computed once, when the module is compiled
-            operands, attrs = [*norm.operands, rhs, *others], {**attrs, **norm.attrs}
-            made = body.create(FUSED[product.name], operands, attrs, before=product, of=[norm, product])
+            attrs |= feeder.attrs
+            if attrs.pop("format", ACTIVATION_FORMAT) != ACTIVATION_FORMAT:
+                continue
+            fused = f"{feeder.name}_{product.definition.name}"
+            made = body.create(fused, [*feeder.operands, rhs, *others], attrs, before=product, of=[feeder, product])
             body.replace(product, made)
-            body.erase(norm)
+            body.erase(feeder)

@@ -8,11 +8,8 @@ from typing import ClassVar
 from kernelforge.dtype import ACTIVATION_FORMAT
 from kernelforge.module import Module
 from kernelforge.passes import Pass
+from kernelforge.passes.matmuls import QUANTIZE, RMS_NORM, RMS_NORM_QUANTIZE
 from kernelforge.passes.rewriting import Body
-
-QUANTIZE = "transformer.quantize"
-RMS_NORM = "transformer.rms_norm"
-RMS_NORM_QUANTIZE = "transformer.rms_norm_quantize"
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,11 @@ from kernelforge.passes.rewriting import Op
 GELU = "transformer.gelu"
 GLU_MATMUL = "transformer.glu_matmul"
 MATMUL = "transformer.matmul"
+QUANTIZE = "transformer.quantize"
+RMS_NORM = "transformer.rms_norm"
 RMS_NORM_GLU_MATMUL = "transformer.rms_norm_glu_matmul"
 RMS_NORM_MATMUL = "transformer.rms_norm_matmul"
+RMS_NORM_QUANTIZE = "transformer.rms_norm_quantize"
 SILU = "transformer.silu"
 
 

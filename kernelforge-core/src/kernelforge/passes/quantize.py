@@ -12,12 +12,11 @@ from kernelforge.errors import UsageError
 from kernelforge.mlir import ir
 from kernelforge.module import Module
 from kernelforge.passes import Pass
-from kernelforge.passes.matmuls import GLU_MATMUL, MATMUL, RMS_NORM_GLU_MATMUL, RMS_NORM_MATMUL
+from kernelforge.passes.matmuls import GLU_MATMUL, MATMUL, QUANTIZE, RMS_NORM_GLU_MATMUL, RMS_NORM_MATMUL
 from kernelforge.passes.rewriting import Body, Op, tensor_type
 from kernelforge.quant import warn_not_quantised
 
 EMBEDDING = "transformer.embedding"
-QUANTIZE = "transformer.quantize"
 TRANSPOSE = "transformer.transpose"
 
 WEIGHTS: Mapping[str, tuple[int, ...]] = {

@@ -111,7 +111,7 @@ class TransformerMethods(ABC):
         bias: Tensor | None = None,
         residual: Tensor | None = None,
         *,
-        transpose_rhs: bool = False,
+        transpose_rhs: bool = True,
         epilogue: str = "none",
     ) -> Tensor:
         """`matmul` of lhs [..., M, K] in the format "q8a", K a multiple of 32, with quantised weights rhs."""
@@ -119,7 +119,7 @@ class TransformerMethods(ABC):
         return self._one(norm_matmul.QUANTIZE_MATMUL, lhs, rhs, bias, residual, **attrs)
 
     def quantize_glu_matmul(
-        self, x: Tensor, gate: Tensor, up: Tensor, *, transpose_rhs: bool = False, activation: str = "silu"
+        self, x: Tensor, gate: Tensor, up: Tensor, *, transpose_rhs: bool = True, activation: str = "silu"
     ) -> Tensor:
         """`glu_matmul` of x [..., M, K] in the format "q8a", K a multiple of 32, with quantised weights."""
         attrs: dict[str, Attr] = {"transpose_rhs": transpose_rhs, "activation": activation}
@@ -134,7 +134,7 @@ class TransformerMethods(ABC):
         residual: Tensor | None = None,
         *,
         eps: float = 1e-5,
-        transpose_rhs: bool = False,
+        transpose_rhs: bool = True,
         epilogue: str = "none",
     ) -> Tensor:
         """`matmul` of the rms_norm_quantize of lhs [..., M, K] with gain [K], and quantised weights rhs."""
@@ -150,7 +150,7 @@ class TransformerMethods(ABC):
         up: Tensor,
         *,
         eps: float = 1e-5,
-        transpose_rhs: bool = False,
+        transpose_rhs: bool = True,
         activation: str = "silu",
     ) -> Tensor:
         """`glu_matmul` of the rms_norm_quantize of x [..., M, K] with gain [K], and quantised weights."""

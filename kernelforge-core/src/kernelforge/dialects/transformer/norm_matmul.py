@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,8 +20,8 @@ from kernelforge.dialects.transformer.models import ACTIVATIONS, MODELS, f32, ma
 from kernelforge.dialects.transformer.norms import RMS_NORM, RMS_NORM_QUANTIZE, check_norm
 from kernelforge.dialects.transformer.quantisation import QUANTIZE, want_groups
 from kernelforge.dtype import ACTIVATION_FORMAT, GROUP, WEIGHT_FORMATS, epsilon
-from kernelforge.lazy import resolve
-from kernelforge.op import Cost, OpDef, Operand, OperandTypes, OpError, Part
+from kernelforge.lazy import Ref, resolve
+from kernelforge.op import Attribute, Cost, OpDef, Operand, OperandTypes, OpError, Part
 from kernelforge.problem import Attr, Problem, TensorType
 
 if TYPE_CHECKING:
@@ -31,9 +31,13 @@ EARLY = (1, 7)
 """Tokens of the samples: with more, a norm of its own costs nothing beside the product."""
 
 
+FIXED: Attrs = {"transpose_lhs": False, "format": ACTIVATION_FORMAT}
+"""Attributes of parts that the whole does not have."""
+
+
 def _attrs_of(op: OpDef, attrs: Attrs) -> dict[str, Attr]:
-    """Those of a part; what the whole has no attribute for is fixed."""
-    known = {"transpose_lhs": False, "format": ACTIVATION_FORMAT, **attrs}
+    """Those of a part."""
+    known = {**FIXED, **attrs}
     return {a.name: known[a.name] for a in op.attributes}
 
 
@@ -44,18 +48,30 @@ class _Fed:
     feeder: OpDef
     product: OpDef
 
-    def _split(self, arrays: Arrays) -> tuple[Arrays, Arrays]:
-        """The feeder's and the product's other operands."""
-        own = len(self.feeder.operands)
-        return arrays[:own], arrays[own:]
-
     @property
     def quantises(self) -> bool:
         return self.feeder is not RMS_NORM
 
+    @property
+    def own(self) -> int:
+        """How many operands are the feeder's."""
+        return len(self.feeder.operands)
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        lhs, *others = self.product.operands
+        return (lhs, *(Operand("gain"),) * (self.own - 1), *others)
+
+    @property
+    def attributes(self) -> Iterator[Attribute]:
+        for a in (*self.feeder.attributes, *self.product.attributes):
+            if a.name == "transpose_rhs" and self.quantises:
+                yield replace(a, default=True)  # as quantised weights are stored
+            elif a.name not in FIXED:
+                yield a
+
     def infer(self, operands: OperandTypes, attrs: Attrs) -> tuple[TensorType, ...]:
-        own = len(self.feeder.operands)
-        name, lhs, rhs = self.product.operands[0].name, required(operands, 0), required(operands, own)
+        name, lhs, rhs = self.product.operands[0].name, required(operands, 0), required(operands, self.own)
         if self.feeder is QUANTIZE:
             want_float(name, lhs)
         else:
@@ -66,76 +82,62 @@ class _Fed:
                 known = " or ".join(WEIGHT_FORMATS)
                 raise OpError(f"operand '{self.product.operands[1].name}' must be of type {known}, got {rhs.dtype}")
             lhs = TensorType(lhs.shape, ACTIVATION_FORMAT)
-        return self.product.infer_types((lhs, *operands[own:]), _attrs_of(self.product, attrs))
-
-    def _fed(self, arrays: Arrays, attrs: Attrs) -> Arrays:
-        """The product's operands, in float64."""
-        from kernelforge.quant import quantize, widened
-
-        own, others = self._split(arrays)
-        (lhs,) = resolve(self.feeder.reference)(own, _attrs_of(self.feeder, attrs))
-        if self.quantises:
-            lhs = widened(lhs if self.feeder.exact else quantize(lhs, ACTIVATION_FORMAT))
-        return [lhs, *others]
+        return self.product.infer_types((lhs, *operands[self.own :]), _attrs_of(self.product, attrs))
 
     def reference(self, arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
         """The product of what the first part of the op gives; in 8 bits, of the numbers that the groups stand for."""
-        made: tuple[Array, ...] = resolve(self.product.reference)(
-            self._fed(arrays, attrs), _attrs_of(self.product, attrs)
-        )
-        return made
+        return self._multiplied(self.product.reference, self._first(arrays, attrs), arrays, attrs)
 
     def magnitude(self, arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
         """As of the product."""
         assert self.product.magnitude is not None
-        made: tuple[Array, ...] = resolve(self.product.magnitude)(
-            self._fed(arrays, attrs), _attrs_of(self.product, attrs)
-        )
-        return made
+        return self._multiplied(self.product.magnitude, self._first(arrays, attrs), arrays, attrs)
 
     def undecided(self, arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
         """A norm that is rounded otherwise, in f32, moves numbers that lie between two steps of 8 bits to the other one."""
-        own, others = self._split(arrays)
-        (norm,) = resolve(self.feeder.reference)(own, _attrs_of(self.feeder, attrs))
-        lhs, *_ = self._fed(arrays, attrs)
-        return (_EFFECT[self.product.name]([lhs, *others], _steps(norm), _attrs_of(self.product, attrs)),)
+        moved = partial(_EFFECT[self.product.name], moved=_steps(self._first(arrays, attrs)))
+        return self._multiplied(moved, self._first(arrays, attrs), arrays, attrs)
+
+    def _first(self, arrays: Arrays, attrs: Attrs) -> Array:
+        """What the feeder gives, in float64; a norm is not quantised yet."""
+        made: tuple[Array, ...] = resolve(self.feeder.reference)(arrays[: self.own], _attrs_of(self.feeder, attrs))
+        return made[0]
+
+    def _multiplied(self, function: Ref, lhs: Array, arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
+        """What a function of the product gives for this left-hand side."""
+        from kernelforge.quant import quantize, widened
+
+        if self.quantises:
+            lhs = widened(lhs if self.feeder.exact else quantize(lhs, ACTIVATION_FORMAT))
+        made: tuple[Array, ...] = resolve(function)([lhs, *arrays[self.own :]], _attrs_of(self.product, attrs))
+        return made
 
     def parts(self, problem: Problem) -> tuple[Part, ...]:
-        names, attrs = [o.name for o in _operands(self.feeder, self.product)], dict(problem.attrs)
-        own = len(self.feeder.operands)
+        names, attrs = tuple(o.name for o in self.operands), dict(problem.attrs)
+        first, others, product = names[: self.own], names[self.own :], self.product
         return (
-            Part(self.feeder.full_name, tuple(names[:own]), ("fed",), _attrs_of(self.feeder, attrs)),
-            Part(
-                self.product.full_name,
-                ("fed", *names[own:]),
-                self.product.results,
-                _attrs_of(self.product, attrs),
-            ),
+            Part(self.feeder.full_name, first, ("fed",), _attrs_of(self.feeder, attrs)),
+            Part(product.full_name, ("fed", *others), product.results, _attrs_of(product, attrs)),
         )
 
     def cost(self, problem: Problem) -> Cost:
         """The operations of both parts; what is between them never reaches memory."""
-        own, attrs = len(self.feeder.operands), dict(problem.attrs)
-        feeder = self.feeder.problem(problem.operands[:own], _attrs_of(self.feeder, attrs))
-        product = self.product.problem((*feeder.results, *problem.operands[own:]), _attrs_of(self.product, attrs))
+        attrs = dict(problem.attrs)
+        feeder = self.feeder.problem(problem.operands[: self.own], _attrs_of(self.feeder, attrs))
+        operands = (*feeder.results, *problem.operands[self.own :])
+        product = self.product.problem(operands, _attrs_of(self.product, attrs))
         flops = self.feeder.problem_cost(feeder).flops + self.product.problem_cost(product).flops
         return Cost(flops, traffic(problem))
 
 
-def _operands(feeder: OpDef, product: OpDef) -> tuple[Operand, ...]:
-    gain = (Operand("gain"),) if len(feeder.operands) > 1 else ()
-    return (product.operands[0], *gain, *product.operands[1:])
-
-
 def _op(feeder: OpDef, product: OpDef, summary: str, sample: Callable[[random.Random], Iterator[Problem]]) -> OpDef:
     fed = _Fed(feeder, product)
-    own = tuple(a for a in feeder.attributes if a.name != "format")
     return OpDef(
         name=f"{feeder.name}_{product.name}",
         summary=summary,
-        operands=_operands(feeder, product),
+        operands=fed.operands,
         results=product.results,
-        attributes=(*own, *(a for a in product.attributes if a.name != "transpose_lhs")),
+        attributes=tuple(fed.attributes),
         infer=fed.infer,
         reference=fed.reference,
         sample=sample,
@@ -155,9 +157,9 @@ def _steps(norm: Array) -> Array:
     size = np.abs(groups)
     step = size.max(axis=-1, keepdims=True) / 127
     code = size / step
-    # A sum of K squares, in any order, and what is done with it (see `kernelforge.tolerance`).
-    margin = 8 * epsilon("f32") * np.sqrt(norm.shape[-1])
-    near = np.abs(code - np.floor(code) - 0.5) <= margin * code
+    # The mean square is in the number and in the step, and cancels. Left are the products of both with its root and the gain, the
+    # step, its inverse and the product with that: 8 roundings, of which a GPU's divisions count several times.
+    near = np.abs(code - np.floor(code) - 0.5) <= 16 * epsilon("f32") * code
     moved = np.where(near, step, 0.0)
     # Near the smallest step, a group is its numbers or 0.
     moved = np.where(step < 2 * float(np.finfo(np.float32).tiny), size, moved)
@@ -168,20 +170,19 @@ _SLOPE = 1.2
 """Above the slope of every activation (1.13 of gelu)."""
 
 
-def _matmul_effect(arrays: Arrays, moved: Array, attrs: Attrs) -> Array:
+def _matmul_effect(arrays: Arrays, attrs: Attrs, moved: Array) -> tuple[Array, ...]:
     import numpy as np
 
-    rhs = np.abs(arrays[1].swapaxes(-1, -2))
-    return np.asarray(_SLOPE * (moved @ rhs))
+    return (_SLOPE * (moved @ np.abs(arrays[1].swapaxes(-1, -2))),)
 
 
-def _glu_effect(arrays: Arrays, moved: Array, attrs: Attrs) -> Array:
+def _glu_effect(arrays: Arrays, attrs: Attrs, moved: Array) -> tuple[Array, ...]:
     import numpy as np
 
     x, gate, up = arrays
     by_gate, by_up = (moved @ np.abs(w.T) for w in (gate, up))
-    size = np.abs(x @ up.T) + by_up
-    return np.asarray(_SLOPE * by_gate * size + np.abs(activate(attrs["activation"], x @ gate.T)) * by_up)
+    of_gate = _SLOPE * by_gate * (np.abs(x @ up.T) + by_up)
+    return (of_gate + np.abs(activate(attrs["activation"], x @ gate.T)) * by_up,)
 
 
 _EFFECT = {MATMUL.name: _matmul_effect, GLU_MATMUL.name: _glu_effect}
