@@ -130,6 +130,13 @@ def test_rows_are_picked_before_they_are_normalised(dtype: str, found: list[str]
     assert next(n for n in function.nodes if n.op.endswith("norm")).problem.attr("eps") == 1e-3
 
 
+def test_a_norm_of_constants_stays_one_constant() -> None:
+    """It is computed once, when compiling."""
+    g, _ = graph()
+    normed = g.rms_norm(g.constant("table", (9, 6), "f32"), g.constant("w", (6,), "f32"))
+    assert short(canonical(g, g.embedding(normed, g.input("rows", ("rows",), "i32")))) == ["rms_norm", "embedding"]
+
+
 def test_rows_of_a_norm_that_others_read_are_picked_after_it() -> None:
     g, x = graph(shape=(9, 6))
     normed = g.rms_norm(x, g.constant("w", (6,), "f32"))

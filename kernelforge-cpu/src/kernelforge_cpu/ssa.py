@@ -11,7 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from kernelforge_cpu.emit import Builder
+    from kernelforge_cpu.builder import Builder
 
 Number = int | float
 """What stands for a constant."""
