@@ -10,9 +10,19 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kernelforge.errors import KernelForgeError, UsageError
-from kernelforge_llm.sampling import Sampling, greedy, make_sampler
+from kernelforge_llm.sampling import Draws, Sampling, greedy, make_sampler
 
 Logits = NDArray[np.float32]
+
+
+def test_a_number_that_is_drawn_is_below_1_in_float32_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Largest:
+        def random(self) -> float:
+            return math.nextafter(1.0, 0.0)
+
+    draws = Draws(0)
+    monkeypatch.setattr(draws, "_generator", Largest())
+    assert draws.take() == np.nextafter(np.float32(1), np.float32(0))
 
 
 def logits_of(*probabilities: float) -> Logits:
