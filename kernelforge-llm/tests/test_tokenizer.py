@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,17 @@ def test_what_templates_are_given(tmp_path: Path) -> None:
         ("{{ '{:{}}'.format(1, 10 ** 9) }}", "it formats to a width .* not written there"),
         ("{{ '%*d' | format(10 ** 9, 1) }}", "it formats to a width .* not written there"),
         ("{{ messages | tojson(indent=10 ** 9) }}", "an indent of more than 64"),
+        ("{{ strftime_now('%A' * 10000) }}", "a date's pattern of more than 1000 characters"),
+        ("{{ 10 ** (10 ** 10) }}", "it computes with integers of more than 4096 bits"),
+        ("{{ 2 ** 4000 * 2 ** 4000 }}", "it computes with integers of more than 4096 bits"),
+        ("{{ ('f' * 2000) | int(0, 16) }}", "it computes with integers of more than 4096 bits"),
+        ("{{ 0x" + "f" * 2000 + " // 3 > 1 }}", "it computes with integers of more than 4096 bits"),
+        ("{{ [[1], [2]] | sum(start=[]) }}", "it adds up what are no numbers"),
+        ("{{ 'a'.encode() }}", "access to attribute 'encode'"),
+        ("{{ (1).to_bytes(9, 'big') }}", "access to attribute 'to_bytes'"),
+        ("{{ 'a'.translate({97: 'b'}) }}", "access to attribute 'translate'"),
+        ("{{ 'a b' | wordwrap(1) }}", "No filter named 'wordwrap'"),
+        ("{{ 'abc' | truncate(1) }}", "expected length >= 3"),
     ],
 )
 def test_a_broken_or_hostile_template(tmp_path: Path, template: str, message: str) -> None:
@@ -195,7 +207,6 @@ def test_a_broken_or_hostile_template(tmp_path: Path, template: str, message: st
     "template",
     [
         "{{ 'a' * 10 ** 9 }}",
-        "{{ 10 ** (10 ** 10) }}",
         "{{ [1] * 10 ** 9 }}",
         "{{ 'a' | center(10 ** 9) }}",
         "{{ 'a'.ljust(10 ** 9) }}",
@@ -206,6 +217,18 @@ def test_a_broken_or_hostile_template(tmp_path: Path, template: str, message: st
         "{% set n = namespace(x='ab') %}{% for i in range(50) %}{% set n.x = n.x | replace('a', n.x) %}{% endfor %}",
         "{% set n = namespace(x=[1]) %}{% for i in range(50) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
         "{% set n = namespace(x={}) %}{% for i in range(50) %}{% set n.x = dict(a=n.x, b=n.x) %}{% endfor %}{{ n.x }}",
+        "{% set x = 'a' * 10 ** 6 %}{{ " + " ~ ".join("x" * 100) + " }}",
+        "{{ ('{0}' * 1000).format('a' * 10 ** 5) }}",
+        "{{ ('{a}' * 1000).format_map({'a': 'a' * 10 ** 5}) }}",
+        "{{ ('%(a)s' * 1000) % {'a': 'a' * 10 ** 5} }}",
+        "{{ ('%(a)s' * 1000) | format(a='a' * 10 ** 5) }}",
+        "{{ ('%(a)9999d' * 10 ** 4) % {'a': 1} }}",
+        "{{ range(10 ** 5) | join('a' * 1000) }}",
+        "{{ range(10 ** 5) | map('string') | join('a' * 1000) }}",
+        "{{ ('a' * 1000).join(range(10 ** 5) | map('string')) }}",
+        "{{ ['a' * 10 ** 5] | replace('a', 'b' * 1000) }}",
+        "{{ ('a' * 10 ** 5) | replace(new='b' * 1000, old='a') }}",
+        "{{ ('a' * 10 ** 6).rfind('a' * 100 ~ 'b' ~ 'a' * 100) }}",
         "{% for i in range(10 ** 5) %}" + "text " * 2000 + "{% endfor %}",
         "{% macro m(n) %}" + "text " * 200 + "{{ m(n - 1) ~ m(n - 1) if n }}{% endmacro %}{{ m(60) }}",
     ],
@@ -213,8 +236,13 @@ def test_a_broken_or_hostile_template(tmp_path: Path, template: str, message: st
 def test_a_template_that_makes_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str) -> None:
     monkeypatch.setattr("kernelforge_llm.template_sandbox.MOST", 3_000_000)
     tokenizer = load(changed(tmp_path, config={"chat_template": template}))
-    with pytest.raises(AssetError, match="fails at line 1: it makes more than 3 MB") as caught:
-        tokenizer.apply_chat_template(HELLO)
+    tracemalloc.start()
+    try:
+        with pytest.raises(AssetError, match="fails at line 1: it makes more than 3 MB") as caught:
+            tokenizer.apply_chat_template(HELLO)
+        assert tracemalloc.get_traced_memory()[1] < 40_000_000, "it was made"
+    finally:
+        tracemalloc.stop()
     assert caught.value.exit_code == 13
 
 
@@ -244,14 +272,21 @@ def test_what_a_template_computes_is_what_jinja_computes(tmp_path: Path) -> None
 {%- for a in [] %}{{ a }}{% else %} no{% endfor %}
 {%- set text %}<{{ "a b".split()[-1] | upper }}>{% endset %} {{ text | trim ~ 7 % 4 }} {{ "x" * 3 }} {{ "role" in messages[0] }}
 {%- macro twice(x, sep=", ") %}{{ [x, x] | join(sep) }}{% endmacro %} {{ twice("y") }}
-{{- " " ~ messages | map(attribute="role") | list | length }}"""
+{{- " " ~ messages | map(attribute="role") | list | length }}
+{{- " %%123456 %s" % "a" }} {{ "{{{:*^5}}}".format("b") }} {{ "%05.1f" % 2 }} {{ "123456%s" | format(1) }}
+{{- " " ~ [1, 2] | sum }}"""
     tokenizer = load(changed(tmp_path, config={"chat_template": template}))
-    want = "1user a-1732665600 1024! [1, 2, 3] (1, 'x') {'a': [1]} 12 True True 1 no <B>3 xxx True y, y 1"
+    want = "1user a-1732665600 1024! [1, 2, 3] (1, 'x') {'a': [1]} 12 True True 1 no <B>3 xxx True y, y 1 "
+    want += "%123456 a {**b**} 002.0 1234561 3"
     assert tokenizer.apply_chat_template(HELLO) == want
 
 
 def test_a_long_conversation_is_no_burden(tmp_path: Path) -> None:
-    tokenizer = load(changed(tmp_path, config={"chat_template": CHAT, "bos_token": "<s>", "eos_token": None}))
+    template = CHAT.replace("message['content']", "message['content'].replace('<|im_start|>', '<|begin_of_text|>')")
+    assert template != CHAT
+    tokenizer = load(changed(tmp_path, config={"chat_template": template, "bos_token": "<s>", "eos_token": None}))
+    long = {"role": "user", "content": "<|im_start|> words " * 40_000}
+    assert len(tokenizer.apply_chat_template([long])) > 880_000
     messages = [{"role": "user", "content": "words " * 200}] * 1000
     assert len(tokenizer.apply_chat_template(messages)) > 1_200_000
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _FILE = "chat_template.jinja"
 WIDEST_INDENT = 64
+LONGEST_DATE = 1000
 _SOURCE_NAME = "<template>"  # what Jinja calls a template made from a string
 
 
@@ -65,6 +66,7 @@ def render_chat_template(
         TypeError,
         ValueError,
         AttributeError,
+        AssertionError,
         RecursionError,
         MemoryError,
     ) as error:
@@ -103,6 +105,8 @@ def _environment() -> Environment:
         raise _RefusedError(message)
 
     def strftime_now(pattern: str) -> str:
+        if len(pattern) > LONGEST_DATE:
+            raise ValueError(f"a date's pattern of more than {LONGEST_DATE} characters")
         return datetime.datetime.now().strftime(pattern)
 
     environment = BoundedEnvironment(
