@@ -29,7 +29,10 @@ def test_a_draft_goes_with_the_next_one_once_its_process_was_killed(tmp_path: Pa
     ) as process:
         assert process.stdout is not None
         left = tmp_path / process.stdout.readline().strip()
-        others = [tmp_path / name for name in (".model.backup", ".model.0123456", ".models.01234567")]
+        others = [
+            tmp_path / name
+            for name in (".model.backup", ".model.20261127", ".model.0123456.draft", ".models.01234567.draft")
+        ]
         for other in others:
             other.mkdir()
         with new_folder(folder, lambda name: False) as draft:

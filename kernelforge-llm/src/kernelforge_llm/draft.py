@@ -17,7 +17,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_NAME = "[0-9a-f]{8}"
+_NAME = r"[0-9a-f]{8}\.draft"
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def new_folder(folder: Path, stale: Callable[[str], bool]) -> Iterator[Path]:
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file, not a folder")
-    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.draft")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _delete_drafts(folder)

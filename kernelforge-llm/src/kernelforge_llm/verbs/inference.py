@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kernelforge.cli import output
-from kernelforge.errors import UsageError
-from kernelforge_llm.files import decoded
+from kernelforge.errors import AssetError, UsageError
 from kernelforge_llm.verbs.explain import Explain, explained
 from kernelforge_llm.verbs.options import Activations, KvDtype, Model, Random, Weights, at_least, chosen_source
 
@@ -182,7 +181,10 @@ def _prompt(prompt: str | None, file: Path | None, ids: str | None) -> str | Seq
             raise UsageError(f"--prompt-ids '{ids}' is not a list of numbers", hint="such as 1,15,290") from None
     if file is None and prompt != "-":
         return DEFAULT_PROMPT if prompt is None else prompt
-    return decoded(file.read_bytes if file else sys.stdin.buffer.read, f"the prompt from {file or 'standard input'}")
+    try:
+        return (file.read_bytes() if file else sys.stdin.buffer.read()).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise AssetError(f"cannot read the prompt from {file or 'standard input'}: {error}") from None
 
 
 def _chat(decoder: Decoder, prompt: str | Sequence[int]) -> list[int]:
