@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from kernelforge.errors import UsageError
 from kernelforge.machine import Machine
 from kernelforge_cpu.emit import KernelBuilder
 from kernelforge_cpu.isa import LEVELS, CpuTarget, host_target, level_of, target
-from kernelforge_cpu.jit import assembly, compile_llvm, compile_object, llvm_ir, load, lower
+from kernelforge_cpu.jit import _LOCK, assembly, compile_llvm, compile_object, llvm_ir, load, lower
 from kernelforge_cpu.llvm_text import respell
 
 
@@ -133,6 +134,33 @@ def test_loaded_libraries_do_not_disturb_interpreter_exit() -> None:
     script += "[k.address('f') for k in keep]; print('done')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+def test_a_library_goes_without_waiting_for_who_compiles() -> None:
+    """It may be garbage that a thread collects while the one that compiles waits for that thread."""
+    library = load([compile_llvm("define void @f() { ret void }", host_target())])
+    known = weakref.ref(library._tracker)
+    compiling, done = threading.Event(), threading.Event()
+
+    def compile_long() -> None:
+        with _LOCK:
+            compiling.set()
+            done.wait(60)
+
+    other = threading.Thread(target=compile_long)
+    other.start()
+    compiling.wait(60)
+    collector = threading.Thread(target=lambda kept: kept.clear(), args=([library],))
+    del library
+    collector.start()
+    collector.join(10)
+    waits = collector.is_alive()
+    assert known() is not None, "LLVM was called beside another thread"
+    done.set()
+    other.join(60)
+    assert not waits
+    load([compile_llvm("define void @g() { ret void }", host_target())])
+    assert known() is None
 
 
 def test_respelling_of_constants() -> None:

