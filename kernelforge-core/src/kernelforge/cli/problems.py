@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from kernelforge.bench.matmul import MATMUL, matmul_problem
@@ -50,11 +50,14 @@ class Formats:
     activations: str = "auto"
     kv_dtype: str = "auto"
 
+    def given(self) -> dict[str, str]:
+        """Those that are not as by default: an importer that does not know one is only asked to when it is used."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+
     def check(self, model: str | None) -> None:
         """Raises UsageError for one that was given when there is no model."""
-        for option in fields(self):
-            if model is None and getattr(self, option.name) != option.default:
-                raise UsageError(f"--{option.name.replace('_', '-')} needs --model")
+        for name in self.given() if model is None else ():
+            raise UsageError(f"--{name.replace('_', '-')} needs --model")
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,7 @@ def load_model(session: Session, source: str, formats: Formats) -> ImportedModel
             leave_out(f"importer '{spec.name}'", spec.provenance, error)
             continue
         if claimed:
-            model: ImportedModel = importer.load(source, **asdict(formats), device=session.device.info)
+            model: ImportedModel = importer.load(source, **formats.given(), device=session.device.info)
             return model
     names = ", ".join(registry.importers)
     reason = f"none of the importers ({names}) reads it" if names else "no importer is installed"

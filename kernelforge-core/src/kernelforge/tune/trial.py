@@ -53,7 +53,7 @@ def _trace(store: RecordStore, failure: Record) -> Iterator[None]:
         faulthandler.enable(2) if enabled else faulthandler.disable()
         os.close(handle)
         with contextlib.suppress(OSError):
-            Path(name).unlink()
+            Path(name).unlink(missing_ok=True)
             _killed_before(store, failure).unlink(missing_ok=True)
 
 
