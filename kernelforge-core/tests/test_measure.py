@@ -3,7 +3,8 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import fake_target
@@ -144,6 +145,19 @@ def test_a_kernel_that_answers_with_an_earlier_result_is_caught(registry: Regist
         executable = session.compile_problem(workload.problem, constants=workload.constants)
         with pytest.raises(WrongResultError, match=r"result 'out' of transformer\.matmul"):
             workload.verify(executable)
+
+
+def test_what_roundings_before_decide_is_allowed_besides(registry: Registry, store: RecordStore) -> None:
+    def off(problem: Problem, operands: Sequence[Array | None], results: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(r + np.float32(0.5) for r in registry.ops[problem.op].evaluate(problem, operands))
+
+    with fake_target.session(store, variant("v", lambda c: Kernel(off))) as session:
+        workload = Workload(session, matmul_problem(registry, 4, 5, 6))
+        executable = session.compile_problem(workload.problem, constants=workload.constants)
+        with pytest.raises(WrongResultError, match="tolerated"):
+            workload.verify(executable)
+        workload.op = replace(workload.op, undecided=lambda arrays, attrs: (np.full((4, 5), 0.51),))
+        assert workload.verify(executable).largest > 0.01
 
 
 def test_a_kernel_that_does_not_write_everything_is_caught(registry: Registry, store: RecordStore) -> None:

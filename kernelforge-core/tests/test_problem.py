@@ -86,6 +86,7 @@ def test_sizes_of_dynamic_types_need_the_dimension() -> None:
     [
         (lambda: TensorType((2,), "f23"), "unknown dtype 'f23'"),
         (lambda: TensorType((-1,), "f32"), "negative dimension -1"),
+        (lambda: TensorType((1 << 30, "?0", 0, 1 << 30), "f32"), "more elements than memory can have"),
         (lambda: TensorType((2, 2), "f32", (1,)), "1 strides for a tensor of rank 2"),
         (lambda: parse_tensor_type("f32(2)"), "is not a tensor type"),
         (lambda: parse_tensor_type("f32[2,x y]"), "is not a dimension"),

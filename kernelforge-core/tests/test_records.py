@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import subprocess
 import sys
 import threading
@@ -243,6 +245,22 @@ def test_a_file_that_cannot_be_read_or_written(store: RecordStore) -> None:
     with pytest.raises(AssetError, match="cannot write the records file") as raised:
         store.append(record())
     assert "KERNELFORGE_HOME" in str(raised.value.hint)
+
+
+def test_a_file_in_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    store = RecordStore(tmp_path / "file" / "autotune.jsonl")
+    assert store.prune(lambda record: True) == ([], 0), "there is nothing to write"
+
+
+def test_records_that_cannot_be_dropped(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    store.append(record())
+    monkeypatch.setattr(home, "write_atomic", full)
+    with pytest.raises(AssetError, match=r"cannot write the records file .*: No space left on device"):
+        store.prune(lambda record: True)
 
 
 def test_merging_adds_what_is_new(store: RecordStore, tmp_path: Path) -> None:

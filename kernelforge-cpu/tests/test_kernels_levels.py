@@ -86,12 +86,17 @@ COUNTED = {
     problem("add_rms_norm", "f32[t,64]", "f32[t,64]", "f32[64]"): ROW,
     problem("softmax", "f32[t,64]"): {"add", "div"},
     problem("quantize", "f32[t,64]", format="q8a"): {"div"},  # the scale of a group
+    problem("matmul", "f32[1,64]", "q4[64,64]@const", transpose_rhs=True): set(),
+    problem("matmul", "f32[4,64]", "q8[64,64]@const", transpose_rhs=True): set(),
+    problem("glu_matmul", "f32[1,64]", "q4[64,64]@const", "q4[64,64]@const", transpose_rhs=True): set(),
+    problem("embedding", "q8[99,64]@const", "i32[t]"): {"mul"},  # the scale of a group, where no instruction widens f16
+    problem("embedding", "q4[99,64]@const", "i32[t]"): {"mul"},
     problem("attention", "f32[64,4,64]", "f16[2,64,2,64]", "f16[2,64,2,64]", "i32[64]", "i32[64]"): {
         *("add", "sub", "mul", "fma")  # how much a row's sum shrinks under its new maximum
     },
 }
 """Problems whose rows are whole vectors at every level, and the arithmetic of single f32 numbers in their code."""
-UNFUSED = {"add", "mul", "quantize"}
+UNFUSED = {"add", "mul", "quantize", "embedding"}
 """Ops that have no product to add to."""
 
 

@@ -221,6 +221,8 @@ def test_a_refused_step_leaves_the_cache_as_it_was(oracle: Decoder) -> None:
     oracle.feed(cache, [1, 2, 3])
     with pytest.raises(UsageError, match="49 tokens do not fit the context of 48"):
         oracle.feed(cache, [1] * 46)
+    with pytest.raises(UsageError, match="49 tokens do not fit the context of 48"):
+        oracle.step(cache, [[1] * 46])
     with pytest.raises(UsageError, match="got 2 sequences for a cache of 1"):
         oracle.step(cache, [[1], [2]])
     assert cache.lengths == [3]

@@ -57,7 +57,7 @@ def test_what_cannot_be_scored_is_an_error(capsys: pytest.CaptureFixture[str], t
     assert "--window 5000 is more than the 1024 tokens" in evaluate(capsys, "--window", "5000", code=2)
     assert "--window 1 is not possible" in evaluate(capsys, "--window", "1", code=2)
     assert "--windows 0 is not possible" in evaluate(capsys, "--windows", "0", code=2)
-    assert "cannot read the text" in evaluate(capsys, "--text", str(tmp_path / "none.txt"), code=13)
+    assert "none.txt: No such file or directory" in evaluate(capsys, "--text", str(tmp_path / "none.txt"), code=13)
     (tmp_path / "image").write_bytes(b"\xff\xfe\x00")
     assert "cannot read the text" in evaluate(capsys, "--text", str(tmp_path / "image"), code=13)
     oracle = Path(__file__).parent / "data" / "oracles" / "llama-gqa"

@@ -292,6 +292,14 @@ def test_sizes_grow_and_shrink_between_runs(session: Session) -> None:
         np.testing.assert_allclose(one(call()), silu(small + w) + w, rtol=1e-5, atol=1e-6)
 
 
+def test_what_was_recorded_ahead_for_one_size_is_not_run_for_another(session: Session) -> None:
+    w = numbers(24, seed=9)
+    executable = session.compile(two_sums(), constants={"w": w}, max_dims={"tokens": 8})
+    for tokens in (2, 2, 2, 8, 8, 8, 5):  # from the second run of a size on the next one is recorded ahead
+        x = numbers(tokens, 24, seed=tokens)
+        np.testing.assert_allclose(one(executable.run({"x": x})), silu(x + w) + w, rtol=1e-5, atol=1e-6)
+
+
 def test_sizes_for_which_there_is_no_memory_leave_the_others(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(session.device, GpuDevice)
     executable, w = session.compile(two_sums(), constants={"w": numbers(24)}), numbers(24)

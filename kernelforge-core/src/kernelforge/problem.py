@@ -14,6 +14,9 @@ from kernelforge.errors import UsageError
 Dim = int | str
 """A size: a number, or the name of a dynamic dimension (`"tokens"`; in a problem `"?0"`, `"?1"` by first appearance)."""
 
+_TOO_MANY = 1 << 60
+"""Elements; of eight bytes each, numpy cannot count their bytes."""
+
 Attr = bool | int | float | str | tuple[int, ...]
 """An attribute's value."""
 
@@ -35,6 +38,8 @@ class TensorType:
         for dim in self.shape:
             if isinstance(dim, int) and dim < 0:
                 raise UsageError(f"negative dimension {dim} in shape {self.shape}")
+        if prod(d or 1 for d in self.shape if isinstance(d, int)) >= _TOO_MANY:
+            raise UsageError(f"a tensor of shape {self.shape} has more elements than memory can have")
         if self.strides is not None and len(self.strides) != len(self.shape):
             raise UsageError(f"{len(self.strides)} strides for a tensor of rank {len(self.shape)}")
         if self.quantised:

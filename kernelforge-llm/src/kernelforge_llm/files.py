@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,3 +26,13 @@ def read_json_object(path: Path, limit_bytes: int = 1 << 26) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise AssetError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value
+
+
+def decoded(read: Callable[[], bytes], what: str) -> str:
+    """What is read, as text. Raises AssetError when it cannot be read, or is not UTF-8."""
+    try:
+        return read().decode()
+    except OSError as error:
+        raise AssetError(f"cannot read {what}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise AssetError(f"cannot read {what}: {error}") from None

@@ -59,10 +59,7 @@ class RecordStore:
         try:
             home.append_line(self.path, record.line())
         except OSError as error:
-            raise AssetError(
-                f"cannot write the records file {self.path}: {error.strerror or error}",
-                hint="make it writable, or set KERNELFORGE_HOME to a folder that is",
-            ) from None
+            raise self._not_written(error) from None
         self._remember(record)
 
     def current(self, problem: Problem, variant: KernelVariant, device: DeviceInfo) -> dict[str, Record]:
@@ -116,7 +113,7 @@ class RecordStore:
         self, unwanted: Callable[[Record], bool], *, unreadable: bool = False, dry_run: bool = False
     ) -> tuple[list[Record], int]:
         """Drop records, and with `unreadable` the lines that are none: the dropped records, and how many lines. The file
-        is replaced at once."""
+        is replaced at once. Raises AssetError when it cannot be."""
         kept: list[str] = []
         dropped: list[Record] = []
         lines = 0
@@ -133,10 +130,19 @@ class RecordStore:
                 dropped.append(record)
             else:
                 kept.append(line)
-        if not dry_run:
-            home.write_atomic(self.path, "".join(f"{line}\n" for line in kept))
+        if (dropped or lines) and not dry_run:
+            try:
+                home.write_atomic(self.path, "".join(f"{line}\n" for line in kept))
+            except OSError as error:
+                raise self._not_written(error) from None
             self._records = None
         return dropped, lines
+
+    def _not_written(self, error: OSError) -> AssetError:
+        return AssetError(
+            f"cannot write the records file {self.path}: {error.strerror or error}",
+            hint="make it writable, or set KERNELFORGE_HOME to a folder that is",
+        )
 
     def _load(self) -> list[Record]:
         if self._records is None:

@@ -9,6 +9,7 @@ import typer
 
 from kernelforge.cli import output
 from kernelforge.errors import AssetError, UsageError
+from kernelforge_llm.files import decoded
 from kernelforge_llm.verbs.options import Activations, KvDtype, Model, Weights, at_least, chosen_source
 
 
@@ -28,10 +29,7 @@ def llm_eval(
     """
     at_least(2, window=window)
     at_least(1, windows=windows)
-    try:
-        content = text.read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise AssetError(f"cannot read the text {text}: {error}") from None
+    content = decoded(text.read_bytes, f"the text {text}")
 
     from kernelforge.cli.options import open_session
     from kernelforge_llm import perplexity

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kernelforge.cli import output
-from kernelforge.errors import AssetError, UsageError
+from kernelforge.errors import UsageError
+from kernelforge_llm.files import decoded
 from kernelforge_llm.verbs.explain import Explain, explained
 from kernelforge_llm.verbs.options import Activations, KvDtype, Model, Random, Weights, at_least, chosen_source
 
@@ -181,10 +182,7 @@ def _prompt(prompt: str | None, file: Path | None, ids: str | None) -> str | Seq
             raise UsageError(f"--prompt-ids '{ids}' is not a list of numbers", hint="such as 1,15,290") from None
     if file is None and prompt != "-":
         return DEFAULT_PROMPT if prompt is None else prompt
-    try:
-        return (file.read_bytes() if file else sys.stdin.buffer.read()).decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise AssetError(f"cannot read the prompt from {file or 'standard input'}: {error}") from None
+    return decoded(file.read_bytes if file else sys.stdin.buffer.read, f"the prompt from {file or 'standard input'}")
 
 
 def _chat(decoder: Decoder, prompt: str | Sequence[int]) -> list[int]:

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 EARLY = (1, 7)
 """Tokens of the samples: with more, a norm of its own costs nothing beside the product."""
-
-
 FIXED: Attrs = {"transpose_lhs": False, "format": ACTIVATION_FORMAT}
 """Attributes of parts that the whole does not have."""
 
@@ -95,8 +93,8 @@ class _Fed:
 
     def undecided(self, arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
         """A norm that is rounded otherwise, in f32, moves numbers that lie between two steps of 8 bits to the other one."""
-        moved = partial(_EFFECT[self.product.name], moved=_steps(self._first(arrays, attrs)))
-        return self._multiplied(moved, self._first(arrays, attrs), arrays, attrs)
+        norm = self._first(arrays, attrs)
+        return self._multiplied(partial(_EFFECT[self.product.name], moved=_steps(norm)), norm, arrays, attrs)
 
     def _first(self, arrays: Arrays, attrs: Attrs) -> Array:
         """What the feeder gives, in float64; a norm is not quantised yet."""

@@ -7,24 +7,24 @@ from kernelforge.variant import KernelVariant
 HERE = "kernelforge_metal.kernels.matmul"
 
 _KINDS = (
-    ("gemv-bytes", "gemv:build_bytes_subgroups", "gemv:takes_bytes_subgroups", "gemv:bytes", 45),
-    ("gemv-bytes-shared", "gemv:build_bytes", "gemv:takes_bytes", "gemv:bytes_shared", 42),
+    ("gemv-bytes", "gemv:build_bytes_subgroups", "gemv:takes_bytes_subgroups", "gemv_configs:bytes", 45),
+    ("gemv-bytes-shared", "gemv:build_bytes", "gemv:takes_bytes", "gemv_configs:bytes_shared", 42),
     (
         "gemv-integer",
         "gemv:build_integers_subgroups",
         "gemv:takes_integers_subgroups",
-        "gemv:integers",
+        "gemv_configs:integers",
         40,
     ),
     (
         "gemv-integer-shared",
         "gemv:build_integers",
         "gemv:takes_integers",
-        "gemv:integers_shared",
+        "gemv_configs:integers_shared",
         35,
     ),
-    ("gemv", "gemv:build_gemv_subgroups", "gemv:takes_gemv_subgroups", "gemv:gemv", 30),
-    ("gemv-shared", "gemv:build_gemv", "gemv:takes_gemv", "gemv:gemv_shared", 25),
+    ("gemv", "gemv:build_gemv_subgroups", "gemv:takes_gemv_subgroups", "gemv_configs:gemv", 30),
+    ("gemv-shared", "gemv:build_gemv", "gemv:takes_gemv", "gemv_configs:gemv_shared", 25),
     (
         "gemm-cooperative",
         "gemm_cooperative:build_cooperative",
