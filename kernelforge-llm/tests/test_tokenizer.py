@@ -189,6 +189,8 @@ def test_what_templates_are_given(tmp_path: Path) -> None:
         ("{{ 2 ** 4000 * 2 ** 4000 }}", "it computes with integers of more than 4096 bits"),
         ("{{ ('f' * 2000) | int(0, 16) }}", "it computes with integers of more than 4096 bits"),
         ("{{ 0x" + "f" * 2000 + " // 3 > 1 }}", "it computes with integers of more than 4096 bits"),
+        ("{{ 5 | round(-2000) }}", "it computes with integers of more than 4096 bits"),
+        ("{{ 5 | round(method='ceil', precision=2000) }}", "it computes with integers of more than 4096 bits"),
         ("{{ [[1], [2]] | sum(start=[]) }}", "it adds up what are no numbers"),
         ("{{ 'a'.encode() }}", "access to attribute 'encode'"),
         ("{{ (1).to_bytes(9, 'big') }}", "access to attribute 'to_bytes'"),
@@ -228,6 +230,8 @@ def test_a_broken_or_hostile_template(tmp_path: Path, template: str, message: st
         "{{ ('a' * 1000).join(range(10 ** 5) | map('string')) }}",
         "{{ ['a' * 10 ** 5] | replace('a', 'b' * 1000) }}",
         "{{ ('a' * 10 ** 5) | replace(new='b' * 1000, old='a') }}",
+        "{{ ('a' * 10 ** 6).strip('b' * 1000 ~ 'a') }}",
+        "{{ ('a' * 10 ** 6) | trim('b' * 1000 ~ 'a') }}",
         "{{ ('a' * 10 ** 6).rfind('a' * 100 ~ 'b' ~ 'a' * 100) }}",
         "{% for i in range(10 ** 5) %}" + "text " * 2000 + "{% endfor %}",
         "{% macro m(n) %}" + "text " * 200 + "{{ m(n - 1) ~ m(n - 1) if n }}{% endmacro %}{{ m(60) }}",
@@ -274,10 +278,10 @@ def test_what_a_template_computes_is_what_jinja_computes(tmp_path: Path) -> None
 {%- macro twice(x, sep=", ") %}{{ [x, x] | join(sep) }}{% endmacro %} {{ twice("y") }}
 {{- " " ~ messages | map(attribute="role") | list | length }}
 {{- " %%123456 %s" % "a" }} {{ "{{{:*^5}}}".format("b") }} {{ "%05.1f" % 2 }} {{ "123456%s" | format(1) }}
-{{- " " ~ [1, 2] | sum }}"""
+{{- " " ~ [1, 2] | sum }} {{ 2.345 | round(1) }} {{ "xay".strip("yx") }}"""
     tokenizer = load(changed(tmp_path, config={"chat_template": template}))
     want = "1user a-1732665600 1024! [1, 2, 3] (1, 'x') {'a': [1]} 12 True True 1 no <B>3 xxx True y, y 1 "
-    want += "%123456 a {**b**} 002.0 1234561 3"
+    want += "%123456 a {**b**} 002.0 1234561 3 2.3 a"
     assert tokenizer.apply_chat_template(HELLO) == want
 
 

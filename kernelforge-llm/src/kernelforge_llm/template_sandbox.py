@@ -35,8 +35,8 @@ _MULTIPLYING = frozenset(
     {"batch", "center", "expandtabs", "indent", "join", "ljust", "replace", "rjust", "slice", "zfill"}
 )
 """Filters and methods whose result may be as large as the product of what they take."""
-_SEARCHING = frozenset({"rfind", "rindex", "rpartition", "rsplit"})
-"""Methods that may take as long as the product of the lengths of both texts; from the left, Python searches in linear time."""
+_SEARCHING = frozenset({"lstrip", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "strip", "trim"})
+"""What may take as long as the product of the lengths of both texts; from the left, Python searches in linear time."""
 _ABSENT_FILTERS = ("pprint", "striptags", "urlize", "wordwrap")
 _ABSENT_METHODS = frozenset({"encode", "to_bytes", "translate"})
 _PERCENT = re.compile(r"%(?:%|(?:\([^()]*\))?([-+ #0\d.*]*))")
@@ -127,6 +127,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             self._room(*(len(value) for value in given if isinstance(value, str)))
         elif name in _MULTIPLYING:
             self._room(*map(_factor, given))
+        elif name == "round":  # computes that power of 10
+            self._check_bits(4 * max(map(_factor, given[1:]), default=0))
         elif name == "sum" and any(isinstance(value, list | tuple) for value in given[1:]):
             raise LimitError("it adds up what are no numbers")
 
