@@ -1,8 +1,8 @@
 """Matrix products of rows that are RMS-normalised first, quantised to 8 bits, or both: `rms_norm_matmul`, `quantize_matmul`,
 `rms_norm_quantize_matmul`, and the same of the gated pair.
 
-A kernel for one quantises, or normalises, in its own workgroup what it multiplies, and saves a step of its own. As weights
-beside 8-bit activations are quantised, so they are here.
+A kernel that normalises and quantises what it multiplies saves a step, and the memory between the two. Weights that 8-bit
+activations multiply are always quantised.
 """
 
 from __future__ import annotations
