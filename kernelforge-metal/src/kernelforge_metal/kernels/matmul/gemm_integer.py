@@ -17,7 +17,7 @@ from kernelforge_metal.adapters import DOT4, SOFTWARE
 from kernelforge_metal.kernels.matmul.gemm import MAX_SUMS, Gemm, default_tile, takes_gemm
 from kernelforge_metal.kernels.matmul.geometry import product_of
 from kernelforge_metal.kernels.matmul.sources import BLOCK, Groups, Packed, Source
-from kernelforge_metal.kernels.matmul.tile import Slab
+from kernelforge_metal.kernels.matmul.tile import Slab, sums
 from kernelforge_metal.kernels.matmul.tiled import constant_weights
 from kernelforge_metal.kernels.matmul.words import WORDS, ZERO, ColumnWords, RowWords, Words, WordTile
 
@@ -111,39 +111,18 @@ class IntegerGemm(Gemm):
         return self.weights is not None and self.weights.dtype == "q4"
 
     def body(self, left: Slab, rights: Sequence[Slab], result: Result, piece: Piece) -> Iterator[str]:
-        tile, sides = self.tile, (left, *rights)
-        slabs = -(-self.product.inner // tile.steps)
+        yield from self.tile.places
+        yield from sums(self.tile, left, rights, -(-self.product.inner // self.tile.steps), self._products)
+        yield from self.stores(result, len(rights), piece)
 
-        def load(slab: str) -> Iterator[str]:
-            for side in sides:
-                yield from side.load(slab)
-
-        yield from tile.places
-        for side in sides:
-            yield from side.setup()
-        for n in range(len(rights)):
-            for i in range(tile.thread_rows):
-                for j in range(tile.thread_columns // 4):
-                    yield f"var c{n}_{i}_{j} = vec4<f32>();"
-        if tile.prefetch:
-            yield from load("0u")
-        yield f"for (var slab = 0u; slab < {slabs}u; slab++) {{"
-        if not tile.prefetch:
-            yield from load("slab")
-        yield "workgroupBarrier();"
-        for side in sides:
-            yield from side.store()
-        yield "workgroupBarrier();"
-        if tile.prefetch:
-            yield f"if (slab + 1u < {slabs}u) {{"
-            yield from load("(slab + 1u)")
-            yield "}"
+    def _products(self, left: Slab, rights: Sequence[Slab]) -> Iterator[str]:
+        """Of all groups of a slab."""
+        tile = self.tile
         yield f"for (var g = 0u; g < {tile.groups}u; g++) {{"
         for n, right in enumerate(rights):
             for first in range(0, tile.thread_columns // 4, tile.at_once // 4):
                 yield from self._group(left, right, n, range(first, first + tile.at_once // 4))
-        yield "} }"
-        yield from self.stores(result, len(rights), piece)
+        yield "}"
 
     def _group(self, left: Slab, right: Slab, n: int, vectors: range) -> Iterator[str]:
         """The sums of a group in these vectors of the thread's columns."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kernelforge_metal.kernels.matmul.sources import BLOCK, Source
@@ -192,8 +192,13 @@ class Slab:
             yield "}"
 
 
-def sums(tile: Tile, left: Slab, rights: Sequence[Slab], slabs: int) -> Iterator[str]:
-    """c<n>_<i>_<j>: with right-hand side n, row i of the thread's and vector j of its columns, in the order of `Tile.lanes`."""
+Products = Callable[[Slab, Sequence[Slab]], Iterator[str]]
+"""The text that adds the products of all steps of a slab, which is in workgroup memory, to `c<n>_<i>_<j>`."""
+
+
+def sums(tile: Tile, left: Slab, rights: Sequence[Slab], slabs: int, products: Products | None = None) -> Iterator[str]:
+    """c<n>_<i>_<j>: with right-hand side n, row i of the thread's and vector j of its columns, in the order of `Tile.lanes`.
+    `products`: None for those of floats."""
     sides = (left, *rights)
 
     def all_sides(slab: str) -> Iterator[str]:
@@ -225,7 +230,7 @@ def sums(tile: Tile, left: Slab, rights: Sequence[Slab], slabs: int) -> Iterator
     elif tile.prefetch == 2:
         yield f"let next = min(slab + 1u, {slabs - 1}u);"
         yield from all_sides("next")
-    yield from _slab_products(tile, left, rights)
+    yield from _slab_products(tile, left, rights) if products is None else products(left, rights)
     yield "}"
 
 
