@@ -441,6 +441,8 @@ def test_reasons_to_refuse() -> None:
     assert reason("gemv", one, info()) == "the device has no subgroups"
     assert "1 to 8 rows, not 9" in reason("gemv-shared", linear(9, 8, 8, "f32"), info())
     assert "1 to 8 rows, not 0" in reason("gemv-shared", linear(0, 8, 8, "f32"), info())
+    empty = matmul("f32[20,0]", "f32[0,8]@const")
+    assert reason("gemm", empty, info()) == "takes sums of at least one number"
     assert "at least one column" in reason("gemv-shared", linear(1, 0, 8, "f32"), info())
     assert "a known number of rows" in reason("gemv-shared", linear("t", 8, 8, "f32").canonical(), info())
     assert "a constant right-hand side" in reason("gemv-shared", matmul("f32[1,8]", "f32[8,8]"), info())

@@ -50,7 +50,10 @@ def takes_gemm(problem: Problem, device: DeviceInfo) -> Verdict:
     verdict = takes_products(problem, device)
     if isinstance(verdict, Reject):
         return verdict
-    if len(product_of(problem).batches) > 1:
+    g = product_of(problem)
+    if not g.inner:
+        return Reject("takes sums of at least one number")
+    if len(g.batches) > 1:
         return Reject("takes batches whose matrices are the same number of elements apart")
     return Accept()
 
