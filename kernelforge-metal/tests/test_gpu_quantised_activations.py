@@ -16,6 +16,7 @@ from kernelforge.tune.verify import Workload
 from kernelforge.variant import Config, DeviceInfo, Reject
 from kernelforge_metal.kernels.matmul import gemm_integer
 from kernelforge_metal.kernels.matmul.gemm import NAMES
+from kernelforge_metal.kernels.quantised_activations import takes_floats
 
 DEFS = {op.name: op for op in OPS}
 FORMAT = "q8a"
@@ -128,6 +129,8 @@ def test_formats_of_weights_are_not_computed_by_kernels(gpu: Session) -> None:
     found = gpu.select(problem("quantize", "f32[3,64]", format="q4")).decisions
     verdicts = {d.variant.name: d.verdict for d in found}
     assert verdicts["wgsl"] == Reject("makes q8a; q4 is computed when a module is compiled")
+    wide = takes_floats(problem("rms_norm_quantize", "f64[3,64]", "f64[64]"), gpu.device.info)
+    assert wide == Reject("takes f32, f16, bf16, not f64")
 
 
 def test_products_in_integers_want_bytes_and_their_dot_products() -> None:

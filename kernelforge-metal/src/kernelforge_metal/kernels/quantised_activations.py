@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kernelforge.dtype import ACTIVATION_FORMAT, FLOATS, GROUP
+from kernelforge.dtype import ACTIVATION_FORMAT, GROUP
 from kernelforge.problem import TensorType
 from kernelforge.variant import Reject
 from kernelforge_metal import wgsl
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from kernelforge.variant import Config, DeviceInfo, Verdict
 
 GROUP_WORDS = 10
+READ = ("f32", "f16", "bf16")
+"""Dtypes of what is quantised."""
 THREADS = 64
 MAX_KEPT = 4
 """Quads of a row that a thread keeps in registers at most."""
@@ -34,7 +36,10 @@ def takes_floats(problem: Problem, device: DeviceInfo) -> Verdict:
     """Of kernels that quantise activations."""
     if problem.results[0].dtype != ACTIVATION_FORMAT:
         return Reject(f"makes {ACTIVATION_FORMAT}; {problem.results[0].dtype} is computed when a module is compiled")
-    return takes(problem, device, (*(d for d in FLOATS if d != "f64"), ACTIVATION_FORMAT))
+    for t in problem.operands:
+        if t is not None and t.dtype not in READ:
+            return Reject(f"takes {', '.join(READ)}, not {t.dtype}")
+    return takes(problem, device, (*READ, ACTIVATION_FORMAT))
 
 
 def _store(threads: int) -> str:
