@@ -22,7 +22,7 @@ from kernelforge.tune.verify import Workload
 from kernelforge.variant import Accept, Config, DeviceInfo, KernelVariant, Reject
 from kernelforge_metal.adapters import SOFTWARE
 from kernelforge_metal.kernel import GpuKernel, shader
-from kernelforge_metal.kernels.matmul import VARIANTS
+from kernelforge_metal.kernels.matmul import VARIANTS, gemm_integer
 from kernelforge_metal.kernels.matmul.gemm import NAMES
 from kernelforge_metal.kernels.matmul.weights import Quads, pieces
 
@@ -469,17 +469,24 @@ def test_reasons_to_refuse() -> None:
 
 
 @pytest.mark.parametrize(
-    ("w", "variant"), [*((w, v) for w in WEIGHTS for v in ("gemv", "gemm")), *((w, "gemv-integer") for w in QUANTISED)]
+    ("w", "variant"),
+    [
+        *((w, v) for w in WEIGHTS for v in ("gemv", "gemm")),
+        *((w, v) for w in QUANTISED for v in ("gemv-integer", "gemv-bytes", "gemm-integer")),
+    ],
 )
 def test_a_weight_larger_than_a_binding_is_read_in_pieces(gpu: Session, w: str, variant: str) -> None:
     """As embeddings of large vocabularies are: forced by a device that binds little."""
-    problem = matmul("f32[3,64]", f"{w}[300,64]@const", "f32[300]", transpose_rhs=True)
+    x = "q8a" if variant in ("gemv-bytes", "gemm-integer") else "f32"
+    problem = matmul(f"{x}[3,64]", f"{w}[300,64]@const", "f32[300]", transpose_rhs=True)
     known = gpu.device.info
     column = {"f32": 256, "f16": 128, "bf16": 128, "q8": 64, "q4": 32}[w]
     limits = {**dict(known.limits), "max-storage-buffer-binding-size": 130 * column}
     small = dataclasses.replace(known, limits=tuple(sorted(limits.items())))
     made = BY_NAME["matmul", variant]
-    config = SMALL if variant == "gemm" else {"columns": 4, "tiles": 1, "threads": 32, "unroll": 1}
+    row: Config = {"columns": 4, "tiles": 1, "threads": 32, "unroll": 1}
+    words: Config = dict(zip(gemm_integer.NAMES, gemm_integer.SMALL_TILE, strict=True))
+    config = {"gemm": SMALL, "gemm-integer": words, "gemv-bytes": {**row, "span": 2}}.get(variant, row)
     kernel = made.build_kernel(problem, config, small)
     assert [dict(d.parameters)["first"] for d in kernel.dispatches] == [0, 128, 256]
     firsts = [b for d in kernel.dispatches for b in d.bindings if b.name in ("w", "b_w")]

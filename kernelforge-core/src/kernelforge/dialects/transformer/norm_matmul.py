@@ -83,7 +83,7 @@ class _Fed:
         return self.product.infer_types((lhs, *operands[self.own :]), _attrs_of(self.product, attrs))
 
     def reference(self, arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
-        """The product of what the first part of the op gives; in 8 bits, of the numbers that the groups stand for."""
+        """The formula. Of what is quantised, the numbers that its groups stand for are multiplied, not rounded again."""
         return self._multiplied(self.product.reference, self._first(arrays, attrs), arrays, attrs)
 
     def magnitude(self, arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
