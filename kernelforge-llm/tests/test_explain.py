@@ -58,7 +58,9 @@ def test_inference_and_bench_print_the_table(capsys: pytest.CaptureFixture[str])
     assert "transformer.glu_matmul" not in captured.out
     sizes = ("--prompt-tokens", "4", "--gen-tokens", "2", "--repeat", "1")
     assert main(["llm-bench", *model, *sizes, "--explain"]) == 0
-    assert "prefill, 4 tokens after 0: " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "weights native, activations f32, cpu" in out.splitlines()[0]
+    assert "prefill, 4 tokens after 0: " in out
     assert main(["llm-bench", *model, *sizes, "--explain", "--depth", "3", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)["data"]["explain"]
     assert (data["prefill"]["tokens"], data["prefill"]["depth"], data["decode"]["depth"]) == (4, 3, 4)

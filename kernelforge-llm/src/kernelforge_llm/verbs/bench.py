@@ -76,7 +76,8 @@ def llm_bench(
             )
     figures = found.speeds(found.runs)
     counted = f"{threads} thread{'s' if threads > 1 else ''}"
-    out.print(f"{source.name}, weights {weights}, {out.target}, {counted}, {depth} tokens in the cache")
+    formats = f"weights {weights}, activations {decoder.model.activation_dtype}"
+    out.print(f"{source.name}, {formats}, {out.target}, {counted}, {depth} tokens in the cache")
     scales = {f"prefill {prompt_tokens}, tokens/s": 1, f"decode {gen_tokens}, tokens/s": 1, "first token, ms": 1000}
     rows = [
         (title, *(_rounded(value * scale) for value in summary.values()))
