@@ -92,9 +92,12 @@ class _Fed:
         return self._multiplied(self.product.magnitude, self._first(arrays, attrs), arrays, attrs)
 
     def undecided(self, arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
-        """A norm that is rounded otherwise, in f32, moves numbers that lie between two steps of 8 bits to the other one."""
-        norm = self._first(arrays, attrs)
-        return self._multiplied(partial(_EFFECT[self.product.name], moved=_steps(norm)), norm, arrays, attrs)
+        """Norms and divisions that round otherwise, in f32, move numbers that lie between two steps of 8 bits to the other one."""
+        import numpy as np
+
+        first = self._first(arrays, attrs)
+        floats = first if self.own > 1 else np.asarray(arrays[0], np.float64)
+        return self._multiplied(partial(_EFFECT[self.product.name], moved=_steps(floats)), first, arrays, attrs)
 
     def _first(self, arrays: Arrays, attrs: Attrs) -> Array:
         """What the feeder gives, in float64; a norm is not quantised yet."""
@@ -141,7 +144,7 @@ def _op(feeder: OpDef, product: OpDef, summary: str, sample: Callable[[random.Ra
         sample=sample,
         cost=fed.cost,
         magnitude=fed.magnitude,
-        undecided=fed.undecided if feeder is RMS_NORM_QUANTIZE else None,
+        undecided=fed.undecided if fed.quantises else None,
         parts=fed.parts,
         dialect=DIALECT,
     )

@@ -7,6 +7,7 @@ from kernelforge.variant import KernelVariant
 HERE = "kernelforge_metal.kernels.matmul"
 
 _KINDS = (
+    ("gemv-quantising", "gemv:build_quantising", "gemv:takes_quantising", "gemv_configs:quantising", 45),
     ("gemv-bytes", "gemv:build_bytes_subgroups", "gemv:takes_bytes_subgroups", "gemv_configs:bytes", 45),
     ("gemv-bytes-shared", "gemv:build_bytes", "gemv:takes_bytes", "gemv_configs:bytes_shared", 42),
     (
@@ -46,12 +47,16 @@ _KINDS = (
 _NORMALISING = ("gemv-integer", "gemv-integer-shared", "gemv", "gemv-shared")
 """With more rows than these take, norm and product are run one after the other: `OpDef.parts`."""
 
+_QUANTISING = ("gemv-quantising",)
+"""Else what these multiply is quantised by an op of its own, and then multiplied."""
+
 _SINGLE = ("gemm-cooperative",)
 """With one right-hand side only."""
 
 _SUMMARIES = {
     "gemv-bytes": "a few rows of 8-bit activations (q8a) times quantised weights, sums across subgroups",
     "gemv-bytes-shared": "the same, sums in workgroup memory",
+    "gemv-quantising": "a few rows, which are quantised to 8 bits, times quantised weights, sums across subgroups",
     "gemv-integer": "a few rows times quantised weights in integers, sums across subgroups",
     "gemv-integer-shared": "the same, sums in workgroup memory",
     "gemv": "a few rows; each weight is read once, sums across subgroups",
@@ -60,6 +65,16 @@ _SUMMARIES = {
     "gemm-integer": "tiles of the result, from activations and weights of bytes, multiplied in integers",
     "gemm": "tiles of the result, their operands in workgroup memory",
 }
+
+
+def _ops(kind: str) -> tuple[str, ...]:
+    if kind in _QUANTISING:
+        products = ("matmul", "glu_matmul")
+        return tuple(f"{first}quantize_{product}" for first in ("", "rms_norm_") for product in products)
+    if kind in _SINGLE:
+        return ("matmul",)
+    return ("matmul", "glu_matmul", *(("rms_norm_matmul", "rms_norm_glu_matmul") if kind in _NORMALISING else ()))
+
 
 VARIANTS = (
     *(
@@ -74,9 +89,8 @@ VARIANTS = (
             default=f"{HERE}.{family}_default",
             priority=priority,
         )
-        for op in ("matmul", "glu_matmul", "rms_norm_matmul", "rms_norm_glu_matmul")
         for name, build, supports, family, priority in _KINDS
-        if (not op.startswith("rms_norm") or name in _NORMALISING) and (op == "matmul" or name not in _SINGLE)
+        for op in _ops(name)
     ),
     *(
         KernelVariant(

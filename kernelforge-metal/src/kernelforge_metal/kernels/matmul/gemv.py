@@ -10,7 +10,7 @@ from kernelforge_metal.adapters import DOT4
 from kernelforge_metal.kernel import GpuKernel
 from kernelforge_metal.kernels.matmul.common import takes_products
 from kernelforge_metal.kernels.matmul.gemv_configs import kernel_of
-from kernelforge_metal.kernels.matmul.gemv_products import ByteGemv, FloatGemv, IntegerGemv
+from kernelforge_metal.kernels.matmul.gemv_products import ByteGemv, FloatGemv, IntegerGemv, QuantisingGemv
 from kernelforge_metal.kernels.matmul.geometry import product_of, rhs_of
 from kernelforge_metal.kernels.matmul.weights import pieces
 from kernelforge_metal.wgsl import SUBGROUP
@@ -71,6 +71,11 @@ def takes_bytes_subgroups(problem: Problem, device: DeviceInfo) -> Verdict:
     return _takes_bytes(problem, device) or _takes_subgroups(device) or _takes_few_rows(problem, device)
 
 
+def takes_quantising(problem: Problem, device: DeviceInfo) -> Verdict:
+    """Where it does not run, the parts of its op do."""
+    return _takes_integers(problem, device) or takes_gemv_subgroups(problem, device)
+
+
 def _takes_bytes(problem: Problem, device: DeviceInfo) -> Reject | None:
     if problem.operand(0).dtype != ACTIVATION_FORMAT:
         return Reject(f"takes rows of {ACTIVATION_FORMAT}, not {problem.operand(0).dtype}")
@@ -112,6 +117,10 @@ def build_bytes(problem: Problem, config: Config, device: DeviceInfo) -> GpuKern
 
 def build_bytes_subgroups(problem: Problem, config: Config, device: DeviceInfo) -> GpuKernel:
     return _build(ByteGemv, problem, config, device, subgroups=True)
+
+
+def build_quantising(problem: Problem, config: Config, device: DeviceInfo) -> GpuKernel:
+    return _build(QuantisingGemv, problem, config, device, subgroups=True)
 
 
 def _build(kind: type[Gemv], problem: Problem, config: Config, device: DeviceInfo, *, subgroups: bool) -> GpuKernel:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from kernelforge.dtype import GROUP
 from kernelforge.variant import ConfigSpace
-from kernelforge_metal.kernels.matmul.gemv_products import ByteGemv, FloatGemv, IntegerGemv
+from kernelforge_metal.kernels.matmul.gemv_products import ByteGemv, Bytes, FloatGemv, IntegerGemv, QuantisingGemv
+from kernelforge_metal.kernels.matmul.gemv_sums import NARROWEST
 from kernelforge_metal.kernels.matmul.geometry import product_of
 from kernelforge_metal.kernels.matmul.result import stored_columns
 from kernelforge_metal.kernels.matmul.weights import QUAD, Quads, weights_of
@@ -24,7 +26,7 @@ MAX_WORDS = 16
 UNROLL = (1, 2, 4)
 """Units that a thread has at once."""
 SPANS = (1, 2)
-"""Words that make a unit where lhs is in q8a."""
+"""Words that make a unit where lhs is multiplied as bytes."""
 MAX_TILES = 16
 """Of a workgroup: the sums of more fill its memory."""
 WORKGROUPS = (128, 256, 512, 1024)
@@ -74,6 +76,11 @@ def bytes_shared_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
     return _space(ByteGemv, problem, device, subgroups=False)
 
 
+def quantising_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
+    """As of bytes."""
+    return _space(QuantisingGemv, problem, device, subgroups=True)
+
+
 def _space(kind: type[Gemv], problem: Problem, device: DeviceInfo, *, subgroups: bool) -> ConfigSpace:
     g = product_of(problem)
     weights = weights_of(problem.operand(g.rhs[0]).dtype, g.columns, g.inner)
@@ -82,9 +89,12 @@ def _space(kind: type[Gemv], problem: Problem, device: DeviceInfo, *, subgroups:
     columns = [c for c in (1, 2, 4, 8, 16) if least <= c <= (16 if quads else 8)]
     tiles = {-(-g.columns // (c * workgroups)) for c in columns for workgroups in WORKGROUPS}
     most = device.limit("max-compute-invocations-per-workgroup", 256)
-    spans = SPANS if kind is ByteGemv else (1,)
+    of_bytes = issubclass(kind, Bytes)
+    spans = SPANS if of_bytes else (1,)
+    if kind is QuantisingGemv:  # the threads of a group are in one subgroup
+        spans = tuple(s for s in spans if s * weights.steps * NARROWEST >= GROUP)
     shares = {(weights.units // span, u) for span in spans for u in UNROLL} if subgroups else set()
-    exact = {_warps(n, u) if kind is ByteGemv else n // u for n, u in shares}
+    exact = {_warps(n, u) if of_bytes else n // u for n, u in shares}
     threads = {2**i for i in range(5, 11)} | exact
     memory = device.limit("max-compute-workgroup-storage-size", 16384)
 
@@ -101,7 +111,7 @@ def _space(kind: type[Gemv], problem: Problem, device: DeviceInfo, *, subgroups:
             ("tiles", tuple(sorted({1, 2, 4, 8, 16} | {n for n in tiles if n <= MAX_TILES}))),
             ("threads", tuple(sorted(t for t in threads if t % 32 == 0 and 32 <= t <= most))),
             ("unroll", UNROLL),
-            *((("span", spans),) if kind is ByteGemv else ()),
+            *((("span", spans),) if of_bytes else ()),
         ),
         (
             ("the sums do not fit the registers", lambda c: c["columns"] == least or kernel(c).sums.each <= MAX_SUMS),
@@ -214,6 +224,10 @@ def _byte_default(problem: Problem, space: ConfigSpace) -> Config:
         {"columns": QUAD, "tiles": 1, "threads": t, "unroll": u, "span": s} for s, u, t in shares if t <= 512
     ]
     return next(chain((c for c in chosen if c in space), space))
+
+
+def quantising_default(problem: Problem, device: DeviceInfo) -> Config:
+    return _byte_default(problem, quantising_space(problem, device))
 
 
 def _warps(units: int, each: int) -> int:

@@ -62,6 +62,10 @@ class Gemv(ABC):
     def numbers(self, i: int) -> Iterator[str]:
         """Fill them."""
 
+    def prepared(self, i: int) -> Iterator[str]:
+        """What else they need, while words are under way."""
+        yield from ()
+
     @abstractmethod
     def multiplied(self, i: int) -> Iterator[str]:
         """Add their products with the unit's words to the sums."""
@@ -138,17 +142,17 @@ class Gemv(ABC):
         (step,) = g.problem.operand(g.gain).element_strides()
         return Vectors(g, self.device, "gain", g.gain, step, 0, self.covered)
 
-    def loaded(self, i: int) -> Iterator[str]:
+    def loaded(self, i: int, to: str = "x") -> Iterator[str]:
         """`x{i}_{m}_{j}`: the numbers of row m for unit `i`, four at a time, times the gain, their squares added up."""
         for j in range(self.vectors):
             place = f"{self.vectors}u * u{i} + {j}u"
             if self.product.gain is None:
                 for m in range(self.rows):
-                    yield f"x{i}_{m}_{j} = x_four({m}u, {place});"
+                    yield f"{to}{i}_{m}_{j} = x_four({m}u, {place});"
                 continue
             yield f"let g{i}_{j} = gain_four(0u, {place});"
             for m in range(self.rows):
-                yield f"let l{i}_{m}_{j} = x_four({m}u, {place}); x{i}_{m}_{j} = l{i}_{m}_{j} * g{i}_{j};"
+                yield f"let l{i}_{m}_{j} = x_four({m}u, {place}); {to}{i}_{m}_{j} = l{i}_{m}_{j} * g{i}_{j};"
                 yield f"squares{m} += dot(l{i}_{m}_{j}, l{i}_{m}_{j});"
 
     # --- weights ---
@@ -240,6 +244,7 @@ class Gemv(ABC):
         for i in range(len(units)):
             if not self.lhs_first:
                 yield from numbers(i)
+            yield from self.prepared(i)
             yield from self.multiplied(i)
 
     def several_tiles(self, piece: Piece) -> Iterator[str]:
@@ -271,6 +276,9 @@ class Gemv(ABC):
         yield "}"
         if not self.lhs_first:
             yield from numbers()
+        for i, guard in enumerate(guards):
+            if lines := list(self.prepared(i)):
+                yield from (guard, *lines, "}")
         yield f"for (var tile = 0u; tile < {self.tiles}u; tile++) {{" if self.tiles > 1 else "{ let tile = 0u;"
         yield from self.zeros()
         for i, guard in enumerate(guards):

@@ -118,22 +118,11 @@ class IntegerGemv(Gemv):
         yield "} } }"
 
 
-class ByteGemv(Gemv):
-    """The text of a GEMV kernel whose lhs is in q8a: the sum of a unit's products is an integer, which both scales multiply."""
+class Bytes(Gemv):
+    """The text of a GEMV kernel that multiplies int8 of groups: the sum of a unit's products is an integer, which both scales
+    multiply."""
 
     lhs_first = True
-
-    @property
-    def functions(self) -> str:
-        return ""
-
-    @property
-    def max_kept(self) -> int:
-        return 4 * MAX_KEPT
-
-    @property
-    def x(self) -> Groups:
-        return Groups(self.product)
 
     def lhs(self, i: int) -> Iterator[tuple[str, str]]:
         for m in range(self.rows):
@@ -147,17 +136,11 @@ class ByteGemv(Gemv):
         """Whether weights are stored plus 8."""
         return self.weights.dtype == "q4"
 
-    def numbers(self, i: int) -> Iterator[str]:
-        for m in range(self.rows):
-            yield f"d{i}_{m} = x_scale({m}u, u{i} / {GROUP // self.steps}u);"
-            if self.vectors == 1:
-                yield f"x{i}_{m}_0 = x_eight({m}u, u{i} >> 1u)[u{i} & 1u];"
-            for j in range(self.vectors // 2):
-                yield f"let p{i}_{m}_{j} = x_eight({m}u, {self.vectors // 2}u * u{i} + {j}u);"
-                yield f"x{i}_{m}_{2 * j} = p{i}_{m}_{j}.x; x{i}_{m}_{2 * j + 1} = p{i}_{m}_{j}.y;"
-            if self._offset:
-                sums = " + ".join(f"dot4I8Packed(x{i}_{m}_{j}, 0x08080808u)" for j in range(self.vectors))
-                yield f"eights{i}_{m} = {sums};"
+    def eights(self, i: int) -> Iterator[str]:
+        """What that adds to the sums of unit `i`."""
+        for m in range(self.rows if self._offset else 0):
+            sums = " + ".join(f"dot4I8Packed(x{i}_{m}_{j}, 0x08080808u)" for j in range(self.vectors))
+            yield f"eights{i}_{m} = {sums};"
 
     def multiplied(self, i: int) -> Iterator[str]:
         for n in range(len(self.names)):
@@ -178,3 +161,79 @@ class ByteGemv(Gemv):
                     product = " + ".join(dots) + (f" - eights{i}_{m}" if self._offset else "")
                     yield f"{z} = fma(f32({product}), {scale} * d{i}_{m}, {z});"
                 yield "}"
+
+
+class ByteGemv(Bytes):
+    """The same for a lhs in q8a."""
+
+    @property
+    def functions(self) -> str:
+        return ""
+
+    @property
+    def max_kept(self) -> int:
+        return 4 * MAX_KEPT
+
+    @property
+    def x(self) -> Groups:
+        return Groups(self.product)
+
+    def numbers(self, i: int) -> Iterator[str]:
+        for m in range(self.rows):
+            yield f"d{i}_{m} = x_scale({m}u, u{i} / {GROUP // self.steps}u);"
+            if self.vectors == 1:
+                yield f"x{i}_{m}_0 = x_eight({m}u, u{i} >> 1u)[u{i} & 1u];"
+            for j in range(self.vectors // 2):
+                yield f"let p{i}_{m}_{j} = x_eight({m}u, {self.vectors // 2}u * u{i} + {j}u);"
+                yield f"x{i}_{m}_{2 * j} = p{i}_{m}_{j}.x; x{i}_{m}_{2 * j + 1} = p{i}_{m}_{j}.y;"
+        yield from self.eights(i)
+
+
+QUANTISED = """
+fn largest_bits(x: vec4<f32>) -> u32 {
+  let bits = bitcast<vec4<u32>>(x) & vec4<u32>(0x7fffffffu);
+  return max(max(bits.x, bits.y), max(bits.z, bits.w));
+}
+fn step_of(largest: u32) -> f32 {
+  let step = select(bitcast<u32>(bitcast<f32>(largest) / 127.0), 0u, largest < 0x03fe0000u);
+  return bitcast<f32>(select(step, 0x7fc00000u, largest >= 0x7f800000u));
+}
+fn inverse_of(step: f32, largest: u32) -> f32 {
+  return select(0.0, 1.0 / step, largest >= 0x03fe0000u && largest < 0x7f800000u);
+}
+fn bytes(x: vec4<f32>, inverse: f32) -> u32 {
+  let n = bitcast<vec4<u32>>(fma(x, vec4<f32>(inverse), vec4<f32>(12582912.0))) & vec4<u32>(0xffu);
+  return n.x | (n.y << 8u) | (n.z << 16u) | (n.w << 24u);
+}
+"""
+"""`step_of`: the scale d of a group whose largest magnitude has these bits: 0 where it would be subnormal, NaN beside NaN or
+infinity. `bytes`: four numbers over d; adding 1.5 * 2^23 rounds them and leaves them in the last bits."""
+
+
+class QuantisingGemv(Bytes):
+    """The same for a lhs of floats, which its threads quantise: neighbours share a group, and what is largest in it.
+
+    A norm's scale is the same for numbers and steps: sums are multiplied by it at the end.
+    """
+
+    @property
+    def functions(self) -> str:
+        return QUANTISED
+
+    def lhs(self, i: int) -> Iterator[tuple[str, str]]:
+        yield from ((f"f{i}_{m}_{j}", "vec4<f32>") for m in range(self.rows) for j in range(self.vectors))
+        yield from super().lhs(i)
+
+    def numbers(self, i: int) -> Iterator[str]:
+        yield from self.loaded(i, "f")
+
+    def prepared(self, i: int) -> Iterator[str]:
+        for m in range(self.rows):
+            most = f"most{i}_{m}"
+            yield f"var {most} = largest_bits(f{i}_{m}_0);"
+            yield from (f"{most} = max({most}, largest_bits(f{i}_{m}_{j}));" for j in range(1, self.vectors))
+            for apart in (2**n for n in range((GROUP // self.steps).bit_length() - 1)):
+                yield f"{most} = max({most}, subgroupShuffleXor({most}, {apart}u));"
+            yield f"d{i}_{m} = step_of({most}); let inverse{i}_{m} = inverse_of(d{i}_{m}, {most});"
+            yield from (f"x{i}_{m}_{j} = bytes(f{i}_{m}_{j}, inverse{i}_{m});" for j in range(self.vectors))
+        yield from self.eights(i)

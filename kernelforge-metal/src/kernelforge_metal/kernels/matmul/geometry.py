@@ -72,7 +72,7 @@ def product_of(problem: Problem) -> Product:
     first, *_ = rhs_of(problem)
     glu, normed = is_gated(problem), first == 2
     lhs, rhs, out = problem.operand(0), problem.operand(first), problem.results[0]
-    transpose_lhs = not glu and not normed and bool(problem.attr("transpose_lhs"))
+    transpose_lhs = bool(dict(problem.attrs).get("transpose_lhs", False))
     transpose_rhs = bool(problem.attr("transpose_rhs"))
     *outer, row_step, inner_step = lhs.element_strides()
     inner = lhs.shape[-1]
