@@ -227,7 +227,16 @@ def _byte_default(problem: Problem, space: ConfigSpace) -> Config:
 
 
 def quantising_default(problem: Problem, device: DeviceInfo) -> Config:
-    return _byte_default(problem, quantising_space(problem, device))
+    """As many threads as have a unit each, and eight columns a workgroup: numbers are quantised once for all. Measured on an
+    NVIDIA H200."""
+    g, space = product_of(problem), quantising_space(problem, device)
+    units = Quads(problem.operand(g.rhs[0]).dtype, g.columns, g.inner).units
+    chosen: list[Config] = [
+        {"columns": max(QUAD, 8 // len(g.rhs)), "tiles": 1, "threads": _warps(units // s, u), "unroll": u, "span": s}
+        for u in UNROLL
+        for s in SPANS
+    ]
+    return next((c for c in chosen if c in space), _byte_default(problem, space))
 
 
 def _warps(units: int, each: int) -> int:
