@@ -159,7 +159,7 @@ class Bytes(Gemv):
                     z = self.sum(n, m, c)
                     dots = [f"dot4I8Packed({part}, x{i}_{m}_{j})" for j, part in enumerate(parts)]
                     product = " + ".join(dots) + (f" - eights{i}_{m}" if self._offset else "")
-                    yield f"{z} = fma(f32({product}), {scale} * d{i}_{m}, {z});"
+                    yield f"{z} = fma(f32({product}) * {scale}, d{i}_{m}, {z});"  # scale * d may be subnormal
                 yield "}"
 
 
