@@ -10,6 +10,7 @@ import pytest
 from kernelforge.backend import Backend
 from kernelforge.errors import DeviceError, UsageError
 from kernelforge.registry import default_registry
+from kernelforge.variant import INT8_ACTIVATIONS
 from kernelforge_metal import adapters, backend
 from kernelforge_metal.adapters import Adapter, from_wgpu, list_adapters
 from kernelforge_metal.backend import GpuBackend, choose
@@ -24,10 +25,9 @@ INFO = {
 }
 
 
-def card(**changes: object) -> Adapter:
-    return from_wgpu(
-        {**INFO, **changes}, {"shader-f16", "multiview"}, {"max-buffer-size": 1 << 30, "max-bind-groups": 4}
-    )
+def card(*features: str, **changes: object) -> Adapter:
+    known = {"shader-f16", "multiview", *features}
+    return from_wgpu({**INFO, **changes}, known, {"max-buffer-size": 1 << 30, "max-bind-groups": 4})
 
 
 def with_adapters(monkeypatch: pytest.MonkeyPatch, *found: Adapter) -> GpuBackend:
@@ -43,6 +43,12 @@ def test_adapter_keeps_what_kernels_ask_for() -> None:
     assert card(backend_type="Metal").info.features == {"shader-f16", "asynchronous"}
     assert info.limits == (("max-buffer-size", 1 << 30),)
     assert info.fingerprint == "gpu/Vulkan/10de:2335/Card 7/driver 1.2"
+
+
+def test_activations_are_in_8_bits_where_the_gemv_that_quantises_them_runs() -> None:
+    assert INT8_ACTIVATIONS in card("subgroup").info.features
+    assert INT8_ACTIVATIONS not in card("subgroup", backend_type="Metal").info.features
+    assert INT8_ACTIVATIONS not in card("subgroup", adapter_type="CPU").info.features
 
 
 def test_software_adapters_are_marked_and_come_last(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,14 @@ import pytest
 
 from kernelforge.dialects.transformer import OPS
 from kernelforge.dialects.transformer.matmul import GLU_MATMUL, MATMUL
-from kernelforge.dialects.transformer.norm_matmul import RMS_NORM_GLU_MATMUL, RMS_NORM_MATMUL
+from kernelforge.dialects.transformer.norm_matmul import (
+    QUANTIZE_GLU_MATMUL,
+    QUANTIZE_MATMUL,
+    RMS_NORM_GLU_MATMUL,
+    RMS_NORM_MATMUL,
+    RMS_NORM_QUANTIZE_GLU_MATMUL,
+    RMS_NORM_QUANTIZE_MATMUL,
+)
 from kernelforge.dtype import to_numpy
 from kernelforge.problem import Problem, parse_problem
 from kernelforge.quant import dequantize, quantize
@@ -208,6 +215,41 @@ def test_gemv_of_bytes(gpu: Session, plain_gpu: Session, w: str, span: int) -> N
     verify(gpu, glu("q8a[3,128]", f"{w}[21,128]@const", transpose_rhs=True), "gemv-bytes", {**loop, "unroll": 2})
     verify(plain_gpu, linear(2, 36, 96, w, "q8a"), "gemv-bytes-shared", loop)
     verify(plain_gpu, glu("q8a[1,288]", f"{w}[36,288]@const", transpose_rhs=True), "gemv-bytes-shared", loop)
+
+
+@pytest.mark.parametrize("w", QUANTISED)
+def test_gemv_that_quantises_its_rows(gpu: Session, w: str) -> None:
+    """Groups shared by two and four threads, the last of which not all threads have; strided rows, norms and epilogues."""
+    kept: Config = {"columns": 4, "tiles": 4, "threads": 64, "unroll": 4, "span": 2}
+    loop: Config = {"columns": 4, "tiles": 1, "threads": 32, "unroll": 1, "span": 1 if w == "q4" else 2}
+    weight = f"{w}[20,800]@const"
+    product = f"f32[2,800]:[900,1], {weight}, bf16[20], f16[2,20]"
+    verify(gpu, _inferred("quantize_matmul", QUANTIZE_MATMUL, product, {"epilogue": "gelu"}), "gemv-quantising", kept)
+    normed = f"bf16[7,800], f16[800]@const, {weight}, _, _"
+    verify(gpu, _inferred("rms_norm_quantize_matmul", RMS_NORM_QUANTIZE_MATMUL, normed, {}), "gemv-quantising", loop)
+    for name, op, x in (
+        ("quantize_glu_matmul", QUANTIZE_GLU_MATMUL, "f32[1,96]"),
+        ("rms_norm_quantize_glu_matmul", RMS_NORM_QUANTIZE_GLU_MATMUL, "f32[1,96], f32[96]@const"),
+    ):
+        pair = _inferred(name, op, f"{x}, {w}[37,96]@const, {w}[37,96]@const", {})
+        verify(gpu, pair, "gemv-quantising", loop)
+        verify(gpu, pair, "gemv-quantising")
+
+
+@pytest.mark.parametrize("w", QUANTISED)
+def test_rows_that_a_gemv_quantises_have_the_quantisers_groups(gpu: Session, w: str) -> None:
+    """NaN and infinity spoil their row, a group whose step would be subnormal counts as zeros, whole numbers are exact."""
+    weight = quantize(np.random.default_rng(5).standard_normal((8, 96)).astype(np.float32), w)
+    x = np.random.default_rng(6).integers(-127, 128, (4, 96)).astype(np.float32)
+    x[:, ::32] = 127  # a step of 1
+    x[1, 40], x[2, 70] = np.nan, np.inf
+    x[3, 32:64] = 1e-37
+    problem = _inferred("quantize_matmul", QUANTIZE_MATMUL, f"f32[4,96], {w}[8,96]@const, _, _", {})
+    executable = gpu.compile_problem(problem, constants={"rhs": weight}, variant="gemv-quantising")
+    got = np.asarray(executable.run({"lhs": x})[0])
+    exact = dequantize(quantize(x[[0, 3]], "q8a")).astype(np.float64) @ dequantize(weight).astype(np.float64).T
+    np.testing.assert_allclose(got[[0, 3]], exact, rtol=2e-6, atol=1e-4)
+    assert np.isnan(got[[1, 2]]).all()
 
 
 @pytest.mark.parametrize("w", QUANTISED)
@@ -462,6 +504,13 @@ def test_reasons_to_refuse() -> None:
     assert "no dot products of bytes" in reason("gemv-bytes", linear(1, 8, 32, "q4", "q8a"), info("subgroup"))
     assert "no subgroups" in reason("gemv-bytes", linear(1, 8, 32, "q4", "q8a"), info("dot4"))
     assert "1 to 8 rows, not 9" in reason("gemv-bytes-shared", linear(9, 8, 32, "q4", "q8a"), info("dot4"))
+    for rows, device, why in (
+        (9, EVERYTHING, "1 to 8 rows, not 9"),
+        (1, info("dot4"), "the device has no subgroups"),
+        (1, info("subgroup"), "no dot products of bytes"),
+    ):
+        made = _inferred("quantize_matmul", QUANTIZE_MATMUL, f"f32[{rows},32], q4[8,32]@const, _, _", {})
+        assert why in reason("gemv-quantising", made, device)
     assert "no dot products of bytes" in reason("gemv-integer", linear(1, 8, 32, "q4"), info("subgroup"))
     assert reason("gemv-integer", linear(1, 8, 32, "q4"), info("dot4")) == "the device has no subgroups"
     for name in ("gemv-shared", "gemm", "direct"):

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from kernelforge.errors import DeviceError
-from kernelforge.variant import ASYNCHRONOUS, DeviceInfo
+from kernelforge.variant import ASYNCHRONOUS, INT8_ACTIVATIONS, DeviceInfo
 
 _API = {"darwin": "Metal", "win32": "DX12"}.get(sys.platform, "Vulkan")
 """One API per system: with all of them wgpu lists a card once for each, and opens OpenGL to look for more."""
@@ -65,13 +65,15 @@ class Adapter:
 
     @property
     def info(self) -> DeviceInfo:
-        """For selection: the features, less those that only an opened device can tell, "software" of a software adapter, and
-        "dot4" of those that are not used through Metal."""
+        """For selection: the features, less those that only an opened device can tell, "software" of a software adapter, "dot4"
+        of those that are not used through Metal, and "int8-activations" where `gemv-quantising` runs and that is faster."""
         told = {ASYNCHRONOUS}
         if self.kind == SOFTWARE:
             told.add(SOFTWARE)
         if self.api != "Metal":
             told.add(DOT4)
+            if self.kind != SOFTWARE and "subgroup" in self.features:
+                told.add(INT8_ACTIVATIONS)
         return DeviceInfo(
             target="gpu",
             name=self.name,

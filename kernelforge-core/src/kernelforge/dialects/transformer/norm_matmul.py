@@ -92,7 +92,7 @@ class _Fed:
         return self._multiplied(self.product.magnitude, self._first(arrays, attrs), arrays, attrs)
 
     def undecided(self, arrays: Arrays, attrs: Attrs) -> tuple[Array, ...]:
-        """Norms and divisions that round otherwise, in f32, move numbers that lie between two steps of 8 bits to the other one."""
+        """Norms and divisions that round otherwise, in f32, move numbers between two steps of 8 bits to the other one."""
         import numpy as np
 
         first = self._first(arrays, attrs)

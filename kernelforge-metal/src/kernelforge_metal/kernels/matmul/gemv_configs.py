@@ -90,7 +90,7 @@ def _space(kind: type[Gemv], problem: Problem, device: DeviceInfo, *, subgroups:
     tiles = {-(-g.columns // (c * workgroups)) for c in columns for workgroups in WORKGROUPS}
     most = device.limit("max-compute-invocations-per-workgroup", 256)
     of_bytes = issubclass(kind, Bytes)
-    spans = SPANS if of_bytes else (1,)
+    spans: tuple[int, ...] = SPANS if of_bytes else (1,)
     if kind is QuantisingGemv:  # the threads of a group are in one subgroup
         spans = tuple(s for s in spans if s * weights.steps * NARROWEST >= GROUP)
     shares = {(weights.units // span, u) for span in spans for u in UNROLL} if subgroups else set()
