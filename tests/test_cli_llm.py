@@ -360,7 +360,7 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     assert {name: data[name] for name in expected} == expected
     assert main((*REFERENCE, "llm-bench", *options)) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "random tinypy, weights native, reference, 1 thread, 3 tokens in the cache"
+    assert lines[0] == "random tinypy, weights native, activations f32, reference, 1 thread, 3 tokens in the cache"
     assert [line[:12].strip() for line in lines[1:5]] == ["", "prefill 6, t", "decode 2, to", "first token,"]
     assert lines[5].startswith("a decode step takes ")
     assert re.fullmatch(r"peak memory \d+ MB, compiled in \d+\.\d s", lines[6])
