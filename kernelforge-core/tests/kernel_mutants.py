@@ -69,9 +69,8 @@ def rope(call: Call) -> None:
     x, positions = f32(call, 0), call.operand(1)
     rotary = int(str(call.problem.attr("rotary_dim"))) or x.shape[-1]
     frequencies = float(str(call.problem.attr("theta"))) ** (-np.arange(0, rotary, 2) / rotary)
-    angles = (
-        np.maximum(positions, 0)[:, None] * frequencies
-    )  # float64: f32 loses what is left of the turns at far positions
+    # float64: f32 loses what is left of the turns at far positions
+    angles = np.maximum(positions, 0)[:, None] * frequencies
     cos, sin = np.cos(angles)[:, None].astype(F32), np.sin(angles)[:, None].astype(F32)
     out, half = x.copy(), rotary // 2
     out[..., :half] = x[..., :half] * cos - x[..., half:rotary] * sin
