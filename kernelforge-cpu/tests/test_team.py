@@ -84,8 +84,8 @@ def test_threads_that_begin_together_run_one_driver(monkeypatch: pytest.MonkeyPa
         start.wait()
         found.append(driver())
 
-    kept = driver()  # teams of other tests run it
-    driver.cache_clear()
+    kept = driver()  # which teams of other tests run: it comes back at the end
+    monkeypatch.setattr(driver, "_made", [])
     callers = [threading.Thread(target=ask) for _ in range(3)]
     for caller in callers:
         caller.start()

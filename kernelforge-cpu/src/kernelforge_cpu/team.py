@@ -121,8 +121,8 @@ class Team:
     def _work(self, index: int) -> None:
         _stack.has_room()  # for what that does on Windows
         self._members.add(threading.get_ident())
-        work, wake = driver().work, self._wake[index]
-        while work(self._address, index):
+        native, wake = driver(), self._wake[index]  # native stays loaded as long as this thread is in its code
+        while native.work(self._address, index):
             wake.acquire()
 
     def close(self) -> None:
