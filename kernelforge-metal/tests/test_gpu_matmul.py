@@ -433,7 +433,7 @@ EVERYTHING = info(
 def test_shaders_of_all_samples_are_written(variant: KernelVariant) -> None:
     """With shapes of real models; the default is legal, on devices with everything and with nothing."""
     op = next(op for op in OPS if op.full_name == variant.op)
-    taken, step = 0, 1 if variant.name.startswith(("gemv-integer", "gemv-bytes")) else 5  # few are quantised
+    taken, step = 0, 1 if variant.name.startswith(("gemv-integer", "gemv-bytes", "gemv-quantising")) else 5  # few
     for problem in list(op.samples(random.Random(2)))[::step]:
         for device in (EVERYTHING, info("dot4")):
             verdict = variant.judge(problem, device)
@@ -445,7 +445,8 @@ def test_shaders_of_all_samples_are_written(variant: KernelVariant) -> None:
             assert isinstance(kernel, GpuKernel)
             for dispatch in kernel.dispatches:
                 text = shader(problem, kernel, dispatch, immediates=True)
-                assert ("subgroupAdd" in text) == (variant.name in ("gemv", "gemv-integer", "gemv-bytes"))
+                by_subgroups = variant.name.startswith("gemv") and not variant.name.endswith("-shared")
+                assert ("subgroupAdd" in text) == by_subgroups
                 assert dispatch.grid([1] * len(problem.dims)) >= (1, 1, 1)
     assert taken > 3
 
