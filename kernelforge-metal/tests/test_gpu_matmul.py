@@ -217,6 +217,20 @@ def test_gemv_of_bytes(gpu: Session, plain_gpu: Session, w: str, span: int) -> N
     verify(plain_gpu, glu("q8a[1,288]", f"{w}[36,288]@const", transpose_rhs=True), "gemv-bytes-shared", loop)
 
 
+@pytest.mark.parametrize(("rows", "variant"), [(2, "gemv-bytes"), (40, "gemm-integer")])
+@pytest.mark.parametrize("w", QUANTISED)
+def test_scales_whose_product_is_subnormal(gpu: Session, w: str, rows: int, variant: str) -> None:
+    """It would have few bits, or be 0, where the result is a normal number."""
+    weight = quantize(np.random.default_rng(7).standard_normal((8, 96)).astype(np.float32), w)
+    weight["scale"] = np.float16(2.0**-14)
+    lhs = quantize(np.random.default_rng(8).standard_normal((rows, 96)).astype(np.float32), "q8a")
+    lhs["scale"] = np.float32(1.5e-37)
+    executable = gpu.compile_problem(linear(rows, 8, 96, w, "q8a"), constants={"rhs": weight}, variant=variant)
+    got = np.asarray(executable.run({"lhs": lhs})[0], np.float64)
+    exact = dequantize(lhs).astype(np.float64) @ dequantize(weight).astype(np.float64).T
+    assert abs(got - exact).max() <= 1e-6 * abs(exact).max()
+
+
 @pytest.mark.parametrize("w", QUANTISED)
 def test_gemv_that_quantises_its_rows(gpu: Session, w: str) -> None:
     """Groups shared by two and four threads, the last of which not all threads have; strided rows, norms and epilogues."""

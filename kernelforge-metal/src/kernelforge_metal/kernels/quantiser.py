@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-SCALE = """
+LARGEST = """
 fn largest_bits(x: vec4<f32>) -> u32 {
   let bits = bitcast<vec4<u32>>(x) & vec4<u32>(0x7fffffffu);
-  return max(max(bits.x, bits.y), max(bits.z, bits.w));
+  let most = max(bits.xy, bits.zw);
+  return max(most.x, most.y);
 }
+"""
+"""The largest magnitude of four numbers as bits, those of NaN and infinity above all."""
+
+SCALE = (
+    LARGEST
+    + """
 fn group_scale(largest: u32) -> vec2<u32> {
   if (largest < 0x03fe0000u) { return vec2<u32>(); }
   let size = ((largest & 0x7fffffu) | 0x800000u) << 7u;
@@ -24,9 +31,9 @@ fn group_scale(largest: u32) -> vec2<u32> {
   return vec2<u32>(bits, ((253u - (bits >> 23u)) << 23u) + (inverse - 0x800000u));
 }
 """
-"""`largest_bits`: the largest magnitude of four numbers as bits, those of NaN and infinity above all. `group_scale`: of the
-largest of a group, which is finite, the bits of d = largest / 127 and of 1 / d, each rounded once as f32; zeros where d is
-subnormal, as it is below 127 * 2^-126.
+)
+"""`group_scale`: of the largest of a group, which is finite, the bits of d = largest / 127 and of 1 / d, each rounded once as
+f32; zeros where d is subnormal, as it is below 127 * 2^-126.
 
 A GPU's float division does not round so: mantissas are divided as integers. That of d has 24 bits or 25; the last of 25 is
 never all that is cut off, so that there are no ties. That of 1 / d, 2^47 / mantissa, is a guess that is off by a few, then mended

@@ -159,7 +159,8 @@ class IntegerGemm(Gemm):
         for i in down:
             for j in vectors:
                 sums = f"(bitcast<vec4<f32>>(s{i}_{j}) - vec4<f32>(12582912.0))"
-                yield f"c{n}_{i}_{j} = fma({sums}, d{i // 4}.{'xyzw'[i % 4]} * e{j}, c{n}_{i}_{j});"
+                d = f"vec4<f32>(d{i // 4}.{'xyzw'[i % 4]})"
+                yield f"c{n}_{i}_{j} = fma({sums} * e{j}, {d}, c{n}_{i}_{j});"  # d * e may be subnormal
         yield "}"
 
 

@@ -14,6 +14,7 @@ from kernelforge_metal.kernels.matmul.integers import INTEGERS, UNIT
 from kernelforge_metal.kernels.matmul.numbers import Q4, Q8, floats
 from kernelforge_metal.kernels.matmul.vectors import Groups
 from kernelforge_metal.kernels.matmul.weights import QUAD, Quads
+from kernelforge_metal.kernels.quantiser import LARGEST
 
 
 class FloatGemv(Gemv):
@@ -67,7 +68,7 @@ class IntegerGemv(Gemv):
     def functions(self) -> str:
         assert isinstance(self.weights, Quads)
         whole = "".join(self.weights.functions(name) for name in self.names)
-        return INTEGERS + UNIT[self.weights.dtype] + whole
+        return LARGEST + INTEGERS + UNIT[self.weights.dtype] + whole
 
     def start(self) -> Iterator[str]:
         yield from super().start()
@@ -105,7 +106,7 @@ class IntegerGemv(Gemv):
         for j in range(self.vectors):
             place = f"{self.vectors}u * unit + {j}u"
             yield f"let x{j} = x_four({row}u, {place}){gain.format(place=place)};"
-        most = "max(magnitude(x0), magnitude(x1))" if self.vectors == 2 else "magnitude(x0)"
+        most = "max(largest_bits(x0), largest_bits(x1))" if self.vectors == 2 else "largest_bits(x0)"
         yield f"if (!odd_unit({most})) {{ continue; }}"
         yield f"for (var j = 0u; j < {self.weights.steps}u; j++) {{"
         yield "var four = x0;" + (" if (j >= 4u) { four = x1; }" if self.vectors == 2 else "")
@@ -190,10 +191,6 @@ class ByteGemv(Bytes):
 
 
 QUANTISED = """
-fn largest_bits(x: vec4<f32>) -> u32 {
-  let bits = bitcast<vec4<u32>>(x) & vec4<u32>(0x7fffffffu);
-  return max(max(bits.x, bits.y), max(bits.z, bits.w));
-}
 fn step_of(largest: u32) -> f32 {
   let step = select(bitcast<u32>(bitcast<f32>(largest) / 127.0), 0u, largest < 0x03fe0000u);
   return bitcast<f32>(select(step, 0x7fc00000u, largest >= 0x7f800000u));
@@ -211,14 +208,15 @@ infinity. `bytes`: four numbers over d; adding 1.5 * 2^23 rounds them and leaves
 
 
 class QuantisingGemv(Bytes):
-    """The same for a lhs of floats, which its threads quantise: neighbours share a group, and what is largest in it.
+    """The same for a lhs of floats, which its threads quantise: neighbours share a group, and what is largest in it. Threads of a
+    workgroup of one dimension are taken to be lanes of its subgroups in their order, as on all GPUs known.
 
     A norm's scale is the same for numbers and steps: sums are multiplied by it at the end.
     """
 
     @property
     def functions(self) -> str:
-        return QUANTISED
+        return LARGEST + QUANTISED
 
     def lhs(self, i: int) -> Iterator[tuple[str, str]]:
         yield from ((f"f{i}_{m}_{j}", "vec4<f32>") for m in range(self.rows) for j in range(self.vectors))

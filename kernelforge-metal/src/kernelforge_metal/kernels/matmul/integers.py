@@ -20,13 +20,7 @@ const INFINITE = 0x7f800000u;
 const TINY = 0x0a800000u;
 const PLACE = 12615808.0;
 
-fn magnitude(x: vec4<f32>) -> u32 {
-  let bits = bitcast<vec4<u32>>(x) & vec4<u32>(0x7fffffffu);
-  let most = max(bits.xy, bits.zw);
-  return max(most.x, most.y);
-}
-
-fn odd_unit(magnitude: u32) -> bool { return magnitude >= INFINITE || (magnitude < TINY && magnitude > 0u); }
+fn odd_unit(largest: u32) -> bool { return largest >= INFINITE || (largest < TINY && largest > 0u); }
 
 fn odd_number(x: f32) -> bool {
   let bits = bitcast<u32>(x) & 0x7fffffffu;
@@ -55,9 +49,9 @@ struct Digits { high: u32, middle: u32, low: u32, scale: f32, odd: bool }
 
 fn integers(x: vec4<f32>) -> Digits {
   var v = x;
-  var most = magnitude(x);
+  var most = largest_bits(x);
   let odd = odd_unit(most);
-  if (odd) { v = plain(x); most = magnitude(v); }
+  if (odd) { v = plain(x); most = largest_bits(v); }
   let e = most & INFINITE;
   let factor = vec4<f32>(bitcast<f32>(0x89000000u - e));
   let d = digits(bitcast<vec4<u32>>(fma(v, factor, vec4<f32>(PLACE))));
@@ -76,9 +70,9 @@ struct Digits { high: vec2<u32>, middle: vec2<u32>, low: vec2<u32>, eights: i32,
 fn integers(x: vec4<f32>, y: vec4<f32>) -> Digits {
   var v = x;
   var w = y;
-  var most = max(magnitude(x), magnitude(y));
+  var most = max(largest_bits(x), largest_bits(y));
   let odd = odd_unit(most);
-  if (odd) { v = plain(x); w = plain(y); most = max(magnitude(v), magnitude(w)); }
+  if (odd) { v = plain(x); w = plain(y); most = max(largest_bits(v), largest_bits(w)); }
   let e = most & INFINITE;
   let factor = vec4<f32>(bitcast<f32>(0x89000000u - e));
   let first = bitcast<vec4<u32>>(fma(v, factor, vec4<f32>(PLACE)));
