@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from kernelforge.dtype import ACTIVATION_FORMAT
 from kernelforge.errors import UsageError
 from kernelforge.variant import Accept, Reject
+from kernelforge_metal.adapters import DOT4
 from kernelforge_metal.kernel import is_value
 from kernelforge_metal.kernels.matmul.geometry import product_of, rhs_of
 from kernelforge_metal.kernels.matmul.result import stored_columns
@@ -21,6 +22,13 @@ FLOATS = ("f32", "f16", "bf16")
 def start_of(problem: Problem, index: int, name: str) -> str:
     """Where an operand starts in its array. Quantised values have no views."""
     return f"p.{name}_at" if is_value(problem, index) and not problem.operand(index).quantised else "0u"
+
+
+def without_dot4(device: DeviceInfo) -> Reject | None:
+    """Why kernels of bytes do not run, if so."""
+    if DOT4 in device.features:
+        return None
+    return Reject("the device has no dot products of bytes: made of other instructions they are slower than floats")
 
 
 def takes_products(problem: Problem, device: DeviceInfo) -> Verdict:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from kernelforge.dtype import ACTIVATION_FORMAT, GROUP
 from kernelforge.variant import ConfigSpace, Reject
-from kernelforge_metal.adapters import DOT4, SOFTWARE
+from kernelforge_metal.adapters import SOFTWARE
+from kernelforge_metal.kernels.matmul.common import without_dot4
 from kernelforge_metal.kernels.matmul.gemm import MAX_SUMS, Gemm, default_tile, takes_gemm
 from kernelforge_metal.kernels.matmul.geometry import product_of
 from kernelforge_metal.kernels.matmul.sources import BLOCK, Groups, Packed, Source
@@ -38,9 +39,7 @@ SMALL_TILE = (32, 32, 1, 4, 4, 4, 4, 0)
 def takes_integers(problem: Problem, device: DeviceInfo) -> Verdict:
     if problem.operand(0).dtype != ACTIVATION_FORMAT:
         return Reject(f"takes rows of {ACTIVATION_FORMAT}, not {problem.operand(0).dtype}")
-    if DOT4 not in device.features:
-        return Reject("the device has no dot products of bytes: made of other instructions they are slower than floats")
-    return takes_gemm(problem, device)
+    return without_dot4(device) or takes_gemm(problem, device)
 
 
 def integers_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 from kernelforge.dtype import ACTIVATION_FORMAT
 from kernelforge.variant import Accept, Reject
-from kernelforge_metal.adapters import DOT4
 from kernelforge_metal.kernel import GpuKernel
-from kernelforge_metal.kernels.matmul.common import takes_products
+from kernelforge_metal.kernels.matmul.common import takes_products, without_dot4
 from kernelforge_metal.kernels.matmul.gemv_configs import kernel_of
 from kernelforge_metal.kernels.matmul.gemv_products import ByteGemv, FloatGemv, IntegerGemv, QuantisingGemv
 from kernelforge_metal.kernels.matmul.geometry import product_of, rhs_of
@@ -90,9 +89,7 @@ def _takes_integers(problem: Problem, device: DeviceInfo) -> Reject | None:
     weight = problem.operand(rhs_of(problem)[0])
     if not weight.quantised:
         return Reject(f"takes weights of q8 or q4, not {weight.dtype}")
-    if DOT4 not in device.features:
-        return Reject("the device has no dot products of bytes: made of other instructions they are slower than floats")
-    return None
+    return without_dot4(device)
 
 
 def build_gemv(problem: Problem, config: Config, device: DeviceInfo) -> GpuKernel:
