@@ -6,8 +6,9 @@ are independent, a sum of L terms is off by about w sqrt(L) times c, the sum of 
 "Accuracy and Stability of Numerical Algorithms", 2002, section 4.2; Higham and Mary, "A New Approach to Probabilistic
 Rounding Error Analysis", 2019).
 
-The tuner takes the largest magnitude of the result for |exact| and c: cheap, and enough for random data. Conformance
-takes both for each element, c by `condition` and the op's own `magnitude`.
+The tuner takes the largest magnitude of the result for |exact| and c: cheap, and enough for random data with more than a few
+results. Conformance, and the tuner where results are few, take both for each element, c by `condition` and the op's own
+`magnitude`.
 """
 
 from __future__ import annotations

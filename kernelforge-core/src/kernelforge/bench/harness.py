@@ -31,7 +31,6 @@ class Prepared:
     selection: Selection
     cost: Cost
     error: Error
-    tolerance: float
     subject: Subject
     roofline: Roofline | None = None
     sequence: Subject | None = None
@@ -68,7 +67,7 @@ class Prepared:
             **standing_data(standing),
             "rel_error": float(f"{self.error.largest:.3g}"),
             "rel_error_l2": float(f"{self.error.norm:.3g}"),
-            "tolerance": float(f"{self.tolerance:.3g}"),
+            "tolerance": float(f"{self.error.tolerated:.3g}"),
             "timing_source": self.subject.source,
         }
         if self.sequence is None:
@@ -114,7 +113,7 @@ def prepare(session: Session, problem: Problem, *, variant: str | None = None, c
         several = session.build(plan, constants)
         error |= workload.verify(several)
         sequence = Subject(lambda repeats: several.measure(inputs, repeats=repeats))
-    return Prepared(problem, selection, cost, error, workload.tolerance, subject, session.roofline(), sequence, copies)
+    return Prepared(problem, selection, cost, error, subject, session.roofline(), sequence, copies)
 
 
 def in_sequence(plan: Plan, copies: int) -> Plan:
