@@ -169,6 +169,31 @@ def test_errors(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], 
     assert message in stderr
 
 
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "llm-inference --prompt-ids 1",
+        "llm-bench",
+        "llm-eval --text config.json",
+        "llm-quantize --output out",
+        "llm-export out",
+        "why",
+        "tune",
+        "emit-mlir",
+    ],
+)
+def test_an_empty_name_is_not_the_model_that_lies_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: Path, verb: str
+) -> None:
+    """As from a variable of a script that is not set."""
+    monkeypatch.chdir(model)
+    assert main((*REFERENCE, *verb.split(), "--model", "")) == 2
+    stdout, stderr = capsys.readouterr()
+    assert stdout == ""
+    assert stderr.startswith("error: the model's name is empty\nhint: ")
+    assert not (model / "out").exists()
+
+
 def test_broken_checkpoints(capsys: pytest.CaptureFixture[str], model: Path) -> None:
     config, weights = model / "config.json", model / "model.safetensors"
     whole_config, whole_weights = config.read_text(), weights.read_bytes()

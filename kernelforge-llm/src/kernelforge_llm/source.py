@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kernelforge.errors import UsageError
 from kernelforge_llm.checkpoint import Checkpoint, TensorSource, resolve_model
 from kernelforge_llm.config import CONFIG_FILE
 from kernelforge_llm.config_file import read_config
@@ -47,8 +48,12 @@ class Source:
 def open_source(path: str | os.PathLike[str] | None = None) -> Source:
     """The model at `path`: a Hugging Face folder, `org/name` on the Hub, a GGUF file; "tinypy" or None for the built-in one.
 
-    Raises AssetError for a missing or broken one.
+    Raises AssetError for a missing or broken one, UsageError for an empty name.
     """
+    if path == "":  # as a path it would be the current folder
+        raise UsageError(
+            "the model's name is empty", hint="a folder, a GGUF file or org/name on the Hub; '.' is this folder"
+        )
     if path is None or (str(path) == "tinypy" and not Path(path).exists()):
         folder, name = TINYPY, "tinypy"
     elif is_gguf(file := Path(path).expanduser()):

@@ -159,9 +159,11 @@ def checked_problem(registry: Registry, key: str) -> Problem:
 
 def load_model(session: Session, source: str, formats: Formats) -> ImportedModel:
     """Read a model, as it would run on the session's device, with the importer that claims it. Raises AssetError when none
-    does."""
+    does, UsageError for an empty name."""
     from kernelforge.lazy import resolve
 
+    if not source:  # as a path it would be the current folder
+        raise UsageError("the model's name is empty", hint="--model takes a path, or what else an importer reads")
     registry = session.registry
     for spec in registry.importers.values():
         try:
