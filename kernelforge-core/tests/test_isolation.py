@@ -195,6 +195,23 @@ def test_core_cannot_be_disabled(site: Site) -> None:
     assert (ran.returncode, ran.stderr) == (2, "error: core cannot be left out: it has the verbs\n")
 
 
+def test_a_misspelt_name_of_a_plugin_to_leave_out_is_told_once(site: Site) -> None:
+    """It may be installed on other machines: a warning."""
+    site.add("good", GOOD)
+    variable = "KERNELFORGE_PLUGINS_DISABLE"
+    told = f"{variable}: no plugin named 'godo' is installed; did you mean good?"
+    listed = site.run("plugins", "list", **{variable: "godo"})
+    assert (listed.returncode, listed.stderr) == (0, f"warning: {told}\n")
+    assert listed.stdout.endswith(f"\n\n{told}\n")
+    envelope = site.run_json("doctor", "--target", "reference", **{variable: "godo,,core"})
+    core = f"{variable}: core cannot be left out: it has the verbs"
+    assert envelope["warnings"] == [core, told]
+    assert [p["problem"] for p in envelope["data"]["problems"]] == [core, told]
+    for heeded in ("good", ""):
+        assert site.run_json("plugins", "list", **{variable: heeded})["warnings"] == []
+    assert site.run("plugins", "list", **{variable: "godo"}, KERNELFORGE_PLUGINS_STRICT="1").returncode == 0
+
+
 def test_disabling_where_nothing_can_be_kept(site: Site, tmp_path: Path) -> None:
     site.add("good", GOOD)
     occupied = tmp_path / "file"

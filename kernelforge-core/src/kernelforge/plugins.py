@@ -45,6 +45,8 @@ ONLY = "KERNELFORGE_PLUGINS"
 DISABLE = "KERNELFORGE_PLUGINS_DISABLE"
 """Environment variable: the plugins not to load."""
 
+NOT_CORE = "core cannot be left out: it has the verbs"
+
 DESCRIPTORS: dict[str, type[Any]] = {
     "kernelforge_dialects": DialectSpec,
     "kernelforge_passes": PassSpec,
@@ -78,16 +80,21 @@ def load_registry(
 
     Raises PluginError when a plugin named by `allow` is not there or fails, when one of `extra_plugins` fails, and in
     strict mode (`KERNELFORGE_PLUGINS_STRICT`) when any does. Other failures are KernelForgeWarnings and are kept in
-    `Registry.plugins`. What plugins print meanwhile goes to stderr.
+    `Registry.plugins`, as are names to leave out that cannot be, in `Registry.unheeded`. What plugins print meanwhile goes
+    to stderr.
     """
     allowed = names_in(ONLY) if allow is None else frozenset(allow)
     objects = [plugin_object(plugin) for plugin in extra_plugins]
     loader = _Loader(allowed, _switched_off() if disable is None else dict.fromkeys(disable, "by the caller"))
     loader.load([*installed_plugins(entry_points), *objects])
     _report(loader.statuses, [*sorted(allowed), *(candidate.name for candidate in objects)])
+    unheeded = _unheeded(loader.statuses) if disable is None else ()
+    for message in unheeded:
+        warnings.warn(KernelForgeWarning(message), stacklevel=2)
     return Registry(
         hooks=MappingProxyType({hook: tuple(found) for hook, found in loader.descriptors.items()}),
         plugins=MappingProxyType(loader.statuses),
+        unheeded=unheeded,
     )
 
 
@@ -100,6 +107,18 @@ def _switched_off() -> dict[str, str]:
     """The plugins that the user does without, and by what."""
     by_variable = dict.fromkeys(names_in(DISABLE), f"by {DISABLE}")
     return dict.fromkeys(disabled(), "by `kernelforge plugins disable`") | by_variable
+
+
+def _unheeded(statuses: dict[str, PluginStatus]) -> tuple[str, ...]:
+    """What is wrong with names that the variable lists. No more than a warning: a plugin may be installed on other machines."""
+    found = []
+    for name in sorted(names_in(DISABLE)):
+        if name == CORE:
+            found.append(f"{DISABLE}: {NOT_CORE}")
+        elif name not in statuses:
+            error = _not_installed(name, statuses)
+            found.append(f"{DISABLE}: {error}; {error.hint}")
+    return tuple(found)
 
 
 @Once

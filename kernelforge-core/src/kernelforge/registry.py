@@ -68,6 +68,8 @@ class Registry:
     hooks: Mapping[str, tuple[Any, ...]]
     plugins: Mapping[str, PluginStatus]
     """By entry-point name, in loading order."""
+    unheeded: tuple[str, ...] = ()
+    """Messages about plugins that were to be left out and are not there, or cannot be."""
 
     @cached_property
     def dialects(self) -> Mapping[str, DialectSpec]:

@@ -152,6 +152,8 @@ def _plugins(out: Output, registry: Registry, problem: Any) -> dict[str, dict[st
         out.print(f"plugin    {key}: {status.distribution} {status.version}, {status.state}")
         if status.broken:
             problem(status.report, status.remedy or f"kernelforge plugins check {status.name}")
+    for message in registry.unheeded:
+        problem(message, "kernelforge plugins list shows their names")
     return {
         key: {"distribution": s.distribution, "version": s.version, "state": s.state, "error": s.error}
         for key, s in registry.plugins.items()

@@ -14,7 +14,7 @@ from kernelforge.cli import output
 from kernelforge.discovery import CORE
 from kernelforge.errors import AssetError, PluginError, UsageError
 from kernelforge.home import plugins_dir
-from kernelforge.plugins import DISABLE, core_registry, names_in
+from kernelforge.plugins import DISABLE, NOT_CORE, core_registry, names_in
 from kernelforge.quarantine import Quarantine
 from kernelforge.registry import PluginStatus, lookup
 
@@ -35,6 +35,8 @@ def list_plugins() -> dict[str, Any]:
     for key, status in statuses.items():
         if status.broken:
             out.print(f"\n{key}: {status.error}" + (f"\n  {status.remedy}" if status.remedy else ""))
+    for message in out.registry.unheeded:
+        out.print(f"\n{message}")
     return {"plugins": [as_data(status) for status in statuses.values()]}
 
 
@@ -81,7 +83,7 @@ def disable(name: Name) -> dict[str, Any]:
     """Leave a plugin out from now on. None is imported, so this works also for one that breaks the process."""
     name = lookup("plugin", core_registry().plugins, name).name
     if name == CORE:
-        raise UsageError("core cannot be left out: it has the verbs")
+        raise UsageError(NOT_CORE)
     disabled.disable(name)
     output.current().print(f"{name} is disabled; `kernelforge plugins enable {name}` brings it back")
     return {"plugin": name, "disabled": True}
