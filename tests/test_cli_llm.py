@@ -169,6 +169,16 @@ def test_errors(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], 
     assert message in stderr
 
 
+@pytest.mark.parametrize("verb", ["why", "tune --budget-s 0", "emit-mlir"])
+def test_verbs_about_a_model_take_the_context_that_it_runs_with(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    arguments = (*REFERENCE, "--json", *verb.split(), "--model", str(ORACLE), "--context")
+    assert main((*arguments, "48")) == 0
+    data = json.dumps(json.loads(capsys.readouterr().out)["data"])
+    assert ("tensor<1x48x2x16xf32>" if verb == "emit-mlir" else "f32[1,48,2,16]") in data
+    assert main((*arguments, "5000")) == 2
+    assert "a context of 5000 positions is not possible" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "verb",
     [

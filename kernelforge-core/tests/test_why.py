@@ -462,6 +462,7 @@ def test_the_number_of_tokens_can_be_fixed() -> None:
         ({"program": "decode"}, "--program needs --model"),
         ({"activations": "q8"}, "--activations needs --model"),
         ({"kv_dtype": "q8"}, "--kv-dtype needs --model"),
+        ({"context": 8}, "--context needs --model"),
     ],
 )
 def test_stages_that_do_not_exist(options: dict[str, Any], message: str) -> None:

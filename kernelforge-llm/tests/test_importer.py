@@ -81,6 +81,13 @@ def test_the_cache_is_in_the_format_that_was_asked_for(importer: Importer, sessi
     assert [p.module for p in model.programs] == [p.module for p in decoder.model.programs]
 
 
+def test_the_cache_holds_the_context_that_was_asked_for(importer: Importer, session: Session) -> None:
+    model = importer.load("tinypy", context=96, device=session.device.info)
+    decoder = open_decoder(open_source(), session, context=96)
+    assert [(p.module, p.max_dims) for p in model.programs] == [(p.module, p.max_dims) for p in decoder.model.programs]
+    assert importer.load("tinypy").programs[0].module != model.programs[0].module
+
+
 def test_tinypy_is_real_and_other_shapes_are_random(importer: Importer) -> None:
     assert importer.load("tinypy").name == "tinypy"
     np.testing.assert_array_equal(

@@ -47,10 +47,11 @@ class Importer(Protocol):
         weights: str = "native",
         activations: str = "auto",
         kv_dtype: str = "auto",
+        context: int | None = None,
         device: DeviceInfo | None = None,
     ) -> ImportedModel:
         """Read it, as it would be compiled for a device. `weights`: "native" or the dtype to convert weights to.
         `activations`: what they are in beside quantised weights; "auto" leaves it to the device. `kv_dtype`: what a
-        cache of keys and values is in. What the user did not ask for is not passed. Raises AssetError for what is broken,
-        UsageError for a dtype that it does not know."""
+        cache of keys and values is in. `context`: positions that it holds. What the user did not ask for is not passed.
+        Raises AssetError for what is broken, UsageError for a dtype that it does not know or a context that cannot be."""
         ...

@@ -38,6 +38,7 @@ class LlmImporter:
         weights: str = "native",
         activations: str = "auto",
         kv_dtype: str = "auto",
+        context: int | None = None,
         device: DeviceInfo | None = None,
     ) -> ImportedModel:
         """The step for one token (`decode`) and for many (`prefill`) of one sequence; for a device that draws tokens itself, also
@@ -53,6 +54,7 @@ class LlmImporter:
             weights=cast("WeightFormat", weights),  # checked by make
             activations=cast("ActivationFormat", activations),
             kv_dtype=cast("CacheFormat", kv_dtype),
+            context=context,
             device=device,
         )
         draws = device is not None and ASYNCHRONOUS in device.features  # elsewhere the host does

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kernelforge.cli import output
-from kernelforge.cli.options import Activations, KvDtype, Weights, open_session
+from kernelforge.cli.options import Activations, Context, KvDtype, Weights, open_session
 from kernelforge.cli.problems import Formats, load_model
 from kernelforge.errors import UsageError
 from kernelforge.importer import Program
@@ -50,6 +50,7 @@ def emit_mlir(
     weights: Weights = "native",
     activations: Activations = "auto",
     kv_dtype: KvDtype = "auto",
+    context: Context = None,
 ) -> dict[str, Any]:
     """Print a module: as it was built, after the passes, with its kernels, or the LLVM IR of its kernels."""
     if model is not None and block:
@@ -58,7 +59,7 @@ def emit_mlir(
         raise UsageError("--after and --stage exclude each other")
     out = output.current()
     with closing(open_session(passes)) as session:
-        chosen = _program(session, model, program, Formats(weights, activations, kv_dtype))
+        chosen = _program(session, model, program, Formats(weights, activations, kv_dtype, context))
         if tokens is not None:
             chosen = _with_tokens(chosen, tokens)
         text = _after(session, chosen, after) if after is not None else _at(session, chosen, stage)

@@ -39,6 +39,7 @@ Activations = Annotated[
 KvDtype = Annotated[
     str, typer.Option(help="Of a model: what its cache keeps: f32, f16, bf16 or q8; auto: as it suits the weights.")
 ]
+Context = Annotated[int | None, typer.Option(help="Of a model: positions that its cache holds.")]
 Variant = Annotated[str | None, typer.Option(help="Use this kernel variant.")]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kernelforge.bench.matmul import MATMUL, matmul_problem
 from kernelforge.cli.shapes import key_example, shape_example, shaped_problem
@@ -49,8 +49,9 @@ class Formats:
     weights: str = "native"
     activations: str = "auto"
     kv_dtype: str = "auto"
+    context: int | None = None
 
-    def given(self) -> dict[str, str]:
+    def given(self) -> dict[str, Any]:
         """Those that are not as by default: an importer that does not know one is only asked to when it is used."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
 

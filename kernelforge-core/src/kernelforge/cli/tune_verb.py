@@ -15,6 +15,7 @@ from kernelforge.cli.options import (
     Activations,
     Attribute,
     Constant,
+    Context,
     Dtypes,
     K,
     KvDtype,
@@ -54,6 +55,7 @@ def tune(
     weights: Weights = "native",
     activations: Activations = "auto",
     kv_dtype: KvDtype = "auto",
+    context: Context = None,
     variant: Annotated[list[str] | None, typer.Option(help="Only this variant (may be repeated).")] = None,
     tuner: Annotated[str, typer.Option(help="Search strategy.")] = "grid",
     budget_s: Annotated[
@@ -62,7 +64,7 @@ def tune(
 ) -> dict[str, Any]:
     """Find the fastest verified kernel and config, and record every trial; what is recorded is not run again."""
     out = output.current()
-    formats = Formats(weights, activations, kv_dtype)
+    formats = Formats(weights, activations, kv_dtype, context)
     request = Request(op, (m, n, k), dtype, constant, problem, model, formats, shape, attr or ())
     with closing(open_session()) as session:
         asked = list({each.static: each for each in request.resolve(session)}.values())

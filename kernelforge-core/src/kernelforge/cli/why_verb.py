@@ -14,6 +14,7 @@ from kernelforge.cli.options import (
     Activations,
     Attribute,
     Constant,
+    Context,
     Dtypes,
     K,
     KvDtype,
@@ -57,11 +58,12 @@ def why(
     weights: Weights = "native",
     activations: Activations = "auto",
     kv_dtype: KvDtype = "auto",
+    context: Context = None,
     variant: Variant = None,
 ) -> dict[str, Any]:
     """Show every kernel that could run a problem: chosen or not, the reason, its config and where that comes from."""
     out = output.current()
-    formats = Formats(weights, activations, kv_dtype)
+    formats = Formats(weights, activations, kv_dtype, context)
     request = Request(op, (m, n, k), dtype, constant, problem, model, formats, shape, attr or ())
     with closing(open_session()) as session:
         asked = request.resolve(session)
