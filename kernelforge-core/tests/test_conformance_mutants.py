@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import kernel_mutants
@@ -14,6 +19,7 @@ from kernelforge.descriptors import DialectSpec, PassSpec, TunerSpec
 from kernelforge.testing.backend_cases import backend_cases
 from kernelforge.testing.bench import Bench
 from kernelforge.testing.case import Case, Kind, Outcome, run_case
+from kernelforge.testing.collect import Scope, collect
 from kernelforge.testing.dialect_cases import dialect_cases
 from kernelforge.testing.kernel_cases import kernel_cases
 from kernelforge.testing.pass_cases import pass_cases
@@ -89,6 +95,43 @@ def test_native_death_is_a_result(plugin: str, kind: Kind, monkeypatch: pytest.M
     assert [o.kind for o in report.failures] == [kind] * len(report.outcomes)
     assert len(report.outcomes) == 2
     assert all("running transformer.silu(f32[7,33])" in o.message for o in report.failures)
+
+
+KILLED = """
+from kernelforge.testing.collect import Scope
+from kernelforge.testing.worker import Setup, Worker
+class Telling(Worker):
+    def _reply(self, patience_s):
+        reply = super()._reply(patience_s)
+        print(self._process.pid, reply.get("note"), flush=True)
+        return reply
+Telling(Setup(Scope("Plugin"), extra=("kernel_mutants:HANGING",))).run(CASE, 600)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="asks for a process by its number as POSIX does")
+def test_a_worker_ends_when_its_process_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = str(Path(kernel_mutants.__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", folder)
+    with Bench(registry(kernel_mutants.HANGING)) as bench:
+        case = collect(bench, Scope("Plugin", 1, variant="hangs"))[0].id
+    command = [sys.executable, "-c", KILLED.replace("CASE", repr(case))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pid = next(int(line.split()[0]) for line in process.stdout if "transformer.silu" in line)
+        process.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not is_running(pid)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 # --- passes ---

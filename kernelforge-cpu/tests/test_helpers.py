@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -58,7 +59,7 @@ def is_running(pid: int) -> bool:
 
 
 def ends(pid: int) -> bool:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 30
     while is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
     return not is_running(pid)
@@ -182,7 +183,7 @@ import sys, time
 from collections import deque
 from kernelforge_cpu import helpers
 from kernelforge_cpu.isa import host_target
-helper = helpers.Helper(deque(sys.argv[1:]), deque(), host_target())
+helper = helpers.Helper(deque(sys.argv[1:2]), deque(), host_target())
 helper.thread.join()
 helper.stop()
 print(helpers._spare[0].pid, flush=True)
@@ -198,10 +199,26 @@ def test_no_helper_outlives_its_process() -> None:
     assert not is_running(int(done.stdout))
 
 
+BUSY = """
+import pathlib, sys, time
+from collections import deque
+from kernelforge_cpu import helpers
+from kernelforge_cpu.isa import host_target
+begun = pathlib.Path(sys.argv[2])
+stuck = f"from kernelforge_cpu import jit; jit.compile_object = lambda *_, **__: (open({str(begun)!r}, 'w'), time.sleep(1000))"
+helpers.BOOT = helpers.BOOT.replace("serve()", f"import time; {stuck}; serve()")
+helper = helpers.Helper(deque(sys.argv[1:2]), deque(), host_target())
+while not begun.exists():
+    time.sleep(0.01)
+print(helper._process.pid, flush=True)
+"""
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="asks for a process by its number as POSIX does")
-def test_a_helper_ends_when_its_process_is_killed() -> None:
-    script = SCRIPT + "time.sleep(1000)"
-    with subprocess.Popen([sys.executable, "-c", script, text(1)], stdout=subprocess.PIPE, text=True) as process:
+@pytest.mark.parametrize("script", [SCRIPT, BUSY], ids=["idle", "busy"])
+def test_a_helper_ends_when_its_process_is_killed(script: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", script + "time.sleep(1000)", text(1), str(tmp_path / "begun")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         pid = int(process.stdout.readline())
         assert is_running(pid)

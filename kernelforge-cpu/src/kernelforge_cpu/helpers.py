@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import os
 import pickle
+import queue
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection
 
+from kernelforge.inbox import open_inbox
 from kernelforge.machine import probe
 from kernelforge_cpu import jit
 from kernelforge_cpu.isa import CpuTarget
@@ -181,15 +183,12 @@ if hasattr(os, "register_at_fork"):
 def serve() -> None:
     """A helper's life: object code for each text, None for one that does not compile, until none comes any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that is being helped, which ends this one
-    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    requests: queue.SimpleQueue[tuple[str, CpuTarget]] = open_inbox(pickle.load)
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever is printed is no answer
-    with contextlib.suppress(EOFError, BrokenPipeError):
+    with contextlib.suppress(queue.Empty, BrokenPipeError):
         while True:
-            patience = threading.Timer(IDLE_S, os._exit, [0])
-            patience.daemon = True
-            patience.start()
-            text, target = pickle.load(requests)
-            patience.cancel()
+            text, target = requests.get(timeout=IDLE_S)
             try:
                 code = jit.compile_object(text, cpu=target)
             except Exception:  # it will be said by who compiles it again

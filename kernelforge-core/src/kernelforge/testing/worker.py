@@ -1,7 +1,8 @@
 """Cases run in a process of their own, so that native code that crashes or hangs ends a case and not the run.
 
 Parent and worker exchange JSON, one document a line. The worker gets a `Setup` and runs the cases that it is sent by name; it
-collects those of one kernel, pass ... when it is sent the first of them. What plugins print goes to stderr.
+collects those of one kernel, pass ... when it is sent the first of them. What plugins print goes to stderr. It ends when its
+parent does.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from kernelforge.errors import PluginError
+from kernelforge.inbox import open_inbox
 from kernelforge.testing.case import Outcome
 from kernelforge.testing.collect import Scope, collect, expectations
 
@@ -174,7 +176,8 @@ def serve() -> None:
         own.write(json.dumps(document) + "\n")
         own.flush()
 
-    given: dict[str, Any] = json.loads(sys.stdin.readline())
+    inbox = open_inbox(lambda source: json.loads(source.readline()))
+    given: dict[str, Any] = inbox.get()
     setup = Setup(Scope(**given["scope"]), given["threads"], tuple(given["extra"]))
     try:
         from kernelforge.testing.bench import Bench
@@ -184,8 +187,8 @@ def serve() -> None:
         bench = Bench(setup.registry(), threads=setup.threads, factors=factors, note=lambda text: say({"note": text}))
         say({"ready": True})
         cases: dict[str, Case] = {}
-        for line in sys.stdin:
-            name = json.loads(line)["case"]
+        while True:
+            name = inbox.get()["case"]
             if name not in cases:
                 cases = {case.id: case for case in collect(bench, setup.scope.beside(name))}
             say({"note": ""})
