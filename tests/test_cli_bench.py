@@ -129,7 +129,8 @@ def test_tuned_records_are_used_listed_and_moved(home: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a process on Windows cannot be sent Ctrl-C alone")
-def test_an_interrupted_tune_keeps_what_it_measured(home: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_tune_keeps_what_it_measured_and_nothing_else(home: Path, number: signal.Signals) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "kernelforge", "--json", "tune", "matmul", *SIZES, "--variant", "vectorized"],
         stdout=subprocess.PIPE,
@@ -144,7 +145,7 @@ def test_an_interrupted_tune_keeps_what_it_measured(home: Path) -> None:
                 process.wait(0.05)
             except subprocess.TimeoutExpired:
                 continue
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         stdout, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -155,6 +156,7 @@ def test_an_interrupted_tune_keeps_what_it_measured(home: Path) -> None:
     (problem,) = envelope["data"]["problems"]
     assert problem["trials"] == len(records.read_text().splitlines()) > 0
     assert not problem["complete"]
+    assert not list(home.glob("autotune.jsonl.*"))
 
 
 @pytest.mark.usefixtures("home")

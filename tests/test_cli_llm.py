@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -232,20 +233,37 @@ def test_broken_checkpoints(capsys: pytest.CaptureFixture[str], model: Path) -> 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a process on Windows cannot be sent Ctrl-C alone")
-def test_ctrl_c_keeps_the_text_so_far(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "told"), [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "terminated\n")]
+)
+def test_an_interruption_keeps_the_text_so_far(
+    capsys: pytest.CaptureFixture[str], number: signal.Signals, code: int, told: str
+) -> None:
     # A process that was started in the background of a shell ignores SIGINT, and so would its children.
     options = (*REFERENCE, "llm-inference", "--max-tokens", "900", "--ignore-eos", "--prompt", FOX)
     with start(*options, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
         assert process.stdout is not None
         shown = process.stdout.read(12)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         rest, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
+    assert process.returncode == code, stderr
     assert len(shown) == 12
     assert rest.endswith("\n")
-    assert stderr == "interrupted\n"
+    assert stderr == told
     assert main((*REFERENCE, "llm-inference", "--max-tokens", "5", "--prompt", FOX)) == 0
     assert capsys.readouterr().out.startswith(shown)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a process on Windows ends at once")
+def test_sigterm_leaves_no_half_folder(tmp_path: Path) -> None:
+    with start("llm-quantize", "--random", "smollm2-135m", "-o", str(tmp_path / "model")) as process:
+        while not any(tmp_path.glob(".model.*.draft")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=120)
+    assert (process.returncode, stderr) == (143, "terminated\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_interruption_keeps_the_data_so_far(

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
 import pytest
 
-from kernelforge.interruption import held_back
+from kernelforge import interruption
+from kernelforge.interruption import ending, held_back, interrupt_on_sigterm, own_interruptions
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +64,119 @@ def test_without_ctrl_c_nothing_happens() -> None:
     with held_back():
         pass
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# SIGTERM.
+
+
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["", "in the background of a shell"])
+def sigterm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """SIGTERM as the command has it, which does not hang on what Ctrl-C does."""
+    signal.signal(signal.SIGINT, request.param)
+    monkeypatch.setattr(interruption, "_terminated", None)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    told: list[int] = []
+    monkeypatch.setattr(interruption, "_watch", told.append)  # which would end the process of the tests
+    interrupt_on_sigterm()
+    yield
+    for pipe in (signal.set_wakeup_fd(-1), *told):
+        if pipe != -1:
+            os.close(pipe)
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("sigterm")
+def test_sigterm_is_an_interruption_with_a_code_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ending() == ("interrupted", 130)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+    assert ending() == ("terminated", 143)
+    signal.raise_signal(signal.SIGTERM)  # that of the group
+    monkeypatch.setattr(interruption, "REPEAT_S", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.usefixtures("sigterm")
+def test_sigterm_waits_for_the_end_of_the_outermost_block() -> None:
+    reached: list[str] = []
+
+    def work() -> None:
+        with held_back():
+            with held_back():
+                signal.raise_signal(signal.SIGTERM)
+                reached.append("inner")
+            reached.append("outer")
+        reached.append("after it")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert reached == ["inner", "outer"]
+
+
+@pytest.mark.usefixtures("sigterm")
+def test_sigterm_is_not_taken_for_an_interruption_of_a_plugins_own() -> None:
+    with pytest.raises(KeyboardInterrupt), own_interruptions():
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_sigterm_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        interrupt_on_sigterm()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+FORKING = """
+import os, signal, time
+from kernelforge import interruption
+interruption.PATIENCE_S = 0.1
+interruption.interrupt_on_sigterm()
+ready, begun = os.pipe()
+if (child := os.fork()) == 0:
+    HANDLER
+    os.write(begun, b"!")
+    time.sleep(30)
+    os._exit(0)
+os.read(ready, 1)
+os.kill(child, signal.SIGTERM)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+time.sleep(0.5)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize(
+    ("handler", "code"), [("", -signal.SIGTERM), ("signal.signal(signal.SIGTERM, lambda *_: os._exit(7))", 7)]
+)
+def test_sigterm_ends_a_forked_child_alone(handler: str, code: int) -> None:
+    script = FORKING.replace("HANDLER", handler)
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, f"{code}\n", "")
+
+
+STUCK = """
+import ctypes
+from kernelforge import interruption
+interruption.PATIENCE_S = 0.1
+interruption.interrupt_on_sigterm()
+lock, native = ctypes.create_string_buffer(256), ctypes.CDLL(None)
+native.pthread_mutex_init(lock, None)
+native.pthread_mutex_lock(lock)
+print("stuck", flush=True)
+native.pthread_mutex_lock(lock)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no other process can send SIGTERM there")
+def test_sigterm_ends_a_process_that_is_stuck_in_native_code() -> None:
+    with subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "stuck\n"
+        process.terminate()
+        try:
+            assert process.wait(120) == 143
+        finally:
+            process.kill()

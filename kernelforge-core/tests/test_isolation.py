@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -273,7 +272,7 @@ def test_import_that_hangs_is_named_from_the_next_start_on(site: Site, tmp_path:
         deadline = time.monotonic() + 60
         while not begun.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
-        ran.send_signal(signal.SIGTERM)
+        ran.kill()
     assert ran.returncode != 0
     listed = site.run("plugins", "list")
     assert listed.returncode == 0

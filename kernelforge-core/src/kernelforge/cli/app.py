@@ -18,11 +18,11 @@ from kernelforge.cli.output import Output, describe, use
 from kernelforge.cli.streams import collected_warnings, open_closed_streams, quiet_stdout, reserve_stdout
 from kernelforge.errors import KernelForgeError, PluginError, UsageError
 from kernelforge.home import env_flag
+from kernelforge.interruption import ending
 
 if TYPE_CHECKING:
     from kernelforge.descriptors import CommandSpec
 
-INTERRUPTED = 130
 GC_THRESHOLD = (100_000, 20, 50)
 """What a start makes, some 70,000 objects, lives to its end: looking through it for garbage once costs 30 ms."""
 
@@ -127,8 +127,9 @@ def _run_reported(given: Sequence[str], out: Output) -> tuple[int, list[dict[str
     except KernelForgeError as error:
         return _failed(error, out)
     except KeyboardInterrupt as error:
-        out.note("interrupted")
-        return INTERRUPTED, [describe(error, INTERRUPTED)]
+        told, code = ending()
+        out.note(told)
+        return code, [describe(error, code)]
     except BrokenPipeError:
         raise
     except MemoryError as error:
