@@ -89,6 +89,9 @@ class NativeKernel:
 @dataclass(frozen=True)
 class PythonKernel:
     """A Python callable `(operands, results) -> None` on numpy arrays; the step runs on the calling thread, under the GIL.
-    Operands cannot be written to. What it raises becomes a PluginError that names the variant's plugin."""
+    Operands cannot be written to. What it raises becomes a PluginError that names the variant's plugin.
+
+    It cannot run the executable that it is part of. On its own thread that is an error. It must not wait for another thread
+    that does: that one waits for the end of this run, as any thread that shares the executable may, so no error can be told."""
 
     call: Callable[[Sequence[Array | None], Sequence[Array]], None]
