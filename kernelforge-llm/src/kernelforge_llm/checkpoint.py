@@ -133,7 +133,7 @@ def save_checkpoint(
     the weights are split, with an index; one shard at a time is in memory. A new folder appears whole or not at all; in
     one that is there already, each file is replaced at once and others are left alone.
 
-    Raises `UsageError` if `folder` is a file, `KernelForgeError` if it cannot be written.
+    Raises `UsageError` if `folder` is a file, `KernelForgeError` if it cannot be written or another process writes it.
     """
     with new_folder(folder, _is_weights) as draft:
         write_json(draft / CONFIG_FILE, config)

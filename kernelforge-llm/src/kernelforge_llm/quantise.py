@@ -141,12 +141,12 @@ def write_quantised(source: Source, folder: Path, recipe: Recipe, session: Sessi
     """Write `source` as a folder of quantised weights, packed for the session's device.
 
     The folder appears whole or not at all; one that is there must be empty or hold such weights. Raises UsageError for
-    another, or for numbers that cannot be quantised, KernelForgeError if it cannot be written.
+    another, or for numbers that cannot be quantised, KernelForgeError if it cannot be written or another process writes it.
     """
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / WEIGHTS).is_file():
-        raise UsageError(f"{folder} is there and holds something else", hint="choose a new folder")
     identity, count = uuid.uuid4().hex, len(source.tensors.names())
     with new_folder(folder, lambda name: name == PACKED) as draft:
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / WEIGHTS).is_file():
+            raise UsageError(f"{folder} is there and holds something else", hint="choose a new folder")
         write_json(draft / CONFIG_FILE, source.config)
         if source.generation:
             write_json(draft / GENERATION_FILE, source.generation)
