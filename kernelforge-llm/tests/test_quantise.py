@@ -18,6 +18,7 @@ from kernelforge.errors import AssetError, KernelForgeError, KernelForgeWarning,
 from kernelforge.quant import dequantize, quantize
 from kernelforge.session import Session
 from kernelforge_llm.decoder import open_decoder
+from kernelforge_llm.model import Model
 from kernelforge_llm.quantise import Recipe, quantised_tensors, relative_error, write_quantised
 from kernelforge_llm.quantised_folder import PACKED, WEIGHTS, QuantisedFolder
 from kernelforge_llm.scale_search import search_q4
@@ -226,6 +227,26 @@ def test_nothing_of_others_is_replaced_and_nothing_half_written(tmp_path: Path, 
     (tmp_path / "file").touch()
     with pytest.raises(KernelForgeError, match="is a file"):
         write_quantised(open_source(ORACLE), tmp_path / "file", Recipe(), cpu)
+
+
+def test_nothing_of_the_model_that_was_there_is_left(tmp_path: Path, cpu: Session) -> None:
+    """A tokenizer of another model, or its generation_config.json."""
+    folder, exported = tmp_path / "quantised", tmp_path / "exported"
+    for path in (TINYPY, ORACLE):
+        source = open_source(path)
+        write_quantised(source, folder, Recipe(), cpu)
+        Model.make(source, cpu.registry).save(exported)
+        for written in (folder, exported):
+            (written / "notes.txt").write_text("mine")
+            found = open_source(written)
+            assert (found.config, found.generation) == (source.config, source.generation)
+            assert (found.tokenizer is None) == (source.tokenizer is None)
+    names = ["config.json", "generation_config.json", "notes.txt"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*names, PACKED, WEIGHTS])
+    assert sorted(path.name for path in exported.iterdir()) == sorted([*names, "model.safetensors"])
+    with pytest.raises(UsageError, match="holds quantised weights"):
+        Model.make(open_source(TINYPY), cpu.registry).save(folder)
+    assert open_source(folder).tokenizer is None
 
 
 def test_searched_scales_leave_less_error(cpu: Session, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from kernelforge.errors import AssetError
+from kernelforge.errors import AssetError, UsageError
 from kernelforge_llm.config import CONFIG_FILE, GENERATION_FILE
 from kernelforge_llm.draft import new_folder
 from kernelforge_llm.files import read_json_object
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+OPTIONAL_FILES = (GENERATION_FILE, *TOKENIZER_FILES)
+"""That not every model has: those of another must not stay beside its weights."""
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -131,11 +133,16 @@ def save_checkpoint(
 
     The tokenizer's files are copied from the folder `tokenizer_from`, or written from a tokenizer. Above `shard_bytes`
     the weights are split, with an index; one shard at a time is in memory. A new folder appears whole or not at all; in
-    one that is there already, each file is replaced at once and others are left alone.
+    one that is there already, the model in it is replaced, file by file, and other files are left alone.
 
-    Raises `UsageError` if `folder` is a file, `KernelForgeError` if it cannot be written or another process writes it.
+    Raises `UsageError` if `folder` is a file or holds quantised weights, `KernelForgeError` if it cannot be written or another
+    process writes it.
     """
-    with new_folder(folder, _is_weights) as draft:
+    from kernelforge_llm.quantised_folder import WEIGHTS  # which imports this module
+
+    with new_folder(folder, lambda name: _is_weights(name) or name in OPTIONAL_FILES) as draft:
+        if (folder / WEIGHTS).is_file():
+            raise UsageError(f"{folder} holds quantised weights, which would still be read", hint="choose a new folder")
         write_json(draft / CONFIG_FILE, config)
         if generation:
             write_json(draft / GENERATION_FILE, generation)

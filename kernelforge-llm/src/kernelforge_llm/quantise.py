@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kernelforge.dtype import FLOATS, GROUP, WEIGHT_FORMATS, from_numpy
 from kernelforge.errors import KernelForgeWarning, UsageError
 from kernelforge.quant import dequantize, quantize, warn_not_quantised
-from kernelforge_llm.checkpoint import write_json, write_tokenizer
+from kernelforge_llm.checkpoint import OPTIONAL_FILES, write_json, write_tokenizer
 from kernelforge_llm.config import CONFIG_FILE, GENERATION_FILE
 from kernelforge_llm.draft import new_folder
 from kernelforge_llm.layer_error import product_error, product_inputs
@@ -140,11 +140,12 @@ class Written(NamedTuple):
 def write_quantised(source: Source, folder: Path, recipe: Recipe, session: Session) -> Written:
     """Write `source` as a folder of quantised weights, packed for the session's device.
 
-    The folder appears whole or not at all; one that is there must be empty or hold such weights. Raises UsageError for
-    another, or for numbers that cannot be quantised, KernelForgeError if it cannot be written or another process writes it.
+    The folder appears whole or not at all; one that is there must be empty or hold such weights, which are replaced.
+    Raises UsageError for another, or for numbers that cannot be quantised, KernelForgeError if it cannot be written or another
+    process writes it.
     """
     identity, count = uuid.uuid4().hex, len(source.tensors.names())
-    with new_folder(folder, lambda name: name == PACKED) as draft:
+    with new_folder(folder, lambda name: name == PACKED or name in OPTIONAL_FILES) as draft:
         if folder.is_dir() and any(folder.iterdir()) and not (folder / WEIGHTS).is_file():
             raise UsageError(f"{folder} is there and holds something else", hint="choose a new folder")
         write_json(draft / CONFIG_FILE, source.config)
