@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -127,6 +128,22 @@ def test_sigterm_that_is_ignored_stays_ignored() -> None:
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+IN_EXEC = """
+import signal, sys
+from kernelforge import interruption
+interruption.interrupt_on_sigterm()
+try:
+    exec("signal.raise_signal(signal.SIGTERM)")
+except KeyboardInterrupt:
+    sys.exit(interruption.ending()[1])
+"""
+
+
+def test_the_exit_code_is_the_same_where_code_of_a_string_was_interrupted(tmp_path: Path) -> None:
+    (tmp_path / "in_exec.py").write_text(IN_EXEC)
+    assert subprocess.run([sys.executable, "-m", "in_exec"], cwd=tmp_path, check=False).returncode == 143
 
 
 FORKING = """

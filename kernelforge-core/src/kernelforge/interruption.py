@@ -24,6 +24,10 @@ _holding: list[int] | None = None
 """Signals that came while they are held back."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came. After a KeyboardInterrupt itself that left an `exec`, as in `dataclass`, `python -m` ends by SIGINT."""
+
+
 def interrupt_on_sigterm() -> None:
     """From now on SIGTERM raises KeyboardInterrupt, as Ctrl-C does, unless it is ignored: children end, no half files stay.
     Where that is not possible for `PATIENCE_S` it ends the process as it does by default.
@@ -62,7 +66,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
         return
     before, _terminated = _terminated, time.monotonic()
     if before is None or _terminated > before + REPEAT_S:
-        raise KeyboardInterrupt
+        raise Terminated
 
 
 def ending() -> tuple[str, int]:
