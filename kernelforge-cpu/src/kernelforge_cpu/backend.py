@@ -59,7 +59,7 @@ def host_info(threads: int) -> DeviceInfo:
         target="cpu",
         name=machine.cpu,
         fingerprint=f"{machine.fingerprint}/t{threads}",
-        features=machine.features | ({INT8_ACTIVATIONS} if machine.features & WITH_INTEGERS else set()),
+        features=machine.features | {target.cpu} | ({INT8_ACTIVATIONS} if machine.features & WITH_INTEGERS else set()),
         limits=tuple(sorted((k, v) for k, v in limits.items() if v)),
         threads=threads,
     )

@@ -16,7 +16,7 @@ from kernelforge_cpu.emit import I64, PTR, Pointer
 from kernelforge_cpu.kernel import NativeKernel, Phase
 from kernelforge_cpu.kernels.axes import emit_offsets
 from kernelforge_cpu.kernels.common import new_kernel
-from kernelforge_cpu.kernels.matmul.config import UNKNOWN_L2, lanes, registers, static_rows
+from kernelforge_cpu.kernels.matmul.config import UNKNOWN_L2, in_flight, lanes, reads_far, registers, static_rows
 from kernelforge_cpu.kernels.matmul.dot import Dot, NeonDot, PairDot, VnniDot
 from kernelforge_cpu.kernels.matmul.geometry import LHS, OUT, RESIDUAL, geometry
 from kernelforge_cpu.kernels.matmul.product import Operands, Product
@@ -43,12 +43,13 @@ LEAST_ROWS = 48
 """Of tall tiles: below, spreading weights out costs more than it saves."""
 BEST_ROWS = {"q4": 3, "q8": 4}
 """As many as 16 registers hold beside the weights: from there on LLVM's spills cost more than the loads that they save."""
-AHEAD = (1024, 2048, 4096)
+AHEAD = (1024, 2048, 4096, 8192, 16384)
 """Bytes of weights from memory that may be asked for ahead of use, over all streams together."""
 SINGLE_ROW_PARTS = 2
 """Per thread: memory is read fastest in long stretches."""
-STREAMS = 4
-"""Panels that a single row multiplies side by side: one stream of reads does not fill the memory's queues."""
+STREAMS = (1, 2, 4)
+"""Panels that a single row may multiply side by side: where little can be asked for ahead, one stream of reads does not fill
+the memory's queues."""
 
 
 def takes_integer(problem: Problem, device: DeviceInfo) -> Verdict:
@@ -89,7 +90,7 @@ def takes_dotprod(problem: Problem, device: DeviceInfo) -> Verdict:
 
 def integer_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
     """`rows` of lhs are multiplied by `group` panels side by side before the next rows; weights that are read once are
-    asked for `ahead` bytes before."""
+    asked for `ahead` bytes before, those of a single row in so many `streams`."""
     rows = static_rows(geometry(problem))
     low = rows is not None and rows < ROWS[0]
     own = () if rows is None or rows > ROWS[-1] else (max(1, rows),)
@@ -98,6 +99,7 @@ def integer_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
             ("rows", own if low else tuple(sorted({*ROWS, *own}))),
             ("group", (16, 64, 256) if low else (4, 16, 32)),
             ("ahead", AHEAD),
+            ("streams", (1,) if rows is not None and rows > 1 else STREAMS),
         )
     )
 
@@ -107,22 +109,26 @@ def pairs_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
     space, rows = integer_space(problem, device), static_rows(geometry(problem))
     if lanes(device) != 8 or (rows is not None and rows < LEAST_ROWS):
         return space
-    rest = dict(space.parameters)
-    return ConfigSpace((("rows", (*rest.pop("rows"), TALL)), ("group", (4, 8, 16, 32)), ("ahead", AHEAD)))
+    parameters = dict(space.parameters)
+    parameters |= {"rows": (*parameters["rows"], TALL), "group": (4, 8, 16, 32)}
+    return ConfigSpace(tuple(parameters.items()))
 
 
 def integer_default(problem: Problem, device: DeviceInfo) -> Config:
     """Few rows: one pass over the weights, panel by panel as they lie in memory. Many: panels that fill half of L2."""
     g = geometry(problem)
-    groups = [int(v) for v in dict(integer_space(problem, device).parameters)["group"]]
+    parameters = dict(integer_space(problem, device).parameters)
+    groups = [int(v) for v in parameters["group"]]
+    streams = int(parameters["streams"][0 if reads_far(device) else -1])
+    rest = {"ahead": in_flight(device), "streams": streams}
     rows = static_rows(g)
     if rows is not None and rows <= ROWS[-1]:
-        return {"rows": max(1, rows), "group": groups[-1], "ahead": AHEAD[1]}
+        return {"rows": max(1, rows), "group": groups[-1], **rest}
     panel = len(g.rhs) * problem.operand(1).bytes_of(int(g.inner) * lanes(device))
     half = device.limit("l2_bytes", UNKNOWN_L2) // 2
     group = max(n for n in groups if n == groups[0] or n * panel <= half)
     height = ROWS[-1] if registers(device) == 32 else BEST_ROWS[problem.operand(1).dtype]
-    return {"rows": height, "group": group, "ahead": AHEAD[1]}
+    return {"rows": height, "group": group, **rest}
 
 
 def pairs_default(problem: Problem, device: DeviceInfo) -> Config:
@@ -148,14 +154,14 @@ def build_dotprod(problem: Problem, config: Config, device: DeviceInfo) -> Nativ
 def _build(dot: type[Dot], problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
     k = new_kernel(problem, config, device)
     g = geometry(problem)
-    rows, group, ahead = (int(config[name]) for name in ("rows", "group", "ahead"))
+    rows, group, ahead, streams = (int(config[name]) for name in ("rows", "group", "ahead", "streams"))
     dtype = problem.operand(g.rhs[0]).dtype
-    tile = Tile(rows, len(g.rhs), 1, k.lanes, 1, registers(device))
+    tile = Tile(rows, len(g.rhs), 1, k.lanes, 1, registers(device), ahead)
     layout = Words(dtype, k.lanes, int(g.columns), int(g.inner))
 
     def text() -> str:
         rhs = [k.buffer(i, "i8") for i in g.rhs]
-        IntegerProduct(k, problem, g, tile, int(g.inner), group, rhs, layout, dot(dtype, k.lanes), ahead).emit()
+        IntegerProduct(k, problem, g, tile, int(g.inner), group, rhs, layout, dot(dtype, k.lanes), streams).emit()
         return k.text()
 
     return NativeKernel(
@@ -168,15 +174,15 @@ def _build_tall(problem: Problem, config: Config, device: DeviceInfo) -> NativeK
 
     k = new_kernel(problem, config, device)
     g = geometry(problem)
-    group, ahead = (int(config[name]) for name in ("group", "ahead"))
+    group, ahead, streams = (int(config[name]) for name in ("group", "ahead", "streams"))
     dtype = problem.operand(g.rhs[0]).dtype
     # Fewer rows are done as without it.
-    tile = Tile(BEST_ROWS[dtype], len(g.rhs), 1, k.lanes, 1, registers(device))
+    tile = Tile(BEST_ROWS[dtype], len(g.rhs), 1, k.lanes, 1, registers(device), ahead)
     layout = Words(dtype, k.lanes, int(g.columns), int(g.inner))
     rhs = [k.buffer(i, "i8") for i in g.rhs]
     scratch = k.buffer(g.out + 1, "i8")
     product = TallProduct(
-        k, problem, g, tile, int(g.inner), group, rhs, layout, PairDot(dtype, k.lanes), ahead, scratch
+        k, problem, g, tile, int(g.inner), group, rhs, layout, PairDot(dtype, k.lanes), streams, scratch
     )
     parts = shared_parts(problem, g, tile, SINGLE_ROW_PARTS)
 
@@ -197,7 +203,7 @@ class IntegerProduct(Product):
 
     layout: Words
     dot: Dot
-    ahead: int
+    streams: int
 
     @property
     def steps(self) -> int:
@@ -250,7 +256,7 @@ class IntegerProduct(Product):
     ) -> None:
         """out[panel][row][rhs][:] of `rows` rows and `count` panels, f32; `out` begins at the first right-hand side's."""
         k, step, nbytes = self.k, self.tile.panels * self.tile.width, self.layout.panel_bytes
-        streams = max(1, STREAMS // len(panels)) if rows == 1 and streamed else 1
+        streams = max(1, self.streams // len(panels)) if rows == 1 and streamed else 1
 
         def write(b: Builder, left: Value, sums: Value, n: Value, *weights: Value) -> list[Value]:
             x, found = Pointer(b, left.name, "i8"), Pointer(b, sums.name, "f32")
@@ -285,7 +291,7 @@ class IntegerProduct(Product):
             if streamed:
                 # Evenly, over scales and values alike, so that each line of what follows in memory is asked for once.
                 for p, line in product(panels, range(0, share, LINE)):
-                    p.at(loop.i * share).prefetch(self.ahead // len(panels) + line)
+                    p.at(loop.i * share).prefetch(self.tile.ahead // len(panels) + line)
             zeros = [_repeated(k, x.at(ZEROS), width, "i16") for x in left]
             own = [[dot.start(k, z) for z in zeros] for _ in panels]
             for word in range(layout.words):

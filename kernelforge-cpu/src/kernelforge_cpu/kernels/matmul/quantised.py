@@ -17,11 +17,20 @@ from kernelforge_cpu.emit import I64, PTR, Pointer
 from kernelforge_cpu.kernel import NativeKernel, Phase
 from kernelforge_cpu.kernels.axes import emit_size
 from kernelforge_cpu.kernels.common import new_kernel
-from kernelforge_cpu.kernels.matmul.config import BEST_ROWS, BLOCKS, ROWS, UNKNOWN_L2, lanes, registers, static_rows
+from kernelforge_cpu.kernels.matmul.config import (
+    BEST_ROWS,
+    BLOCKS,
+    ROWS,
+    UNKNOWN_L2,
+    in_flight,
+    lanes,
+    registers,
+    static_rows,
+)
 from kernelforge_cpu.kernels.matmul.geometry import LHS, geometry
 from kernelforge_cpu.kernels.matmul.groups import OCTET, Groups
 from kernelforge_cpu.kernels.matmul.product import Product
-from kernelforge_cpu.kernels.matmul.tile import AHEAD, LINE, Tile
+from kernelforge_cpu.kernels.matmul.tile import LINE, Tile
 from kernelforge_cpu.kernels.matmul.vectorized import FLOATS, shared_parts, takes_rows
 
 if TYPE_CHECKING:
@@ -105,7 +114,7 @@ def build_quantised(problem: Problem, config: Config, device: DeviceInfo) -> Nat
     k = new_kernel(problem, config, device)
     g = geometry(problem)
     rows, panels, vectors, kc, group = (int(config[name]) for name in ("rows", "panels", "vectors", "kc", "group"))
-    tile = Tile(rows, panels, vectors, k.lanes, 1, registers(device))
+    tile = Tile(rows, panels, vectors, k.lanes, 1, registers(device), in_flight(device))
     layout = Groups(problem.operand(g.rhs[0]).dtype, vectors, k.lanes, int(g.columns), int(g.inner))
 
     def text() -> str:
@@ -221,7 +230,7 @@ class QuantisedProduct(Product):
             if streamed:
                 for p in groups:
                     for line in range(0, layout.group_bytes, LINE):
-                        p.at(loop.i * layout.group_bytes).prefetch(AHEAD + line)
+                        p.at(loop.i * layout.group_bytes).prefetch(tile.ahead // len(groups) + line)
             starts = [p.at(loop.i * layout.width) for p in scales]
             factors = [p.load_f32(v * tile.lanes, tile.lanes) for p in starts for v in range(tile.vectors)]
             own = [zero] * (count * chains) if late else loop.values

@@ -14,11 +14,6 @@ from kernelforge_cpu.kernels.matmul.panels import Panels, load_row
 if TYPE_CHECKING:
     from kernelforge_cpu.emit import Builder, KernelBuilder, Value
 
-AHEAD = 1024
-"""Bytes by which a panel that comes from memory is prefetched; hardware does not look beyond a page."""
-IN_FLIGHT = 2048
-"""Bytes that are asked for ahead of use, over all streams together: what memory delivers to a core within its latency.
-Much more pushes lines out before they are used."""
 LINE = 64
 
 
@@ -35,6 +30,10 @@ class Tile:
     """Steps along the inner dimension between two branches."""
     registers: int
     """Vector registers there are."""
+    ahead: int
+    """Bytes of panels from memory that are asked for ahead of use, over all streams together."""
+    one_stream: bool = False
+    """A panel from memory is read from front to back, whatever the number of chains."""
 
     @property
     def width(self) -> int:
@@ -55,7 +54,8 @@ class Tile:
         return sorted({h for h, wanted in ((last, last), (self.low, low), (self.rows, full)) if wanted})
 
     def chains(self, rows: int) -> int:
-        """Stretches of the inner dimension that `rows` rows walk side by side, each with sums of its own.
+        """Stretches of the inner dimension that `rows` rows walk side by side (with `one_stream`: neighbouring steps), each
+        with sums of its own.
 
         A low tile has too few sums to hide the latency of additions, and reads too few streams for the memory's speed.
         """
@@ -123,12 +123,14 @@ def _sums(
     row_step, inner_step = steps
     chains = tile.chains(rows)
     stretch = n // chains
-    ahead = IN_FLIGHT // (chains * len(panels))
-    lefts = [lhs.at(stretch * c * inner_step) for c in range(chains)]
-    rights, wide = ([[p.at(stretch * c * tile.width) for p in own] for c in range(chains)] for own in (panels, kept))
+    together = streamed and tile.one_stream
+    starts = [k.i64(0) if together else stretch * c for c in range(chains)]
+    ahead = tile.ahead // ((1 if together else chains) * len(panels))
+    lefts = [lhs.at(start * inner_step) for start in starts]
+    rights, wide = ([[p.at(start * tile.width) for p in own] for start in starts] for own in (panels, kept))
 
     def step(chain: int, i: Value, u: int, sums: Sequence[Value]) -> list[Value]:
-        """The sums of one chain after step i + u."""
+        """The sums of one chain after step i + u from its start."""
         left = lefts[chain].at(i * inner_step).at(inner_step * u)
         right = [p.at(i * tile.width).at(u * tile.width) for p in rights[chain]]
         if streamed:
@@ -153,7 +155,8 @@ def _sums(
         with k.for_(first, last, unroll, sums) as loop:
             carried = [loop.values[c * count : (c + 1) * count] for c in range(chains)]
             for u in range(unroll):
-                carried = [step(c, loop.i, u, own) for c, own in enumerate(carried)]
+                for c, own in enumerate(carried):
+                    carried[c] = step(c, loop.i * chains, u * chains + c, own) if together else step(c, loop.i, u, own)
             loop.yield_(*(s for own in carried for s in own))
         sums = loop.results
     sums = [reduce(lambda a, b: a + b, sums[s::count]) for s in range(count)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kernelforge.variant import Accept, Reject
 from kernelforge_cpu.kernel import NativeKernel, Phase
 from kernelforge_cpu.kernels.axes import ONE, Size, size_of
-from kernelforge_cpu.kernels.matmul.config import registers, unroll
+from kernelforge_cpu.kernels.matmul.config import in_flight, reads_far, registers, unroll
 from kernelforge_cpu.kernels.matmul.geometry import geometry, tensors
 from kernelforge_cpu.kernels.matmul.panels import Panels, emit_pack
 from kernelforge_cpu.kernels.matmul.tile import Tile
@@ -60,7 +60,9 @@ def build_matmul(problem: Problem, config: Config, device: DeviceInfo) -> Native
     rows, panels, vectors, kc, group = (int(config[name]) for name in ("rows", "panels", "vectors", "kc", "group"))
     once = config["widen"] == "once"
     dtype = problem.operand(g.rhs[0]).dtype
-    tile = Tile(rows, panels, vectors, k.lanes, unroll(dtype, device), registers(device))
+    tile = Tile(
+        rows, panels, vectors, k.lanes, unroll(dtype, device), registers(device), in_flight(device), reads_far(device)
+    )
     multiply = Phase(k.name, shared_parts(problem, g, tile, across=max(1, panels // len(g.rhs))))
     constant = [i for i in g.rhs if problem.operand(i).constant]
     layout = Panels(vectors, k.lanes, dtype)
