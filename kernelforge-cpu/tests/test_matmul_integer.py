@@ -98,7 +98,7 @@ def test_weights_of_every_scale_and_value(q: str, lanes: int) -> None:
     Products([(p, None)], "integer", lanes=lanes).check(0, arrays=[quantize(x, "q8a"), groups, None, None])
 
 
-TALL = {"rows": 8, "group": 4, "ahead": 1024}
+TALL = {"rows": 8, "group": 4, "ahead": 1024, "streams": 1}
 needs_avx2 = pytest.mark.skipif(8 not in WIDTHS, reason="needs AVX2")
 
 
@@ -114,7 +114,7 @@ def test_tall_tiles_give_the_bits_of_low_ones(q: str) -> None:
         glu(257, 20, 544, q, activation="gelu"),
         linear(64, 8, 0, q),
     ]
-    low = {"rows": 4, "group": 16, "ahead": 1024}
+    low = {**TALL, "rows": 4, "group": 16}
     tall, reference = (
         Products([(p, TALL) for p in cases], "integer", lanes=8),
         Products([(cases[2], low)], "integer", lanes=8),
