@@ -18,6 +18,7 @@ from kernelforge_cpu.kernel import NativeKernel, Phase
 from kernelforge_cpu.kernels.axes import emit_inside, emit_size, size_of, strides_of
 from kernelforge_cpu.kernels.cache import as_plain
 from kernelforge_cpu.kernels.common import new_kernel
+from kernelforge_cpu.kernels.cores import reads_far
 from kernelforge_cpu.kernels.strided import takes_rows
 
 if TYPE_CHECKING:
@@ -52,15 +53,17 @@ def takes_attention(problem: Problem, device: DeviceInfo) -> Verdict:
 
 
 def attention_space(problem: Problem, device: DeviceInfo) -> ConfigSpace:
+    """`ahead`: whether a single token asks for the next block of a cache while it works on one."""
     fits = "the blocks do not fit the stack", lambda c: fits_stack(problem, int(c["key_block"]), device)
-    return ConfigSpace((("key_block", KEY_BLOCKS),), (fits,))
+    ahead = (0,) if problem.operands[3] is None else (1, 0) if reads_far(device) else (0, 1)
+    return ConfigSpace((("key_block", KEY_BLOCKS), ("ahead", ahead)), (fits,))
 
 
 @lru_cache(maxsize=64)
 def fits_stack(problem: Problem, key_block: int, device: DeviceInfo) -> bool:
     """Whether a kernel may keep on the stack what it takes for blocks of so many keys: see `emit.KernelBuilder.alloca`."""
     try:
-        build_attention(problem, {"key_block": key_block}, device)
+        build_attention(problem, {"key_block": key_block, "ahead": 0}, device)
     except UsageError:
         return False
     return True
@@ -71,19 +74,20 @@ def build_attention(problem: Problem, config: Config, device: DeviceInfo) -> Nat
 
     if attention_split.few_tokens(problem):
         return attention_split.build(problem, config, device)
-    return _build_blocks(problem, int(config["key_block"]), config, device)
+    return _build_blocks(problem, config, device)
 
 
-def _build_blocks(problem: Problem, key_block: int, config: Config, device: DeviceInfo) -> NativeKernel:
+def _build_blocks(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
     from kernelforge_cpu.kernels.attention_access import Access
     from kernelforge_cpu.kernels.attention_run import Run
     from kernelforge_cpu.kernels.attention_single import Single, Sums
 
     k = new_kernel(problem, config, device)
     access = Access(k, problem)
+    key_block = int(config["key_block"])
     run, single, sums = Run(access, key_block), None, None
     if problem.operands[3] is not None:
-        single = Single(access, key_block)
+        single = Single(access, key_block, streamed=bool(config["ahead"]))
         rows = max(1, single.rows)
         sums = Sums(k.alloca("f32", rows * single.padded), k.alloca("f32", rows), k.alloca("f32", rows))
 

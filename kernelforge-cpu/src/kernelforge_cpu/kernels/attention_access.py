@@ -39,6 +39,8 @@ class Access:
         self.bundles = heads // self.heads
         self.bundles_per_group = per_group // self.heads
         self.quantised = keys.quantised
+        self.row_bytes = keys.bytes_of(head_dim)
+        """Of a key or value."""
         self.q, self.out = k.buffer(0, q.dtype), k.buffer(6, out.dtype)
         self.keys, self.values = (k.buffer(i, "i8" if self.quantised else keys.dtype) for i in (1, 2))
         self.q_steps, self.key_steps, self.value_steps, self.out_steps = (

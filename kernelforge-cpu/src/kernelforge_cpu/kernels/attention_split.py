@@ -51,7 +51,7 @@ def build(problem: Problem, config: Config, device: DeviceInfo) -> NativeKernel:
     k = new_kernel(problem, config, device)
     tokens, heads, size = problem.operand(0).static_shape()
     access = Access(k, problem)
-    single = Single(access, int(config["key_block"]))
+    single = Single(access, int(config["key_block"]), streamed=bool(config["ahead"]))
     record = -(-single.rows * (single.padded + 2) // 16) * 16
     least = max(CHUNK, GRAIN // max(1, heads * size))
     merge = KernelBuilder(f"{k.name}_merge", k.target)

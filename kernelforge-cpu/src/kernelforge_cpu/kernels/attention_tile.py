@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kernelforge.dtype import ITEMSIZE
 from kernelforge_cpu.emit import I64, PTR, Builder, Pointer, Value
 from kernelforge_cpu.vmath import exp_decay, tanh
 
 if TYPE_CHECKING:
     from kernelforge_cpu.emit import Function, KernelBuilder, Type
 
+LINE = 64
 CHAINS = 4
 """Vectors of a row's scores at a time: enough to hide the latency of exp."""
 
@@ -37,6 +39,8 @@ class Tile:
     registers: int
     """Vector registers for partial results."""
     direct: bool
+    streamed: bool = False
+    """Keys and values come from memory: each row asks for one that is `ahead` elements on. Direct tiles only."""
 
     @property
     def padded(self) -> int:
@@ -49,9 +53,10 @@ class Tile:
         return 2 if self.rows * 2 <= self.registers else 1
 
     def scores(self, k: KernelBuilder) -> Function:
-        """`(q, keys, step, scores, end)`: q f32 [rows, padded], scaled. keys: the block's first row, rows `step` elements
-        apart; transposed: f32 [head_dim, keys]. Fills scores[:, :end], and beyond with anything up to a whole panel."""
-        return self._function(k, "scores", [PTR, PTR, I64, PTR, I64], self._scores)
+        """`(q, keys, step, scores, end[, ahead])`: q f32 [rows, padded], scaled. keys: the block's first row, rows `step`
+        elements apart; transposed: f32 [head_dim, keys]. Fills scores[:, :end], and beyond with anything up to a whole
+        panel."""
+        return self._function(k, "scores", [PTR, PTR, I64, PTR, I64, *self._ahead], self._scores)
 
     def softmax(self, k: KernelBuilder, *, masked: bool) -> Function:
         """`(scores, top, total, scales, firsts, ends, end)`: scores become weights exp(score - top), 0 where hidden.
@@ -66,12 +71,16 @@ class Tile:
         return self._function(k, "masked" if masked else "softmax", [*[PTR] * 6, I64], write)
 
     def values(self, k: KernelBuilder) -> Function:
-        """`(out, weights, values, step, scales, head, tail, end, firsts, ends)`: out = out * scales + weights @ values.
+        """`(out, weights, values, step, scales, head, tail, end, firsts, ends[, ahead])`: out = out * scales + weights @ values.
 
         All rows see keys head..tail; of keys 0..head and tail..end row r sees those in firsts[r]..ends[r], if the tile is
         not direct.
         """
-        return self._function(k, "values", [*[PTR] * 3, I64, PTR, *[I64] * 3, PTR, PTR], self._values)
+        return self._function(k, "values", [*[PTR] * 3, I64, PTR, *[I64] * 3, PTR, PTR, *self._ahead], self._values)
+
+    @property
+    def _ahead(self) -> list[Type]:
+        return [I64] * self.streamed
 
     def _function(self, k: KernelBuilder, name: str, params: Sequence[Type], write: Callable[..., None]) -> Function:
         def body(b: Builder, *args: Value) -> Sequence[Value]:
@@ -83,10 +92,12 @@ class Tile:
 
     # --- scores ---
 
-    def _scores(self, b: Builder, q: Value, keys: Value, step: Value, scores: Value, end: Value) -> None:
+    def _scores(
+        self, b: Builder, q: Value, keys: Value, step: Value, scores: Value, end: Value, ahead: Value | None = None
+    ) -> None:
         at = (Pointer(b, q.name, "f32"), Pointer(b, keys.name, self.dtype), Pointer(b, scores.name, "f32"))
         if self.direct:
-            self._dot_products(b, *at, step, end)
+            self._dot_products(b, *at, step, end, ahead)
         else:
             self._outer_products(b, *at, end)
 
@@ -104,7 +115,9 @@ class Tile:
             for (row, column), s in zip(starts, d.results, strict=True):
                 out.store(s, row * self.keys + column)
 
-    def _dot_products(self, b: Builder, q: Pointer, keys: Pointer, scores: Pointer, step: Value, end: Value) -> None:
+    def _dot_products(
+        self, b: Builder, q: Pointer, keys: Pointer, scores: Pointer, step: Value, end: Value, ahead: Value | None
+    ) -> None:
         # Few products at a time: four keys' would leave no registers for keys and queries.
         most = max(1, self.registers // 3)
         groups = [range(i, min(i + most, self.rows)) for i in range(0, self.rows, most)]
@@ -118,10 +131,20 @@ class Tile:
         whole = end // 4 * 4
         with b.for_(0, whole, 4) as loop:
             base = keys.at(loop.i * step)
-            four(loop.i, [base.at(step * j) for j in range(4)])
+            rows = [base.at(step * j) for j in range(4)]
+            self._prefetch(rows, ahead, self.head_dim)
+            four(loop.i, rows)
         with b.if_(whole.lt(end)):
             # Past the end the last key is read again: its memory is there.
             four(whole, [keys.at(b.min(whole + j, end - 1) * step) for j in range(4)])
+
+    def _prefetch(self, rows: Sequence[Pointer], ahead: Value | None, elements: int) -> None:
+        """Into L2: a block of keys and one of values take more than a part of L1."""
+        if ahead is not None:
+            size = ITEMSIZE[self.dtype]
+            for row in rows:
+                for line in range(0, elements * size, LINE):
+                    row.at(ahead).prefetch(line // size, locality=2)
 
     def _products(self, b: Builder, q: Pointer, keys: Sequence[Pointer], group: range) -> list[Value]:
         """For each row of the group a vector with its products with two keys: see `mixed`."""
@@ -204,6 +227,7 @@ class Tile:
         end: Value,
         firsts: Value,
         ends: Value,
+        ahead: Value | None = None,
     ) -> None:
         o, w = Pointer(b, out.name, "f32"), Pointer(b, weights.name, "f32")
         source = Pointer(b, values.name, self.dtype)
@@ -226,6 +250,7 @@ class Tile:
                 return [(x, y) for x in spread for y in v]
 
             with b.for_(head, tail, 1, sums) as loop:
+                self._prefetch([source.at(loop.i * step).at(d)], ahead, count * self.width)
                 terms = weighted(loop.i, load(loop.i))
                 loop.yield_(*(b.fma(x, y, s) for (x, y), s in zip(terms, loop.values, strict=True)))
             sums = loop.results

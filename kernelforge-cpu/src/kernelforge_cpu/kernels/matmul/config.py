@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kernelforge.variant import ConfigSpace
+from kernelforge_cpu.kernels.cores import widens_free
 from kernelforge_cpu.kernels.matmul.geometry import geometry
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ BLOCKS = (512, 1024, 2048)
 UNKNOWN_L2 = 256 * 1024
 F32 = 4
 """Bytes of a widened weight."""
-ZEN5 = "znver5"
-"""What LLVM calls the core."""
 MANY_ROWS = 64
 """From where on it pays to keep widened panels for later tiles of rows."""
 MAX_WIDENED = 512 * 1024
@@ -49,18 +48,6 @@ def unroll(dtype: str, device: DeviceInfo) -> int:
     return 1 if dtype == "bf16" or registers(device) < 16 else 2
 
 
-def reads_far(device: DeviceInfo) -> bool:
-    """Whether weights come faster from memory as one stream that is asked for far ahead than as several. Measured: on Zen 5,
-    whose L1 waits for many lines at once, by a tenth to a quarter; on Zen 3 it is the other way round."""
-    return ZEN5 in device.features
-
-
-def in_flight(device: DeviceInfo) -> int:
-    """Bytes of weights that are asked for ahead of use, over all streams together: what memory delivers to a core within its
-    latency. Much more pushes lines out before they are used."""
-    return 8192 if reads_far(device) else 2048
-
-
 def widening(dtype: str, device: DeviceInfo) -> int:
     """Registers for weights on their way to f32: where no instruction widens them from memory."""
     return 4 if dtype != "f32" and device.features & {"neon", "asimd"} else 0
@@ -69,7 +56,7 @@ def widening(dtype: str, device: DeviceInfo) -> int:
 def widens_once(dtype: str, rows: int | None, device: DeviceInfo) -> bool:
     """Whether weights of a type are kept as f32 for the tiles of a block of rows: where the instruction that widens a vector
     takes the place of a multiply-add (AVX-512, but not on Zen 5), or there is none (f16 with SSE)."""
-    wide = lanes(device) == 16 and dtype != "f32" and ZEN5 not in device.features
+    wide = lanes(device) == 16 and dtype != "f32" and not widens_free(device)
     slow = lanes(device) == 4 and dtype == "f16" and not device.features & {"neon", "asimd"}
     return (wide or slow) and (rows is None or rows >= MANY_ROWS)
 

@@ -16,7 +16,8 @@ from kernelforge_cpu.emit import I64, PTR, Pointer
 from kernelforge_cpu.kernel import NativeKernel, Phase
 from kernelforge_cpu.kernels.axes import emit_offsets
 from kernelforge_cpu.kernels.common import new_kernel
-from kernelforge_cpu.kernels.matmul.config import UNKNOWN_L2, in_flight, lanes, reads_far, registers, static_rows
+from kernelforge_cpu.kernels.cores import in_flight, reads_far
+from kernelforge_cpu.kernels.matmul.config import UNKNOWN_L2, lanes, registers, static_rows
 from kernelforge_cpu.kernels.matmul.dot import Dot, NeonDot, PairDot, VnniDot
 from kernelforge_cpu.kernels.matmul.geometry import LHS, OUT, RESIDUAL, geometry
 from kernelforge_cpu.kernels.matmul.product import Operands, Product

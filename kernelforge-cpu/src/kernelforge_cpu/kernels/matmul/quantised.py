@@ -17,12 +17,12 @@ from kernelforge_cpu.emit import I64, PTR, Pointer
 from kernelforge_cpu.kernel import NativeKernel, Phase
 from kernelforge_cpu.kernels.axes import emit_size
 from kernelforge_cpu.kernels.common import new_kernel
+from kernelforge_cpu.kernels.cores import in_flight
 from kernelforge_cpu.kernels.matmul.config import (
     BEST_ROWS,
     BLOCKS,
     ROWS,
     UNKNOWN_L2,
-    in_flight,
     lanes,
     registers,
     static_rows,

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from kernelforge.variant import Accept, Reject
 from kernelforge_cpu.kernel import NativeKernel, Phase
 from kernelforge_cpu.kernels.axes import ONE, Size, size_of
-from kernelforge_cpu.kernels.matmul.config import in_flight, reads_far, registers, unroll
+from kernelforge_cpu.kernels.cores import in_flight, reads_far
+from kernelforge_cpu.kernels.matmul.config import registers, unroll
 from kernelforge_cpu.kernels.matmul.geometry import geometry, tensors
 from kernelforge_cpu.kernels.matmul.panels import Panels, emit_pack
 from kernelforge_cpu.kernels.matmul.tile import Tile
