@@ -242,7 +242,7 @@ def test_blocks_of_keys_fit_the_stack() -> None:
     """Of heads of 512 elements in q8 the usual 64 keys are too many beside many tokens, but not for one."""
     for tokens, heads, blocks in (("300", 32, [32]), ("1", 4, [64, 32, 128])):
         p = cached(f"f32[{tokens},{heads},512]", "q8[1,64,4,512]", tokens=tokens)
-        assert [c["key_block"] for c in attention_space(p, device())] == blocks
+        assert list(dict.fromkeys(c["key_block"] for c in attention_space(p, device()))) == blocks
     assert verdict(cached("f32[300,128,512]", "q8[1,64,1,512]", tokens="300")) == Reject(
         "takes heads whose rows fit the stack, not 128 of 512 elements over 1 kv heads"
     )
