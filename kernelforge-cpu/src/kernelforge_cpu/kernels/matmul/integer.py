@@ -22,7 +22,7 @@ from kernelforge_cpu.kernels.matmul.dot import Dot, NeonDot, PairDot, VnniDot
 from kernelforge_cpu.kernels.matmul.geometry import LHS, OUT, RESIDUAL, geometry
 from kernelforge_cpu.kernels.matmul.product import Operands, Product
 from kernelforge_cpu.kernels.matmul.tile import LINE, Tile
-from kernelforge_cpu.kernels.matmul.vectorized import FLOATS, PARTS_PER_THREAD, shared_parts, takes_rows
+from kernelforge_cpu.kernels.matmul.vectorized import FLOATS, MOST_PARTS_PER_THREAD, shared_parts, takes_rows
 from kernelforge_cpu.kernels.matmul.words import WORD, Words
 from kernelforge_cpu.kernels.quantize import GROUP_BYTES, VALUES, ZEROS
 from kernelforge_cpu.ssa import BITS, vec
@@ -192,7 +192,7 @@ def _build_tall(problem: Problem, config: Config, device: DeviceInfo) -> NativeK
         return k.text()
 
     def scratch_bytes(dims: Sequence[int], threads: int) -> int:
-        return PARTS_PER_THREAD * threads * product.part_bytes
+        return MOST_PARTS_PER_THREAD * threads * product.part_bytes
 
     return NativeKernel((Phase(k.name, parts),), text, dict.fromkeys(g.rhs, layout.pack), scratch=scratch_bytes)
 

@@ -13,6 +13,7 @@ from kernelforge_cpu.kernels.axes import emit_offsets, emit_rows, emit_size
 from kernelforge_cpu.kernels.matmul.config import static_rows
 from kernelforge_cpu.kernels.matmul.geometry import LHS, OUT, RESIDUAL, RHS
 from kernelforge_cpu.kernels.matmul.tile import emit_products
+from kernelforge_cpu.kernels.matmul.vectorized import UNITS_PER_PART
 
 if TYPE_CHECKING:
     from kernelforge.problem import Problem
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from kernelforge_cpu.kernels.matmul.geometry import Geometry
     from kernelforge_cpu.kernels.matmul.tile import Tile
 
-UNITS_PER_PART = 4
-"""Row blocks are made small enough for this many units of work in a part, so that parts are about equal."""
 KEPT_FROM = 8
 """Full tiles of rows in a block from which on it pays to keep panels as f32: writing them costs half a tile."""
 

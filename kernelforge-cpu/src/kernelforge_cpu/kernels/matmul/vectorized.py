@@ -28,6 +28,10 @@ PART_BYTES = 48 * 1024
 """The same for work that waits for memory."""
 PARTS_PER_THREAD = 4
 """Parts are claimed as threads get free: a few each even out what they do not do at equal speed."""
+MOST_PARTS_PER_THREAD = 2 * PARTS_PER_THREAD
+"""Where parts would not be even: the smaller they are, the shorter is the wait for the last one."""
+UNITS_PER_PART = 4
+"""Blocks of rows are made small enough for this many units of work in a part, so that parts are about equal."""
 
 
 def takes_matmul(problem: Problem, device: DeviceInfo) -> Verdict:
@@ -119,7 +123,11 @@ def shared_parts(
         rows, products = g.rows.extent.evaluate(sizes), batches.evaluate(sizes)
         work = products * max(flops * rows // PART_FLOPS, len(g.rhs) * matrix // PART_BYTES)
         units = products * panels * -(-rows // tile.rows)
-        wanted = max(1, min(work, units, (single_row_parts if rows == 1 else PARTS_PER_THREAD) * threads))
+        most = (single_row_parts if rows == 1 else PARTS_PER_THREAD) * threads
+        strips = max(1, -(-panels // across))
+        if rows > tile.rows and strips * -(-most * UNITS_PER_PART // strips) % most:
+            most = MOST_PARTS_PER_THREAD * threads
+        wanted = max(1, min(work, units, most))
         if wanted < threads:
             return wanted
         wanted -= wanted % threads
