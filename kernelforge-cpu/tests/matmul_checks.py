@@ -26,9 +26,9 @@ WIDTHS = sorted({t.lanes for t in host_targets()})
 BY_NAME: dict[tuple[str, str], KernelVariant] = {(v.op.partition(".")[2], v.name): v for v in VARIANTS}
 
 
-def device(lanes: int | None = None, threads: int = 2, l2_bytes: int = 1 << 20) -> DeviceInfo:
+def device(lanes: int | None = None, threads: int = 2, l2_bytes: int = 1 << 20, core: str = "another") -> DeviceInfo:
     limits = (("l2_bytes", l2_bytes), ("vector_bytes", 4 * (lanes or host_target().lanes)))
-    return DeviceInfo("cpu", "test", "test", probe().features, limits, threads)
+    return DeviceInfo("cpu", "test", "test", probe().features | {core}, limits, threads)
 
 
 def variant(p: Problem, name: str) -> KernelVariant:
@@ -43,9 +43,10 @@ class Products:
         cases: Sequence[tuple[Problem, Config | None]],
         name: str = "vectorized",
         lanes: int | None = None,
+        core: str = "another",
     ) -> None:
         self.kernels: list[NativeKernel] = []
-        info = device(lanes)
+        info = device(lanes, core=core)
         for p, config in cases:
             v, canonical = variant(p, name), p.canonical()
             assert v.judge(canonical, info) == Accept(), p

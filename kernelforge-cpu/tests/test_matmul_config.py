@@ -6,14 +6,18 @@ import itertools
 
 import pytest
 from kernel_checks import problem
-from matmul_checks import matmul, variant
+from matmul_checks import device, matmul, variant
 
 from kernelforge.problem import Problem
 from kernelforge.variant import DeviceInfo
+from kernelforge_cpu.kernels.cores import ZEN5
 
 MACHINES = {
     "sse": DeviceInfo("cpu", "sse", "", limits=(("vector_bytes", 16),)),
     "avx2": DeviceInfo("cpu", "avx2", "", frozenset({"avx2", "fma"}), (("l2_bytes", 1 << 18), ("vector_bytes", 32))),
+    "zen5": DeviceInfo(
+        "cpu", "avx512", "", frozenset({"avx512f", ZEN5}), (("l2_bytes", 1 << 20), ("vector_bytes", 64))
+    ),
     "avx512": DeviceInfo("cpu", "avx512", "", frozenset({"avx512f"}), (("l2_bytes", 5 << 18), ("vector_bytes", 64))),
     "neon": DeviceInfo("cpu", "neon", "", frozenset({"asimd"}), (("l2_bytes", 4 << 20), ("vector_bytes", 16))),
 }
@@ -87,14 +91,18 @@ def test_f32_with_avx2_is_read_as_several_panels_of_one_vector(m: int, rows: int
 
 @pytest.mark.parametrize(
     ("machine", "bf16", "f16"),
-    [("sse", "tile", "once"), ("avx2", "tile", "tile"), ("avx512", "once", "once"), ("neon", "tile", "tile")],
+    [
+        *(("sse", "tile", "once"), ("avx2", "tile", "tile"), ("avx512", "once", "once"), ("neon", "tile", "tile")),
+        ("zen5", "tile", "once"),
+    ],
 )
 def test_weights_are_widened_once_where_that_is_slow_and_rows_are_many(machine: str, bf16: str, f16: str) -> None:
     for dtype, wanted in (("f32", "tile"), ("bf16", bf16), ("f16", f16)):
         for m in (1, 16, 64, 512, "t"):
             p = matmul(f"f32[{m},700]", f"{dtype}[700,4096]@const")
             c = variant(p, "vectorized").default_config(p, MACHINES[machine])
-            assert c["widen"] == (wanted if m not in (1, 16) else "tile"), (dtype, m)
+            few = m in ((1, 16, 64) if machine == "zen5" else (1, 16))
+            assert c["widen"] == ("tile" if few else wanted), (dtype, m)
 
 
 def test_panels_that_are_too_many_to_keep_are_widened_for_each_tile() -> None:
@@ -103,3 +111,12 @@ def test_panels_that_are_too_many_to_keep_are_widened_for_each_tile() -> None:
     assert variant(p, "vectorized").default_config(p, MACHINES["avx512"])["widen"] == "tile"
     kept = [int(c["kc"]) * max(2, int(c["panels"])) * int(c["vectors"]) * 64 for c in space if c["widen"] == "once"]
     assert all(n <= 512 * 1024 for n in kept)
+
+
+def test_weights_are_one_stream_where_much_can_be_asked_for_ahead() -> None:
+    """Where little can be, one row reads several panels at a time."""
+    for core, streams, ahead in ((ZEN5, 1, 8192), ("another", 4, 2048)):
+        for rows in (1, 5, 100, "t"):
+            p = matmul(f"q8a[{rows},64]", "q4[96,64]@const", transpose_rhs=True)
+            c = variant(p, "integer").default_config(p, device(core=core))
+            assert (c["streams"], c["ahead"]) == (1 if rows in (5, 100) else streams, ahead)

@@ -70,7 +70,7 @@ def test_any_number_of_rows(q: str) -> None:
 @pytest.mark.parametrize("lanes", WIDTHS)
 def test_every_config(q: str, lanes: int) -> None:
     """Corners of the space, for many rows and for few."""
-    for p in (linear(50, 75, 320, q), linear(3, 75, 320, q)):
+    for p in (linear(50, 75, 320, q), linear(3, 75, 320, q), linear(1, 75, 320, q)):
         v, info = variant(p, "integer"), device(lanes)
         space = v.config_space(p.canonical(), info)
         ends = [{values[0], values[-1]} for _, values in space.parameters]

@@ -14,6 +14,7 @@ from kernelforge.problem import Problem
 from kernelforge.variant import Config, Reject
 from kernelforge_cpu import isa
 from kernelforge_cpu.jit import assembly
+from kernelforge_cpu.kernels.cores import ZEN5
 
 SIZES = [
     *((1, 1, 1), (0, 5, 3), (3, 0, 4), (4, 5, 0), (0, 0, 0)),  # nothing to do, or nothing to add up
@@ -125,6 +126,17 @@ def test_every_tile_of_few_rows() -> None:
         made = Products([(p, c) for c in configs])
         for i in range(len(configs)):
             made.check(i, parts=(1, 3, 5, 64))
+
+
+@pytest.mark.parametrize("lanes", WIDTHS)
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+def test_weights_are_read_as_one_stream(dtype: str, lanes: int) -> None:
+    """Chains of sums take neighbouring steps; those that are left over come after them."""
+    cases = [matmul(f"f32[{m},{k}]", f"{dtype}[{k},83]@const") for m in (1, 2, 5) for k in (3, 53, 64)]
+    cases.append(matmul("f32[53,2]", f"{dtype}[53,83]@const", transpose_lhs=True))
+    made = Products([(p, None) for p in cases], lanes=lanes, core=ZEN5)
+    for i in range(len(cases)):
+        made.check(i, parts=(1, 3))
 
 
 def test_more_columns_and_rows_than_a_group_and_a_block() -> None:

@@ -23,6 +23,7 @@ def in_flight(device: DeviceInfo) -> int:
     return 8192 if reads_far(device) else 2048
 
 
-def widens_free(device: DeviceInfo) -> bool:
-    """Whether 16-bit vectors become f32 in other units than those that multiply and add 512 bits."""
-    return ZEN5 in device.features
+def rows_widened_once(device: DeviceInfo) -> dict[str, int]:
+    """With AVX-512, by type of 16 bits: rows of a product from where on its weights are kept as f32. The instruction that widens
+    a vector takes the place of a multiply-add; on Zen 5 those of bf16 do not, and that of f16 does in part."""
+    return {"f16": 256} if ZEN5 in device.features else {"f16": 64, "bf16": 64}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kernelforge.variant import ConfigSpace
-from kernelforge_cpu.kernels.cores import widens_free
+from kernelforge_cpu.kernels.cores import rows_widened_once
 from kernelforge_cpu.kernels.matmul.geometry import geometry
 
 if TYPE_CHECKING:
@@ -54,11 +54,14 @@ def widening(dtype: str, device: DeviceInfo) -> int:
 
 
 def widens_once(dtype: str, rows: int | None, device: DeviceInfo) -> bool:
-    """Whether weights of a type are kept as f32 for the tiles of a block of rows: where the instruction that widens a vector
-    takes the place of a multiply-add (AVX-512, but not on Zen 5), or there is none (f16 with SSE)."""
-    wide = lanes(device) == 16 and dtype != "f32" and not widens_free(device)
-    slow = lanes(device) == 4 and dtype == "f16" and not device.features & {"neon", "asimd"}
-    return (wide or slow) and (rows is None or rows >= MANY_ROWS)
+    """Whether weights of a type are kept as f32 for the tiles of a block of rows: where widening takes the place of
+    multiply-adds (AVX-512), or there is no instruction for it (f16 with SSE)."""
+    least = None
+    if lanes(device) == 16:
+        least = rows_widened_once(device).get(dtype)
+    elif lanes(device) == 4 and dtype == "f16" and not device.features & {"neon", "asimd"}:
+        least = MANY_ROWS
+    return least is not None and (rows is None or rows >= least)
 
 
 def narrow_panels(dtype: str, device: DeviceInfo) -> bool:
