@@ -155,6 +155,20 @@ def test_extremes_in_tall_tiles(q: str) -> None:
     assert np.isnan(got[3]).all()
 
 
+@needs_avx2
+@pytest.mark.parametrize("threads", [1, 2, 3, 7, 16])
+def test_parts_of_tall_tiles_have_scratch_and_rows_enough(threads: int) -> None:
+    p, info = linear("t", 320, 576, "q4").canonical(), device(8, threads)
+    tall, low = (variant(p, "integer").build_kernel(p, {**TALL, "rows": rows}, info) for rows in (8, 4))
+    room = tall.scratch([1], 1) // 4
+    for rows in (1, 64, 512, 4096):
+        parts = tall.phases[0].parts([rows], threads)
+        assert parts * room <= tall.scratch([rows], threads)
+        assert parts <= low.phases[0].parts([rows], threads)
+    # Of 40 panels 64 parts make blocks of 75 rows, where 128 would make blocks of 42, which are not done in tall tiles.
+    assert tall.phases[0].parts([512], 16) == 64
+
+
 @pytest.mark.parametrize(("rows", "lanes"), [(47, 8), ("t", 4), ("t", 16)])
 def test_where_tall_tiles_are_not_offered(rows: int | str, lanes: int) -> None:
     p, info = linear(rows, 64, 64, "q8").canonical(), device(lanes)

@@ -156,6 +156,17 @@ def test_parts_of_one_row_are_whole_tiles_where_that_is_as_even(n: int, parts: i
     assert phase.parts((), 1) <= 4
 
 
+@pytest.mark.parametrize(
+    ("n", "threads", "parts"), [(576, 2, 16), (512, 2, 8), (576, 3, 24), (512, 3, 12), (576, 1, 8), (512, 1, 4)]
+)
+def test_parts_of_many_rows_are_smaller_where_they_would_not_be_even(n: int, threads: int, parts: int) -> None:
+    """9 or 8 tiles side by side, and as many blocks of rows as make four for each part."""
+    p, info = matmul("f32[512,576]", f"f32[576,{n}]@const").canonical(), device(16, threads)
+    v = variant(p, "vectorized")
+    (phase,) = v.build_kernel(p, v.default_config(p, info), info).phases
+    assert phase.parts((), threads) == parts
+
+
 KEPT = [
     (
         problem("matmul", "f32[67,530]", "bf16[530,333]@const"),

@@ -22,7 +22,7 @@ from kernelforge_cpu.kernels.matmul.dot import Dot, NeonDot, PairDot, VnniDot
 from kernelforge_cpu.kernels.matmul.geometry import LHS, OUT, RESIDUAL, geometry
 from kernelforge_cpu.kernels.matmul.product import Operands, Product
 from kernelforge_cpu.kernels.matmul.tile import LINE, Tile
-from kernelforge_cpu.kernels.matmul.vectorized import FLOATS, MOST_PARTS_PER_THREAD, shared_parts, takes_rows
+from kernelforge_cpu.kernels.matmul.vectorized import FLOATS, PARTS_PER_THREAD, shared_parts, takes_rows
 from kernelforge_cpu.kernels.matmul.words import WORD, Words
 from kernelforge_cpu.kernels.quantize import GROUP_BYTES, VALUES, ZEROS
 from kernelforge_cpu.ssa import BITS, vec
@@ -185,14 +185,15 @@ def _build_tall(problem: Problem, config: Config, device: DeviceInfo) -> NativeK
     product = TallProduct(
         k, problem, g, tile, int(g.inner), group, rhs, layout, PairDot(dtype, k.lanes), streams, scratch
     )
-    parts = shared_parts(problem, g, tile, SINGLE_ROW_PARTS)
+    # More parts are blocks of fewer rows, for each of which the weights are spread out again.
+    parts = shared_parts(problem, g, tile, SINGLE_ROW_PARTS, most_parts=PARTS_PER_THREAD)
 
     def text() -> str:
         product.emit()
         return k.text()
 
     def scratch_bytes(dims: Sequence[int], threads: int) -> int:
-        return MOST_PARTS_PER_THREAD * threads * product.part_bytes
+        return PARTS_PER_THREAD * threads * product.part_bytes
 
     return NativeKernel((Phase(k.name, parts),), text, dict.fromkeys(g.rhs, layout.pack), scratch=scratch_bytes)
 

@@ -18,15 +18,7 @@ from kernelforge_cpu.kernel import NativeKernel, Phase
 from kernelforge_cpu.kernels.axes import emit_size
 from kernelforge_cpu.kernels.common import new_kernel
 from kernelforge_cpu.kernels.cores import in_flight
-from kernelforge_cpu.kernels.matmul.config import (
-    BEST_ROWS,
-    BLOCKS,
-    ROWS,
-    UNKNOWN_L2,
-    lanes,
-    registers,
-    static_rows,
-)
+from kernelforge_cpu.kernels.matmul.config import BEST_ROWS, BLOCKS, ROWS, UNKNOWN_L2, lanes, registers, static_rows
 from kernelforge_cpu.kernels.matmul.geometry import LHS, geometry
 from kernelforge_cpu.kernels.matmul.groups import OCTET, Groups
 from kernelforge_cpu.kernels.matmul.product import Product

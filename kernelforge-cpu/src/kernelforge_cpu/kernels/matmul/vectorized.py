@@ -108,9 +108,16 @@ def _packed_bytes(problem: Problem, g: Geometry, tile: Tile) -> Size:
 
 
 def shared_parts(
-    problem: Problem, g: Geometry, tile: Tile, single_row_parts: int = PARTS_PER_THREAD, *, across: int = 1
+    problem: Problem,
+    g: Geometry,
+    tile: Tile,
+    single_row_parts: int = PARTS_PER_THREAD,
+    *,
+    across: int = 1,
+    most_parts: int = MOST_PARTS_PER_THREAD,
 ) -> Count:
-    """`single_row_parts` a thread where there is one row. Panels of a single tile of rows are done `across` at a time."""
+    """`single_row_parts` a thread where there is one row, `most_parts` where parts would not be even. Panels of a single tile
+    of rows are done `across` at a time."""
     inner, columns = int(g.inner), int(g.columns)
     flops, matrix = 2 * len(g.rhs) * inner * columns, problem.operand(g.rhs[0]).bytes_of(inner * columns)
     panels = -(-columns // tile.width)
@@ -126,7 +133,7 @@ def shared_parts(
         most = (single_row_parts if rows == 1 else PARTS_PER_THREAD) * threads
         strips = max(1, -(-panels // across))
         if rows > tile.rows and strips * -(-most * UNITS_PER_PART // strips) % most:
-            most = MOST_PARTS_PER_THREAD * threads
+            most = most_parts * threads
         wanted = max(1, min(work, units, most))
         if wanted < threads:
             return wanted
