@@ -99,9 +99,23 @@ def test_lower_levels(target: CpuTarget) -> None:
 
 @pytest.mark.parametrize("key_block", [32, 128])
 def test_key_blocks(key_block: int) -> None:
-    kernels = Kernels([SMALL, CACHED[3]], config={"key_block": key_block, "ahead": 1})
+    kernels = Kernels([SMALL, CACHED[3]], config={"key_block": key_block, "ahead": 0})
     for p in (SMALL, CACHED[3]):
         kernels.check(p, from_scores, {"tokens": 30}, parts=(1, 2))
+
+
+@pytest.mark.parametrize("target", host_targets(), ids=lambda t: t.level)
+def test_the_next_block_asked_for_ahead(target: CpuTarget) -> None:
+    """Every kind of cache, by itself and in ranges; it changes no bit."""
+    cases = [CACHED[1], CACHED[3], *QUANTISED, ONE_TOKEN[0], SPLIT[1]]
+    ahead, without = (Kernels(cases, target, {"key_block": 32, "ahead": n}) for n in (1, 0))
+    for p in cases:
+        assert "prefetch" in ahead.kernels[p].text
+        assert "prefetch" not in without.kernels[p].text
+        sizes = {"tokens": 9} if p.dims else {}
+        ahead.check(p, from_scores, sizes, parts=(1, 3))
+        arrays = ATTENTION.make_inputs(p.with_dims(sizes), np.random.default_rng(7))
+        np.testing.assert_array_equal(ahead.run(p, arrays, sizes)[0], without.run(p, arrays, sizes)[0])
 
 
 def inputs(tokens: int, positions: list[int], slots: list[int], seed: int = 0) -> list[Any]:

@@ -62,7 +62,8 @@ class DeviceInfo:
     fingerprint: str
     """Stable text that tells apart devices whose measurements must not be mixed."""
     features: frozenset[str] = frozenset()
-    """Optional abilities by the backend's names: "avx2", "avx512f", "shader-f16", "subgroup"."""
+    """Optional abilities by the backend's names: "avx2", "avx512f", "shader-f16", "subgroup"; of the CPU also its core by LLVM's
+    name ("znver5")."""
     limits: tuple[tuple[str, int], ...] = ()
     """Sorted (name, value) pairs: "l2_bytes", "vector_bytes", "max_workgroup_storage"."""
     threads: int = 1
