@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from kernelforge_cpu.kernels.attention_tile import LINE, Tile
+from kernelforge_cpu.kernels.attention_tile import Tile
+from kernelforge_cpu.kernels.cores import LINE
 
 if TYPE_CHECKING:
     from kernelforge_cpu.emit import Pointer, Value

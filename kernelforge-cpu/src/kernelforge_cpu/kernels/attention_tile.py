@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from kernelforge.dtype import ITEMSIZE
 from kernelforge_cpu.emit import I64, PTR, Builder, Pointer, Value
+from kernelforge_cpu.kernels.cores import LINE
 from kernelforge_cpu.vmath import exp_decay, tanh
 
 if TYPE_CHECKING:
     from kernelforge_cpu.emit import Function, KernelBuilder, Type
 
-LINE = 64
 CHAINS = 4
 """Vectors of a row's scores at a time: enough to hide the latency of exp."""
 

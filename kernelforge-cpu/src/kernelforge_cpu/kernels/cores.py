@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kernelforge.variant import DeviceInfo
 
+LINE = 64
+"""Bytes that are asked of memory at a time, on any core."""
 ZEN5 = "znver5"
 """By LLVM's name, which is among a device's features."""
 

@@ -16,12 +16,12 @@ from kernelforge_cpu.emit import I64, PTR, Pointer
 from kernelforge_cpu.kernel import NativeKernel, Phase
 from kernelforge_cpu.kernels.axes import emit_offsets
 from kernelforge_cpu.kernels.common import new_kernel
-from kernelforge_cpu.kernels.cores import in_flight, reads_far
+from kernelforge_cpu.kernels.cores import LINE, in_flight, reads_far
 from kernelforge_cpu.kernels.matmul.config import UNKNOWN_L2, lanes, registers, static_rows
 from kernelforge_cpu.kernels.matmul.dot import Dot, NeonDot, PairDot, VnniDot
 from kernelforge_cpu.kernels.matmul.geometry import LHS, OUT, RESIDUAL, geometry
 from kernelforge_cpu.kernels.matmul.product import Operands, Product
-from kernelforge_cpu.kernels.matmul.tile import LINE, Tile
+from kernelforge_cpu.kernels.matmul.tile import Tile
 from kernelforge_cpu.kernels.matmul.vectorized import FLOATS, PARTS_PER_THREAD, shared_parts, takes_rows
 from kernelforge_cpu.kernels.matmul.words import WORD, Words
 from kernelforge_cpu.kernels.quantize import GROUP_BYTES, VALUES, ZEROS

@@ -17,12 +17,12 @@ from kernelforge_cpu.emit import I64, PTR, Pointer
 from kernelforge_cpu.kernel import NativeKernel, Phase
 from kernelforge_cpu.kernels.axes import emit_size
 from kernelforge_cpu.kernels.common import new_kernel
-from kernelforge_cpu.kernels.cores import in_flight
+from kernelforge_cpu.kernels.cores import LINE, in_flight
 from kernelforge_cpu.kernels.matmul.config import BEST_ROWS, BLOCKS, ROWS, UNKNOWN_L2, lanes, registers, static_rows
 from kernelforge_cpu.kernels.matmul.geometry import LHS, geometry
 from kernelforge_cpu.kernels.matmul.groups import OCTET, Groups
 from kernelforge_cpu.kernels.matmul.product import Product
-from kernelforge_cpu.kernels.matmul.tile import LINE, Tile
+from kernelforge_cpu.kernels.matmul.tile import Tile
 from kernelforge_cpu.kernels.matmul.vectorized import FLOATS, shared_parts, takes_rows
 
 if TYPE_CHECKING:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 
 from kernelforge.dtype import ITEMSIZE
 from kernelforge_cpu.emit import I64, PTR, Pointer
+from kernelforge_cpu.kernels.cores import LINE
 from kernelforge_cpu.kernels.matmul.panels import Panels, load_row
 
 if TYPE_CHECKING:
     from kernelforge_cpu.emit import Builder, KernelBuilder, Value
-
-LINE = 64
 
 
 @dataclass(frozen=True)
