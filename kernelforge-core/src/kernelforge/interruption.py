@@ -65,7 +65,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
         _holding.append(number)
         return
     before, _terminated = _terminated, time.monotonic()
-    if before is None or _terminated > before + REPEAT_S:
+    if before is None or _terminated >= before + REPEAT_S:
         raise Terminated
 
 
@@ -88,9 +88,10 @@ def held_back() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    before, _holding = _holding, came
-    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    before = _holding
     try:
+        _holding = came
+        signal.signal(signal.SIGINT, lambda number, _: came.append(number))
         yield
     finally:
         _holding = before
