@@ -68,6 +68,22 @@ def test_without_ctrl_c_nothing_happens() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_nothing_stays_held_back_after_ctrl_c_as_a_block_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual, set_handler = signal.getsignal(signal.SIGINT), signal.signal
+    came = iter([True])
+
+    def late(number: int, handler: signal._HANDLER) -> signal._HANDLER:
+        if next(came, False):
+            raise KeyboardInterrupt
+        return set_handler(number, handler)
+
+    monkeypatch.setattr(signal, "signal", late)
+    with pytest.raises(KeyboardInterrupt), held_back():
+        pytest.fail("the block must not begin")
+    assert interruption._holding is None
+    assert signal.getsignal(signal.SIGINT) is usual
+
+
 # SIGTERM.
 
 
