@@ -207,3 +207,10 @@ def test_the_work_is_that_of_the_keys_seen(
     assert cost.flops == 4 * 8 * 4 * pairs
     assert cost.bytes == 2 * 3 * 4 * 8 * 4 + 2 * moved * 2 * 8 * 4 + 8 * 3
     assert ATTENTION.known_cost(problem, [None] * 6) is None
+
+
+@pytest.mark.parametrize(("slots", "capacity"), [(0, 4), (3, 0)])
+def test_a_cache_without_room_leaves_every_token_padding(slots: int, capacity: int) -> None:
+    positions, owners = positions_and_slots(9, slots, capacity, np.random.default_rng(0))
+    assert (positions == -1).all()
+    assert owners.shape == (9,)

@@ -240,7 +240,7 @@ def positions_and_slots(tokens: int, slots: int, capacity: int, rng: np.random.G
 
     positions = np.full(tokens, -1, np.int32)
     owners = np.zeros(tokens, np.int32)
-    used = min(slots, max(1, tokens // 3))
+    used = max(1, min(slots, tokens // 3))
     for share, slot in zip(np.array_split(np.arange(tokens), used), rng.permutation(slots), strict=False):
         count = min(len(share) - len(share) // 8, capacity)
         start = int(rng.integers(0, capacity - count + 1))
